@@ -1,0 +1,18 @@
+//! What a pass is made of, and how it becomes kernel source.
+//!
+//! A language model's forward pass is described as a [`Pass`]: a straight line of [`Op`]s on named buffers. An op is
+//! what one good kernel does, not a tensor primitive. This crate checks passes ([`Op::check`]), prints and counts
+//! them, and turns their ops into kernel source. It knows no GPU API and performs no I/O.
+//!
+//! Modules in reading order: [`shape`] (the tree), [`layout`] (how rows and requests lie in memory), [`op`] and
+//! [`pass`].
+
+pub mod shape;
+pub mod layout;
+pub mod op;
+pub mod pass;
+
+pub use layout::{ANCESTOR_WORDS, MAX_NODES, Request, Row};
+pub use op::{CacheShape, Op, TreeSpec};
+pub use pass::{Buf, BufferDesc, DType, Pass, PassError, Role};
+pub use shape::TreeShape;

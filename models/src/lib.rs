@@ -1,0 +1,7 @@
+//! Checkpoints to passes.
+
+pub mod error;
+pub mod tensor;
+
+pub use error::{Error, Result};
+pub use tensor::{Bytes, Tensor};

@@ -1,0 +1,43 @@
+//! A tensor on the host: dtype, shape and shared, read-only bytes. Cloning copies no data.
+
+use std::sync::Arc;
+
+use treespark_kernel_gen::DType;
+
+/// Read-only bytes, kept alive by whoever holds a clone: a mapped file or an owned vector.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    start: usize,
+    len: usize,
+}
+
+impl Bytes {
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, start: usize, len: usize) -> Bytes {
+        assert!(start + len <= (*owner).as_ref().len(), "bytes {start}+{len} reach past their owner");
+        Bytes { owner, start, len }
+    }
+
+    pub fn from_vec(bytes: Vec<u8>) -> Bytes {
+        let len = bytes.len();
+        Bytes::new(Arc::new(bytes), 0, len)
+    }
+
+    pub fn as_slice(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.start..self.start + self.len]
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes", self.len)
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+    /// Little-endian elements, row-major. Need not be aligned to the element's size.
+    pub bytes: Bytes,
+}
