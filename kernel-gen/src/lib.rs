@@ -7,10 +7,10 @@
 //! Modules in reading order: [`shape`] (the tree), [`layout`] (how rows and requests lie in memory), [`op`] and
 //! [`pass`].
 
-pub mod shape;
 pub mod layout;
 pub mod op;
 pub mod pass;
+pub mod shape;
 
 pub use layout::{ANCESTOR_WORDS, MAX_NODES, Request, Row};
 pub use op::{CacheShape, Op, TreeSpec};

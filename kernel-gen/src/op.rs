@@ -307,7 +307,20 @@ impl Op {
                 c.shape("out", *out, DType::F32, &[max_rows, c.dims(*table)[1]])
             }
             Op::Qkv {
-                layer, heads, kv_heads, x, norm, weight, bias, q_norm, k_norm, rope, q, k_cache, v_cache, ..
+                layer,
+                heads,
+                kv_heads,
+                x,
+                norm,
+                weight,
+                bias,
+                q_norm,
+                k_norm,
+                rope,
+                q,
+                k_cache,
+                v_cache,
+                ..
             } => {
                 let cache = c.cache(*k_cache, *v_cache, *layer)?;
                 c.heads(*heads, *kv_heads, &cache)?;
@@ -406,7 +419,11 @@ impl Check<'_> {
 
     fn rank(&self, field: &'static str, buf: Buf, rank: usize) -> Result<(), PassError> {
         let dims = self.dims(buf);
-        if dims.len() == rank { Ok(()) } else { Err(self.error(field, format!("has shape {dims:?}, not {rank} dimensions"))) }
+        if dims.len() == rank {
+            Ok(())
+        } else {
+            Err(self.error(field, format!("has shape {dims:?}, not {rank} dimensions")))
+        }
     }
 
     fn dtype(&self, field: &'static str, buf: Buf, dtype: DType) -> Result<(), PassError> {
@@ -474,7 +491,9 @@ impl Check<'_> {
             return Err(self.error("k_cache", format!("has pages of {}, not a power of two", cache.page_size)));
         }
         if !cache.head_dim.is_multiple_of(8) || cache.head_dim > 256 {
-            return Err(self.error("k_cache", format!("has head_dim {}, expected a multiple of 8 up to 256", cache.head_dim)));
+            return Err(
+                self.error("k_cache", format!("has head_dim {}, expected a multiple of 8 up to 256", cache.head_dim))
+            );
         }
         Ok(cache)
     }
