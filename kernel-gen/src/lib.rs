@@ -7,12 +7,17 @@
 //! Modules in reading order: [`shape`] (the tree), [`layout`] (how rows and requests lie in memory), [`op`] and
 //! [`pass`].
 
+pub mod draw;
+pub mod emit;
 pub mod layout;
+pub mod lower;
 pub mod op;
 pub mod pass;
+pub mod release;
 pub mod shape;
+pub mod spec;
 
 pub use layout::{ANCESTOR_WORDS, MAX_NODES, Request, Row};
 pub use op::{CacheShape, Op, TreeSpec};
 pub use pass::{Buf, BufferDesc, DType, Pass, PassError, Role};
-pub use shape::TreeShape;
+pub use shape::{ShapeError, TreeShape};

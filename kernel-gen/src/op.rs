@@ -159,10 +159,14 @@ pub enum Op {
     /// The target's own token at every row, by the request's sampling parameters and position-keyed noise.
     ///
     /// Order: repetition penalty (tokens in `seen` and on the row's path), temperature, top-k, top-p, min-p; then the
-    /// argmax of `logit / temperature + gumbel` over the kept tokens, ties to the lowest id. All three filters keep a
-    /// token by its value alone, so ties at a threshold are all kept: top-k keeps x if fewer than k tokens are larger;
+    /// argmax of `logit * (1 / temperature) + gumbel` over the kept tokens, ties to the lowest id. All three filters keep
+    /// a token by its value alone, so ties at a threshold are all kept: top-k keeps x if fewer than k tokens are larger;
     /// top-p keeps x if the larger tokens' mass (renormalised over top-k's set) is below p; min-p keeps x if
-    /// `p(x) >= min_p * p(max)`. Temperature 0: argmax of the penalised logits. A NaN among the row's logits: `NO_TOKEN`.
+    /// `p(x) >= min_p * p(max)`. The most likely token is always kept, also by top-p 0. Temperature 0: argmax of the
+    /// penalised logits. A NaN among the row's logits: `NO_TOKEN`.
+    ///
+    /// Noise: Philox4x32-10 with key `seed` and counter `[token / 4, position, sample, 0]`, word `token % 4`;
+    /// `u = ((word >> 9) + 0.5) * 2^-23`, `gumbel = -ln(-ln u)`.
     Draw {
         batch: Batch,
         /// U32 `[B, ceil(V / 32)]`

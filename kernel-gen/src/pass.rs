@@ -130,12 +130,13 @@ impl Pass {
         self.ops.iter().try_for_each(|op| op.check(self))
     }
 
-    /// Bytes of weights that one run reads.
+    /// Bytes of weights that one run reads, but for the few rows that an embedding looks up.
     pub fn weight_bytes(&self) -> usize {
-        let mut used: Vec<Buf> = self.ops.iter().flat_map(|op| op.operands()).map(|(_, buf)| buf).collect();
-        used.sort_by_key(|buf| buf.0);
+        let streamed = self.ops.iter().filter(|op| !matches!(op, Op::Embed { .. }));
+        let mut used: Vec<usize> = streamed.flat_map(|op| op.operands()).map(|(_, buf)| buf.0).collect();
+        used.sort_unstable();
         used.dedup();
-        used.iter().map(|&buf| self.buffer(buf)).filter(|b| b.role == Role::Weight).map(BufferDesc::bytes).sum()
+        used.iter().map(|&at| &self.buffers[at]).filter(|b| b.role == Role::Weight).map(BufferDesc::bytes).sum()
     }
 }
 

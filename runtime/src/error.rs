@@ -6,10 +6,14 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     #[error(transparent)]
     Model(#[from] treespark_models::Error),
+    #[error("tree: {0}")]
+    Shape(#[from] treespark_kernel_gen::shape::ShapeError),
     #[error(transparent)]
     Pass(#[from] treespark_kernel_gen::PassError),
     #[error("the context is full: {needed} tokens are needed, {limit} fit (raise --context, or shorten the prompt)")]
     ContextFull { needed: usize, limit: usize },
+    #[error("the model has no chat template: pass the prompt as it is (--raw)")]
+    NoChatTemplate,
     #[error("the prompt is empty: give at least one token")]
     EmptyPrompt,
     #[error("{parameter} is {value}, expected {expected}")]

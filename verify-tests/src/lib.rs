@@ -1,1 +1,15 @@
-//! stub
+//! Proof that the backends compute what they promise.
+//!
+//! In reading order: [`oracle`] (every op in plain f64 loops, the definition of right), [`rng`], [`batch`] and
+//! [`tiny_model`] (inputs), [`arb`] (their generators), [`bed`] (runs a pass of a tiny model on any backend),
+//! [`conformance`] (the properties, stamped onto a backend by [`conformance!`]), [`near_tie`] (are two differing
+//! tokens excusable?).
+
+pub mod arb;
+pub mod batch;
+pub mod bed;
+pub mod conformance;
+pub mod near_tie;
+pub mod oracle;
+pub mod rng;
+pub mod tiny_model;

@@ -1,0 +1,249 @@
+//! The ops that read a weight: embed, qkv, project, gate/up, head.
+
+use super::{Access, Axis, Grid, KernelCall, LowerError, Lowering};
+use crate::op::Op;
+use crate::pass::{Buf, DType};
+use crate::spec::KernelSpec;
+
+/// Most rows that share one load of a weight.
+const MAX_ROW_TILE: usize = 16;
+/// Groups of 16 lanes in a workgroup.
+const GROUPS: usize = 8;
+/// The same where a workgroup owns a whole head.
+const HEAD_NORM_GROUPS: usize = 16;
+/// Floats of the staged outputs of a workgroup that owns a whole head.
+const HEAD_NORM_FLOATS: usize = 1024;
+/// Weight rows that a group works on at a time.
+const PROJECT_OUTPUTS: usize = 1;
+const HEAD_OUTPUTS: usize = 2;
+
+/// The part of a matmul that one bank of its weight serves.
+struct Bank {
+    index: usize,
+    first_row: usize,
+    rows: usize,
+}
+
+impl Lowering<'_> {
+    fn weight_banks(&self, weight: Buf) -> Vec<Bank> {
+        let desc = self.desc(weight);
+        let row_bytes = desc.bytes() / desc.shape[0];
+        let banks = self.limits.banks(desc).into_iter().enumerate();
+        banks
+            .map(|(index, bytes)| Bank { index, first_row: bytes.start / row_bytes, rows: bytes.len() / row_bytes })
+            .collect()
+    }
+
+    fn bank_binding(&self, weight: Buf, bank: &Bank) -> super::Binding {
+        let desc = self.desc(weight);
+        self.bank(weight, bank.index, 0..bank.rows * desc.bytes() / desc.shape[0], Access::Read)
+    }
+
+    fn columns(&self, weight: Buf) -> usize {
+        self.desc(weight).shape[1]
+    }
+
+    /// Rows that share a weight's load: the pass's rows, rounded up to a power of two.
+    fn row_tile(&self, most: usize) -> usize {
+        self.pass.rows.next_power_of_two().min(most)
+    }
+
+    pub(super) fn embed(&self) -> Result<Vec<KernelCall>, LowerError> {
+        let &Op::Embed { table, out, .. } = self.op else { unreachable!("lowering another op") };
+        let columns = self.columns(table);
+        let call = |bank: Bank| KernelCall {
+            spec: KernelSpec::new("embed")
+                .size("COLUMNS", "k", columns)
+                .format("WEIGHT", self.desc(table).dtype)
+                .with("BANK_BEGIN", bank.first_row)
+                .with("BANK_ROWS", bank.rows),
+            bindings: vec![
+                self.read(self.batch.rows),
+                self.read(self.batch.requests),
+                self.bank_binding(table, &bank),
+                self.rows(out, Access::Write),
+            ],
+            grid: Grid([Axis::Fixed((columns / 8).div_ceil(64)), Axis::Rows(1), Axis::Fixed(1)]),
+        };
+        Ok(self.weight_banks(table).into_iter().map(call).collect())
+    }
+
+    pub(super) fn project(&self) -> Result<Vec<KernelCall>, LowerError> {
+        let &Op::Project { x, weight, residual, .. } = self.op else { unreachable!("lowering another op") };
+        let call = |bank: Bank| KernelCall {
+            spec: self
+                .matmul("project", weight, self.row_tile(MAX_ROW_TILE))
+                .with("WIDTH", self.desc(residual).shape[1])
+                .with("GROUPS", GROUPS)
+                .with("OUTPUTS", PROJECT_OUTPUTS)
+                .with("BANK_BEGIN", bank.first_row)
+                .with("BANK_ROWS", bank.rows),
+            bindings: vec![
+                self.read(self.batch.requests),
+                self.rows(x, Access::Read),
+                self.bank_binding(weight, &bank),
+                self.rows(residual, Access::Write),
+            ],
+            grid: self.matmul_grid(bank.rows.div_ceil(GROUPS * PROJECT_OUTPUTS), MAX_ROW_TILE),
+        };
+        Ok(self.weight_banks(weight).into_iter().map(call).collect())
+    }
+
+    pub(super) fn head(&self) -> Result<Vec<KernelCall>, LowerError> {
+        let &Op::Head { eps, x, norm, weight, logits, .. } = self.op else { unreachable!("lowering another op") };
+        let call = |bank: Bank| KernelCall {
+            spec: self
+                .matmul("head", weight, self.row_tile(MAX_ROW_TILE))
+                .with("WIDTH", self.desc(logits).shape[1])
+                .with("EPS", eps)
+                .with("GROUPS", GROUPS)
+                .with("OUTPUTS", HEAD_OUTPUTS)
+                .with("BANK_BEGIN", bank.first_row)
+                .with("BANK_ROWS", bank.rows),
+            bindings: vec![
+                self.read(self.batch.requests),
+                self.rows(x, Access::Read),
+                self.read(norm),
+                self.bank_binding(weight, &bank),
+                self.rows(logits, Access::Write),
+            ],
+            grid: self.matmul_grid(bank.rows.div_ceil(GROUPS * HEAD_OUTPUTS), MAX_ROW_TILE),
+        };
+        Ok(self.weight_banks(weight).into_iter().map(call).collect())
+    }
+
+    /// Gate row i and up row i may lie in different banks: one call for each run of outputs that lies in one of each.
+    pub(super) fn gate_up(&self) -> Result<Vec<KernelCall>, LowerError> {
+        let &Op::GateUp { eps, x, norm, weight, out, .. } = self.op else { unreachable!("lowering another op") };
+        let width = self.desc(out).shape[1];
+        let row_bytes = self.desc(weight).bytes() / self.desc(weight).shape[0];
+        let banks = self.weight_banks(weight);
+        let bank_of = |row: usize| banks.iter().rfind(|b| b.first_row <= row).expect("banks begin at row 0");
+        let mut calls = Vec::new();
+        let mut begin = 0;
+        while begin < width {
+            let (gate_bank, up_bank) = (bank_of(begin), bank_of(width + begin));
+            let end = width
+                .min(gate_bank.first_row + gate_bank.rows)
+                .min(up_bank.first_row + up_bank.rows - width);
+            let part = |bank: &Bank, first: usize, last: usize| {
+                let bytes = (first - bank.first_row) * row_bytes..(last - bank.first_row) * row_bytes;
+                self.part(weight, bank.index, bytes, Access::Read)
+            };
+            let (gate, gate_base) = part(gate_bank, begin, end);
+            let (up, up_base) = part(up_bank, width + begin, width + end);
+            calls.push(KernelCall {
+                spec: self
+                    .matmul("gate_up", weight, self.row_tile(MAX_ROW_TILE))
+                    .size("WIDTH", "n", width)
+                    .with("EPS", eps)
+                    .with("GROUPS", GROUPS)
+                    .with("GATE_BASE", gate_base / 16)
+                    .with("UP_BASE", up_base / 16)
+                    .with("BANK_BEGIN", begin)
+                    .with("BANK_ROWS", end - begin),
+                bindings: vec![
+                    self.read(self.batch.requests),
+                    self.rows(x, Access::Read),
+                    self.read(norm),
+                    gate,
+                    up,
+                    self.rows(out, Access::Write),
+                ],
+                grid: self.matmul_grid((end - begin).div_ceil(GROUPS), MAX_ROW_TILE),
+            });
+            begin = end;
+        }
+        Ok(calls)
+    }
+
+    pub(super) fn qkv(&self) -> Result<Vec<KernelCall>, LowerError> {
+        let &Op::Qkv { weight, k_cache, q_norm, k_norm, .. } = self.op else { unreachable!("lowering another op") };
+        let head_dim = self.pass.cache_shape(k_cache).head_dim;
+        let banks = self.weight_banks(weight);
+        if banks.iter().any(|bank| !bank.first_row.is_multiple_of(head_dim)) {
+            let buffer = self.desc(weight).name.clone();
+            return Err(LowerError::HeadInTwoBanks { op: self.op.name(), buffer, head_dim });
+        }
+        let owns_heads = q_norm.is_some() || k_norm.is_some();
+        Ok(banks.iter().map(|bank| self.qkv_call(bank, head_dim, owns_heads)).collect())
+    }
+
+    fn qkv_call(&self, bank: &Bank, head_dim: usize, owns_heads: bool) -> KernelCall {
+        let &Op::Qkv { layer, heads, kv_heads, eps, x, norm, weight, bias, q_norm, k_norm, rope, q, .. } = self.op
+        else {
+            unreachable!("lowering another op")
+        };
+        let &Op::Qkv { k_cache, v_cache, .. } = self.op else { unreachable!("lowering another op") };
+        let cache = self.pass.cache_shape(k_cache);
+        let (k, base) = self.layer(k_cache, layer, Access::Write);
+        let (v, _) = self.layer(v_cache, layer, Access::Write);
+        let (groups, pairs, most_rows) = if owns_heads {
+            // Outputs are staged in workgroup memory: the tile shrinks for large heads.
+            (HEAD_NORM_GROUPS, head_dim / 2, (HEAD_NORM_FLOATS / head_dim).clamp(1, 8))
+        } else {
+            (GROUPS, GROUPS, MAX_ROW_TILE)
+        };
+        let spec = self
+            .matmul("qkv", weight, self.row_tile(most_rows))
+            .size("HEAD_DIM", "hd", head_dim)
+            .size("HEADS", "h", heads)
+            .size("KV_HEADS", "kv", kv_heads)
+            .format("CACHE", self.desc(k_cache).dtype)
+            .size("PAGE_SIZE", "p", cache.page_size)
+            .with("HEAD_WORDS", head_dim * self.desc(k_cache).dtype.size() / 4)
+            .with("PAGES_PER_REQUEST", self.pages_per_request())
+            .with("CACHE_BASE", base / 4)
+            .with("EPS", eps)
+            .flag("BIAS", "bias", bias.is_some())
+            .with("BIAS_VECTORS", bias.map_or(1, |b| self.desc(b).len() / 4))
+            .flag("Q_NORM", "qnorm", q_norm.is_some())
+            .flag("K_NORM", "knorm", k_norm.is_some())
+            .with("Q_NORM_VECTORS", q_norm.map_or(1, |b| self.desc(b).len() / 4))
+            .with("K_NORM_VECTORS", k_norm.map_or(1, |b| self.desc(b).len() / 4))
+            .with("REQUESTS", self.max_requests())
+            .with("GROUPS", groups)
+            .with("PAIRS", pairs)
+            .with("BANK_BEGIN", bank.first_row / head_dim)
+            .with("BANK_HEADS", bank.rows / head_dim);
+        let uniform = |buf: Option<Buf>| match buf {
+            Some(buf) => self.whole(buf, Access::Uniform),
+            // A model without it: any uniform of four words stands in, and is not read.
+            None => super::Binding { bytes: 0..16, ..self.whole(self.batch.requests, Access::Uniform) },
+        };
+        KernelCall {
+            spec,
+            bindings: vec![
+                self.rows(self.batch.rows, Access::Uniform),
+                uniform(Some(self.batch.requests)),
+                uniform(bias),
+                uniform(q_norm),
+                uniform(k_norm),
+                self.read(self.batch.pages),
+                self.rows(x, Access::Read),
+                self.read(norm),
+                self.bank_binding(weight, bank),
+                self.read(rope),
+                self.rows(q, Access::Write),
+                k,
+                v,
+            ],
+            grid: self.matmul_grid((bank.rows / 2).div_ceil(pairs), most_rows),
+        }
+    }
+
+    /// The constants of `lib/matmul.wgsl` that all its kernels name.
+    fn matmul(&self, stem: &'static str, weight: Buf, row_tile: usize) -> KernelSpec {
+        let dtype = self.desc(weight).dtype;
+        debug_assert_ne!(dtype, DType::U32);
+        KernelSpec::new(stem)
+            .size("COLUMNS", "k", self.columns(weight))
+            .format("WEIGHT", dtype)
+            .size("ROW_TILE", "r", row_tile)
+            .with("ROWS", self.pass.rows)
+    }
+
+    fn matmul_grid(&self, workgroups: usize, most_rows: usize) -> Grid {
+        Grid([Axis::Fixed(workgroups), Axis::Rows(self.row_tile(most_rows)), Axis::Fixed(1)])
+    }
+}

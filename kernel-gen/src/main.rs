@@ -1,0 +1,116 @@
+//! The generator's own small tool: looks at trees and at the kernels made for them.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use treespark_kernel_gen::draw::draw;
+use treespark_kernel_gen::emit::{Lang, emit, stems};
+use treespark_kernel_gen::lower::{KernelCall, lower};
+use treespark_kernel_gen::{TreeShape, TreeSpec, release};
+
+const HELP: &str = "\
+Looks at speculation trees and at the kernels made for them.
+
+Usage:
+  treespark-kernel-gen draw SHAPE                               the tree
+  treespark-kernel-gen show SHAPE [--lang wgsl] [--kernel STEM] a kernel compiled for the tree (tree_attention)
+  treespark-kernel-gen list                                     the kernels of a release
+
+A SHAPE is root, chain:8 (8 nodes below the root), 4x2x2x1 (children a node, level by level),
+parents:0,0,0,1,1 (the root's own 0 first) or paths:0;0.0;1 (child ranks from the root down).
+Kernels are shown with the sizes of SmolLM2-135M.
+
+Examples:
+  cargo run -p treespark-kernel-gen -- draw 4x2x2x1
+  cargo run -p treespark-kernel-gen -- draw 'paths:0;0.0;1'
+  cargo run -p treespark-kernel-gen -- show 4x2x2x1 --lang wgsl
+  cargo run -p treespark-kernel-gen -- show chain:4 --kernel accept
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match run(&arguments) {
+        // A reader that has seen enough (`| head`) is no failure.
+        Ok(text) => {
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(problem) => {
+            eprintln!("{problem}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(arguments: &[String]) -> Result<String, String> {
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["--help" | "-h" | "help"] => Ok(HELP.to_string()),
+        ["draw", shape] => {
+            let shape: TreeShape = shape.parse().map_err(text)?;
+            let (n, leaves, depth) = (shape.len(), shape.leaves().len(), shape.max_depth());
+            let drawing = draw(&shape, |node| node.to_string());
+            Ok(format!("{shape}: {n} nodes, {leaves} leaves, depth {depth}\n{drawing}"))
+        }
+        ["show", shape, ref options @ ..] => show(shape.parse().map_err(text)?, kernel(options)?),
+        ["list"] => Ok(release::calls().map_err(text)?.iter().map(|call| format!("{}\n", call.spec.name())).collect()),
+        _ => Err(format!("nothing to do for `{}`\n\n{HELP}", arguments.join(" "))),
+    }
+}
+
+/// The kernel that the options of `show` ask for.
+fn kernel<'a>(options: &[&'a str]) -> Result<&'a str, String> {
+    let mut kernel = "tree_attention";
+    for option in options.chunks(2) {
+        match option {
+            ["--lang", "wgsl"] => {}
+            ["--lang", other] => return Err(format!("no kernels in `{other}`; there are: wgsl")),
+            ["--kernel", stem] => kernel = stem,
+            _ => return Err(format!("`{}` is not understood; see --help", option.join(" "))),
+        }
+    }
+    Ok(kernel)
+}
+
+/// The first kernel of this stem in a pass over the tree.
+fn show(shape: TreeShape, stem: &str) -> Result<String, String> {
+    let pass = release::MODELS[0].pass(shape.len(), TreeSpec::Static(shape));
+    let calls: Result<Vec<Vec<KernelCall>>, _> =
+        pass.ops.iter().map(|op| lower(op, &pass, &release::PORTABLE)).collect();
+    let calls = calls.map_err(text)?.concat();
+    let known = || stems().collect::<Vec<_>>().join(", ");
+    let found = calls.iter().find(|call| call.spec.stem() == stem);
+    let call = found.ok_or_else(|| format!("no kernel `{stem}` in a pass over this tree; kernels: {}", known()))?;
+    emit(&call.spec, Lang::Wgsl).map_err(text)
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::run;
+
+    fn words(line: &str) -> Vec<String> {
+        line.split(' ').map(str::to_string).collect()
+    }
+
+    #[test]
+    fn draws_and_explains() {
+        assert_eq!(run(&words("draw 2x1")).unwrap(), "2x1: 5 nodes, 2 leaves, depth 2\n0\n├─ 1 ─ 3\n└─ 2 ─ 4\n");
+        assert!(run(&words("draw chain:256")).unwrap_err().contains("257"));
+        assert!(run(&words("--help")).unwrap().contains("Usage"));
+        assert!(run(&words("drew 2x1")).unwrap_err().contains("`drew 2x1`"));
+    }
+
+    #[test]
+    fn shows_and_lists_kernels() {
+        let shown = run(&words("show 2x1 --lang wgsl")).unwrap();
+        assert!(shown.contains("├─ 1 ─ 3") && shown.contains("@compute"), "{shown}");
+        assert!(run(&words("show 2x1 --kernel accept")).unwrap().contains("accepted"));
+        assert!(run(&words("show 2x1 --lang cobol")).unwrap_err().contains("cobol"));
+        assert!(run(&words("show 2x1 --kernel")).unwrap_err().contains("--kernel"));
+        assert!(run(&words("show 2x1 --kernel attend")).unwrap_err().contains("tree_attention"));
+        assert!(run(&words("list")).unwrap().contains("tree_attention__"));
+    }
+}

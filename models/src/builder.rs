@@ -1,0 +1,169 @@
+//! What every architecture shares when it describes its passes: the sizes, the batch, the cache, and what follows the
+//! logits. An architecture adds its weights and its layers.
+//!
+//! All passes of a model share their buffers by name, so a buffer is described in one place only: here, or for weights
+//! in the list that the architecture gives ([`Weight`]).
+
+use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words};
+use treespark_kernel_gen::op::Batch;
+use treespark_kernel_gen::{
+    Buf, BufferDesc, CacheShape, DType, MAX_NODES, Op, Pass, PassError, Request, Role, Row, TreeSpec,
+};
+
+/// The constant sizes and formats of the buffers that a model's passes share.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dims {
+    /// Rows of the largest pass.
+    pub max_rows: usize,
+    /// Rows of the logits: the largest pass that has a head.
+    pub head_rows: usize,
+    pub max_requests: usize,
+    /// Positions of the rope table: the longest request, tree included, in tokens.
+    pub context: usize,
+    /// Cache slots of a page, a power of two.
+    pub page_size: usize,
+    /// Pages in the pool.
+    pub pages: usize,
+    pub pages_per_request: usize,
+    /// Candidates that a draft pass ranks for each row.
+    pub top_k: usize,
+    pub cache_dtype: DType,
+    /// The trees that attention and acceptance are compiled for. Not bounded by the rows of a pass: a draft pass may
+    /// run one level of a tree whose other nodes are in the cache.
+    pub tree: TreeSpec,
+}
+
+/// A weight buffer, and what it is made of.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Weight {
+    pub desc: BufferDesc,
+    pub source: Source,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Source {
+    /// Tensors of the checkpoint with their shapes, stacked along the first dimension.
+    Stack(Vec<(String, Vec<usize>)>),
+    /// [`rope::table`](crate::rope::table)
+    RopeTable,
+}
+
+/// Collects the weight buffers of a model. A part is a tensor's name and its rows.
+pub(crate) struct WeightList {
+    matrix_dtype: DType,
+    weights: Vec<Weight>,
+}
+
+impl WeightList {
+    pub fn new(matrix_dtype: DType) -> WeightList {
+        WeightList { matrix_dtype, weights: Vec::new() }
+    }
+
+    pub fn matrix(&mut self, name: impl Into<String>, columns: usize, parts: Vec<(String, usize)>) {
+        self.stack(name.into(), self.matrix_dtype, parts, &[columns]);
+    }
+
+    pub fn vector(&mut self, name: impl Into<String>, parts: Vec<(String, usize)>) {
+        self.stack(name.into(), DType::F32, parts, &[]);
+    }
+
+    pub fn rope(&mut self, positions: usize, head_dim: usize) {
+        self.add("rope".to_string(), DType::F32, vec![positions, head_dim / 2, 2], Source::RopeTable);
+    }
+
+    pub fn finish(self) -> Vec<Weight> {
+        self.weights
+    }
+
+    fn stack(&mut self, name: String, dtype: DType, parts: Vec<(String, usize)>, columns: &[usize]) {
+        let shape = |rows| [&[rows], columns].concat();
+        let total = parts.iter().map(|(_, rows)| rows).sum();
+        let parts = parts.into_iter().map(|(tensor, rows)| (tensor, shape(rows))).collect();
+        self.add(name, dtype, shape(total), Source::Stack(parts));
+    }
+
+    fn add(&mut self, name: String, dtype: DType, shape: Vec<usize>, source: Source) {
+        self.weights.push(Weight { desc: BufferDesc { name, role: Role::Weight, dtype, shape }, source });
+    }
+}
+
+/// A pass being described.
+pub(crate) struct Builder<'a> {
+    pub dims: &'a Dims,
+    pub pass: Pass,
+    pub batch: Batch,
+    weights: Vec<Weight>,
+    vocab: usize,
+}
+
+impl<'a> Builder<'a> {
+    pub fn new(name: &str, dims: &'a Dims, rows: usize, vocab: usize, weights: Vec<Weight>) -> Builder<'a> {
+        let mut pass = Pass::new(name, rows);
+        let mut input = |name: &str, shape: &[usize]| pass.add(name, Role::Input, DType::U32, shape);
+        let batch = Batch {
+            rows: input("rows", &[dims.max_rows, Row::WORDS]),
+            requests: input("requests", &[HEADER_WORDS + dims.max_requests * Request::WORDS]),
+            pages: input("pages", &[dims.max_requests, dims.pages_per_request]),
+        };
+        Builder { dims, pass, batch, weights, vocab }
+    }
+
+    pub fn push(&mut self, op: Op) {
+        self.pass.ops.push(op);
+    }
+
+    /// The checked pass.
+    pub fn finish(self) -> Result<Pass, PassError> {
+        self.pass.check()?;
+        Ok(self.pass)
+    }
+
+    /// A weight that the architecture's list must have.
+    pub fn weight(&mut self, name: &str) -> Buf {
+        self.optional_weight(name).unwrap_or_else(|| panic!("no weight buffer is called {name}"))
+    }
+
+    pub fn optional_weight(&mut self, name: &str) -> Option<Buf> {
+        let desc = &self.weights.iter().find(|weight| weight.desc.name == name)?.desc;
+        Some(self.pass.add(name, desc.role, desc.dtype, &desc.shape))
+    }
+
+    /// F32 values for each row of the pass.
+    pub fn scratch(&mut self, name: &str, row_shape: &[usize]) -> Buf {
+        self.pass.add(name, Role::Scratch, DType::F32, &[&[self.dims.max_rows], row_shape].concat())
+    }
+
+    pub fn cache(&mut self, layers: usize, kv_heads: usize, head_dim: usize) -> (Buf, Buf) {
+        let Dims { pages, page_size, cache_dtype, .. } = *self.dims;
+        let shape = CacheShape { layers, pages, kv_heads, page_size, head_dim }.dims();
+        let mut add = |name: &str| self.pass.add(name, Role::Cache, cache_dtype, &shape);
+        (add("cache.k"), add("cache.v"))
+    }
+
+    pub fn logits(&mut self) -> Buf {
+        self.pass.add("logits", Role::Output, DType::F32, &[self.dims.head_rows, self.vocab])
+    }
+
+    pub fn accepted(&mut self) -> Buf {
+        let shape = [self.dims.max_requests, accepted_words(MAX_NODES)];
+        self.pass.add("accepted", Role::Output, DType::U32, &shape)
+    }
+
+    /// What ends a verify pass.
+    pub fn draw_and_accept(&mut self) {
+        let (batch, logits, tree, accepted) = (self.batch, self.logits(), self.dims.tree.clone(), self.accepted());
+        let seen_shape = [self.dims.max_requests, self.vocab.div_ceil(32)];
+        let seen = self.pass.add("seen", Role::Input, DType::U32, &seen_shape);
+        let draws = self.pass.add("draws", Role::Output, DType::U32, &[self.dims.max_rows]);
+        self.push(Op::Draw { batch, seen, logits, draws });
+        self.push(Op::Accept { batch, tree, draws, accepted });
+    }
+
+    /// What ends a draft pass.
+    pub fn top_k(&mut self) {
+        let (batch, logits, shape) = (self.batch, self.logits(), [self.dims.head_rows, self.dims.top_k]);
+        let ids = self.pass.add("top_ids", Role::Output, DType::U32, &shape);
+        let values = self.pass.add("top_values", Role::Output, DType::F32, &shape);
+        self.push(Op::TopK { batch, logits, ids, values });
+    }
+}

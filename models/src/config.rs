@@ -1,0 +1,344 @@
+//! What a model is made of: the sizes and switches of a `config.json`, validated.
+//!
+//! Both dialects of Hugging Face are read: `rope_theta` and `rope_scaling` at the top, or newer `rope_parameters`. A
+//! GGUF file's metadata arrives translated to the same keys. What a config asks for and the passes cannot do is
+//! refused here, by the name of its key, so that nothing is silently computed differently.
+
+use std::path::Path;
+
+use serde_json::Value;
+use treespark_kernel_gen::DType;
+
+use crate::error::{Error, Result};
+
+/// The `architectures` that can be loaded. All are pre-norm decoders with rope, grouped-query attention and SwiGLU.
+pub const SUPPORTED: [&str; 3] = ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
+
+/// Keeps the bytes of every buffer that a config describes within a `usize`.
+const LARGEST_SIZE: u64 = 1 << 24;
+/// What `rope_theta` is where a config does not say: Llama 2's does not.
+const DEFAULT_THETA: f32 = 10000.0;
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// One of [`SUPPORTED`].
+    pub architecture: &'static str,
+    pub hidden: usize,
+    /// Inner size of the MLP.
+    pub ffn: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// Rows of the embedding table and of the head; may exceed the tokenizer's vocabulary (padding).
+    pub vocab_size: usize,
+    /// Longest sequence the model was made for, in tokens.
+    pub max_position_embeddings: usize,
+    pub rms_eps: f32,
+    pub rope: Rope,
+    /// The q, k and v projections have biases.
+    pub qkv_bias: bool,
+    /// q and k are normalised over each head.
+    pub qk_norm: bool,
+    /// The head is the embedding table.
+    pub tied: bool,
+    /// Of the matrices in memory; norms and biases are F32.
+    pub weight_dtype: DType,
+    /// Tokens that end a text, as far as the config knows.
+    pub eos: Vec<u32>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    pub theta: f32,
+    pub scaling: RopeScaling,
+}
+
+/// How inverse frequencies are changed for longer contexts.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    None,
+    /// All are divided by the factor.
+    Linear {
+        factor: f32,
+    },
+    /// Long waves are divided, short ones kept, those between blended.
+    Llama3 {
+        factor: f32,
+        low_freq_factor: f32,
+        high_freq_factor: f32,
+        original_max_positions: f32,
+    },
+}
+
+impl Config {
+    /// Reads and validates a `config.json`; `path` is named in errors. What the matrices are in memory is known by the
+    /// tensors, not by the config.
+    pub fn from_json(json: &Value, weight_dtype: DType, path: &Path) -> Result<Config> {
+        let architecture = architecture(json)?;
+        let keys = Keys { json, path };
+        keys.refuse_what_passes_cannot_do(architecture)?;
+        let (hidden, heads) = (keys.size("hidden_size")?, keys.size("num_attention_heads")?);
+        let config = Config {
+            architecture,
+            hidden,
+            ffn: keys.size("intermediate_size")?,
+            layers: keys.size("num_hidden_layers")?,
+            heads,
+            kv_heads: keys.size_or("num_key_value_heads", heads)?,
+            head_dim: keys.size_or("head_dim", hidden / heads)?,
+            vocab_size: keys.size("vocab_size")?,
+            max_position_embeddings: keys.size("max_position_embeddings")?,
+            rms_eps: keys.number("rms_norm_eps")?,
+            rope: keys.rope()?,
+            qkv_bias: architecture == "Qwen2ForCausalLM" || keys.flag("attention_bias")?,
+            qk_norm: architecture == "Qwen3ForCausalLM",
+            tied: keys.flag("tie_word_embeddings")?,
+            weight_dtype,
+            eos: token_ids(&json["eos_token_id"]),
+        };
+        keys.check_sizes(&config)?;
+        Ok(config)
+    }
+
+    /// Elements of a row of all query heads, side by side.
+    pub fn q_dim(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Elements of a row of all key heads (or all value heads).
+    pub fn kv_dim(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+}
+
+/// Token ids of a key that holds one, a list, or null.
+pub fn token_ids(value: &Value) -> Vec<u32> {
+    let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Value::Array(ids) => ids.iter().filter_map(id).collect(),
+        other => id(other).into_iter().collect(),
+    }
+}
+
+fn architecture(json: &Value) -> Result<&'static str> {
+    let got = json["architectures"][0].as_str().or(json["model_type"].as_str()).unwrap_or("(none named)");
+    SUPPORTED
+        .into_iter()
+        .find(|&name| name == got)
+        .ok_or_else(|| Error::Architecture { got: got.to_string(), supported: SUPPORTED.join(", ") })
+}
+
+/// Typed access to a config's keys. A key that is null counts as absent, as in Python.
+struct Keys<'a> {
+    json: &'a Value,
+    path: &'a Path,
+}
+
+impl Keys<'_> {
+    fn error(&self, problem: String) -> Error {
+        Error::Malformed { path: self.path.to_path_buf(), problem: format!("config: {problem}") }
+    }
+
+    fn size(&self, key: &str) -> Result<usize> {
+        match self.json[key].as_u64() {
+            Some(n) if (1..=LARGEST_SIZE).contains(&n) => Ok(n as usize),
+            _ => Err(self.error(format!("{key} is {}, expected 1 to {LARGEST_SIZE}", self.json[key]))),
+        }
+    }
+
+    fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+        if self.json[key].is_null() { Ok(default) } else { self.size(key) }
+    }
+
+    fn number(&self, key: &str) -> Result<f32> {
+        self.number_in(self.json, key)
+    }
+
+    fn number_in(&self, object: &Value, key: &str) -> Result<f32> {
+        match object[key].as_f64() {
+            Some(x) if x > 0.0 && x.is_finite() => Ok(x as f32),
+            _ => Err(self.error(format!("{key} is {}, expected a positive number", object[key]))),
+        }
+    }
+
+    fn flag(&self, key: &str) -> Result<bool> {
+        match &self.json[key] {
+            Value::Null => Ok(false),
+            Value::Bool(flag) => Ok(*flag),
+            other => Err(self.error(format!("{key} is {other}, expected true or false"))),
+        }
+    }
+
+    fn refuse_what_passes_cannot_do(&self, architecture: &str) -> Result<()> {
+        let activation = self.json["hidden_act"].as_str().unwrap_or("silu");
+        if activation != "silu" {
+            return Err(self.error(format!("hidden_act is {activation}, only silu is supported")));
+        }
+        for key in ["mlp_bias", "use_sliding_window"] {
+            if self.flag(key)? {
+                return Err(self.error(format!("{key} is true, which is not supported for {architecture}")));
+            }
+        }
+        let layer_types = self.json["layer_types"].as_array().into_iter().flatten();
+        if let Some(other) = layer_types.into_iter().find(|kind| *kind != "full_attention") {
+            return Err(self.error(format!("layer_types has {other}, only full_attention is supported")));
+        }
+        Ok(())
+    }
+
+    fn rope(&self) -> Result<Rope> {
+        let newer = &self.json["rope_parameters"];
+        for object in [self.json, newer] {
+            if object["partial_rotary_factor"].as_f64().is_some_and(|share| share != 1.0) {
+                return Err(self.error("partial_rotary_factor is not 1, which is not supported".to_string()));
+            }
+        }
+        let scaling = if newer.is_object() { newer } else { &self.json["rope_scaling"] };
+        let theta = match [newer, self.json].into_iter().find(|object| !object["rope_theta"].is_null()) {
+            Some(object) => self.number_in(object, "rope_theta")?,
+            None => DEFAULT_THETA,
+        };
+        Ok(Rope { theta, scaling: self.rope_scaling(scaling)? })
+    }
+
+    fn rope_scaling(&self, object: &Value) -> Result<RopeScaling> {
+        let number = |key| self.number_in(object, key);
+        match object["rope_type"].as_str().or(object["type"].as_str()).unwrap_or("default") {
+            "default" => Ok(RopeScaling::None),
+            "linear" => Ok(RopeScaling::Linear { factor: number("factor")? }),
+            "llama3" => {
+                let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);
+                if low >= high {
+                    return Err(self.error(format!("low_freq_factor is {low}, not below high_freq_factor {high}")));
+                }
+                Ok(RopeScaling::Llama3 {
+                    factor: number("factor")?,
+                    low_freq_factor: low,
+                    high_freq_factor: high,
+                    original_max_positions: number("original_max_position_embeddings")?,
+                })
+            }
+            other => Err(self.error(format!("rope_type is {other}; supported: default, linear, llama3"))),
+        }
+    }
+
+    fn check_sizes(&self, config: &Config) -> Result<()> {
+        let Config { heads, kv_heads, head_dim, .. } = *config;
+        if !heads.is_multiple_of(kv_heads) {
+            return Err(self
+                .error(format!("num_attention_heads is {heads}, not a multiple of num_key_value_heads, {kv_heads}")));
+        }
+        if head_dim == 0 || head_dim > 256 {
+            return Err(self.error(format!("head_dim is {head_dim}, expected 8 to 256")));
+        }
+        let sizes = [("hidden_size", config.hidden), ("intermediate_size", config.ffn), ("head_dim", head_dim)];
+        for (key, size) in sizes {
+            if !size.is_multiple_of(8) {
+                return Err(self.error(format!("{key} is {size}, kernels need a multiple of 8")));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn llama() -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 96, "intermediate_size": 136,
+            "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 100,
+            "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+        })
+    }
+
+    fn with(key: &str, value: Value) -> Value {
+        let mut json = llama();
+        json[key] = value;
+        json
+    }
+
+    fn read(json: &Value) -> Result<Config> {
+        Config::from_json(json, DType::F32, Path::new("config.json"))
+    }
+
+    #[test]
+    fn defaults_of_absent_keys() {
+        let config = read(&llama()).unwrap();
+        assert_eq!((config.head_dim, config.kv_heads, config.q_dim(), config.kv_dim()), (16, 2, 96, 32));
+        assert!(!config.qkv_bias && !config.qk_norm && !config.tied && config.eos.is_empty());
+        let mut json = llama();
+        json.as_object_mut().unwrap().remove("num_key_value_heads");
+        assert_eq!(read(&json).unwrap().kv_heads, 6);
+        assert_eq!(read(&with("head_dim", Value::Null)).unwrap().head_dim, 16);
+        assert_eq!(read(&with("rope_theta", Value::Null)).unwrap().rope.theta, 10000.0);
+        assert_eq!(read(&with("head_dim", json!(32))).unwrap().q_dim(), 192);
+    }
+
+    #[test]
+    fn architectures_differ_in_biases_and_norms() {
+        let switches = |name| {
+            let config = read(&with("architectures", json!([name]))).unwrap();
+            (config.qkv_bias, config.qk_norm)
+        };
+        assert_eq!(switches("LlamaForCausalLM"), (false, false));
+        assert_eq!(switches("Qwen2ForCausalLM"), (true, false));
+        assert_eq!(switches("Qwen3ForCausalLM"), (false, true));
+        assert!(read(&with("attention_bias", json!(true))).unwrap().qkv_bias);
+    }
+
+    #[test]
+    fn both_rope_dialects_read_the_same() {
+        let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192});
+        let older = read(&with("rope_scaling", scaling.clone())).unwrap().rope;
+        let mut newer = with("rope_parameters", scaling);
+        newer["rope_parameters"]["rope_theta"] = json!(10000.0);
+        newer.as_object_mut().unwrap().remove("rope_theta");
+        assert_eq!(read(&newer).unwrap().rope, older);
+        assert_eq!(older.theta, 10000.0);
+        assert!(matches!(older.scaling, RopeScaling::Llama3 { original_max_positions: 8192.0, .. }));
+        let oldest = read(&with("rope_scaling", json!({"type": "linear", "factor": 2.0}))).unwrap().rope;
+        assert_eq!(oldest.scaling, RopeScaling::Linear { factor: 2.0 });
+    }
+
+    #[test]
+    fn eos_is_one_token_or_several() {
+        assert_eq!(read(&with("eos_token_id", json!(2))).unwrap().eos, [2]);
+        assert_eq!(read(&with("eos_token_id", json!([2, 7]))).unwrap().eos, [2, 7]);
+        assert!(read(&with("eos_token_id", Value::Null)).unwrap().eos.is_empty());
+    }
+
+    #[test]
+    fn refusals_name_the_key_and_the_value() {
+        let cases = [
+            ("architectures", json!(["MambaForCausalLM"]), "MambaForCausalLM is not supported; supported: Llama"),
+            ("hidden_size", json!(0), "hidden_size is 0"),
+            ("hidden_size", json!(-8), "hidden_size is -8"),
+            ("hidden_size", json!(100), "hidden_size is 100, kernels need a multiple of 8"),
+            ("intermediate_size", Value::Null, "intermediate_size is null"),
+            ("num_attention_heads", json!(5), "num_attention_heads is 5, not a multiple of"),
+            ("head_dim", json!(12), "head_dim is 12"),
+            ("head_dim", json!(512), "head_dim is 512"),
+            ("num_attention_heads", json!(1000), "head_dim is 0"),
+            ("hidden_act", json!("gelu"), "hidden_act is gelu"),
+            ("mlp_bias", json!(true), "mlp_bias is true"),
+            ("use_sliding_window", json!(true), "use_sliding_window is true"),
+            ("layer_types", json!(["full_attention", "sliding_attention"]), "layer_types has \"sliding_attention\""),
+            ("rope_theta", json!(-1.0), "rope_theta is -1"),
+            ("vocab_size", json!(1u64 << 40), "vocab_size is 1099511627776, expected 1 to"),
+            ("rms_norm_eps", json!("tiny"), "rms_norm_eps is \"tiny\""),
+            ("rope_scaling", json!({"type": "dynamic", "factor": 2.0}), "rope_type is dynamic; supported"),
+            ("rope_scaling", json!({"rope_type": "linear"}), "factor is null"),
+            ("rope_parameters", json!({"rope_type": "yarn", "rope_theta": 1e4}), "rope_type is yarn"),
+            ("partial_rotary_factor", json!(0.5), "partial_rotary_factor is not 1"),
+        ];
+        for (key, value, expected) in cases {
+            let message = read(&with(key, value)).unwrap_err().to_string();
+            assert!(message.contains(expected), "{key}: {message}");
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! A model: a checkpoint whose configuration and tensors have been found to fit each other.
+//!
+//! Opening reads no weights, but proves that every tensor which the passes need is there in the right shape, and that
+//! no tensor is there which they would ignore: a bias that is silently left out is a wrong model, not a smaller one.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use serde_json::Value;
+use treespark_kernel_gen::{BufferDesc, DType};
+
+use crate::builder::{Source, Weight};
+use crate::chat::ChatTemplate;
+use crate::config::{self, Config};
+use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
+use crate::{Bytes, Checkpoint, Tensor, llama, rope};
+
+pub struct Model {
+    config: Config,
+    checkpoint: Checkpoint,
+}
+
+impl Model {
+    /// Opens a folder in the Hugging Face layout, or a GGUF file.
+    pub fn open(path: &Path) -> Result<Model> {
+        let checkpoint = Checkpoint::open(path)?;
+        let config = Config::from_json(checkpoint.config(), checkpoint.dtype(), path)?;
+        let model = Model { config, checkpoint };
+        model.check_tensors()?;
+        model.check_rope_factors()?;
+        Ok(model)
+    }
+
+    pub fn path(&self) -> &Path {
+        self.checkpoint.path()
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// What the matrices are in memory.
+    pub fn dtype(&self) -> DType {
+        self.config.weight_dtype
+    }
+
+    /// Every weight buffer of the model's passes with the tensors that, stacked, make it. Tensors are read when the
+    /// iterator reaches them, so that a caller who drops them as it goes never holds the model twice. `context` is the
+    /// number of positions of the rope table.
+    pub fn weights(&self, context: usize) -> impl Iterator<Item = Result<(BufferDesc, Vec<Tensor>)>> + '_ {
+        self.weight_list(context).into_iter().map(move |Weight { desc, source }| {
+            let parts = match source {
+                Source::Stack(parts) => {
+                    parts.iter().map(|(name, _)| self.checkpoint.tensor(name)).collect::<Result<Vec<_>>>()?
+                }
+                Source::RopeTable => vec![self.rope_table(&desc.shape)],
+            };
+            Ok((desc, parts))
+        })
+    }
+
+    /// Bytes of all weight buffers together.
+    pub fn weight_bytes(&self, context: usize) -> usize {
+        self.weight_list(context).iter().map(|weight| weight.desc.bytes()).sum()
+    }
+
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        Tokenizer::open(&self.checkpoint.tokenizer_source()?)
+    }
+
+    /// None for a model that was not trained to chat.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        let Some(source) = self.checkpoint.chat_template() else { return Ok(None) };
+        let token = |key| special_token(&self.checkpoint.tokenizer_config()[key]);
+        ChatTemplate::new(&source, token("bos_token"), token("eos_token")).map(Some)
+    }
+
+    /// The tokens that end an answer: what the configurations name, and what the tokenizer marks as an end.
+    pub fn stop_tokens(&self, tokenizer: &Tokenizer) -> Vec<u32> {
+        let mut ends = self.config.eos.clone();
+        ends.extend(
+            self.checkpoint.generation_config().map(|c| config::token_ids(&c["eos_token_id"])).unwrap_or_default(),
+        );
+        ends.extend(
+            special_token(&self.checkpoint.tokenizer_config()["eos_token"]).and_then(|t| tokenizer.token_id(t)),
+        );
+        ends.extend(tokenizer.end_tokens());
+        ends.sort_unstable();
+        ends.dedup();
+        ends
+    }
+
+    fn weight_list(&self, context: usize) -> Vec<Weight> {
+        llama::weights(&self.config, context)
+    }
+
+    fn rope_table(&self, shape: &[usize]) -> Tensor {
+        let factors = self.checkpoint.rope_factors();
+        let frequencies = rope::inverse_frequencies(&self.config.rope, self.config.head_dim, factors.as_deref());
+        let table = rope::table(&frequencies, shape[0]);
+        let bytes = table.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Tensor { dtype: DType::F32, shape: shape.to_vec(), bytes: Bytes::from_vec(bytes) }
+    }
+
+    fn check_tensors(&self) -> Result<()> {
+        let mut used = HashSet::new();
+        for weight in self.weight_list(1) {
+            let Source::Stack(parts) = weight.source else { continue };
+            for (name, expected) in parts {
+                match self.checkpoint.shape(&name) {
+                    Some(got) if got == expected => used.insert(name),
+                    Some(got) => return Err(Error::TensorShape { name, expected, got: got.to_vec() }),
+                    None => return Err(self.missing(name)),
+                };
+            }
+        }
+        match self.checkpoint.names().find(|name| !used.contains(name) && !is_redundant(name)) {
+            Some(name) => Err(self.malformed(format!(
+                "tensor {name} is not part of {} as it is configured: leaving it out would give a different model",
+                self.config.architecture
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    fn missing(&self, name: String) -> Error {
+        let context = format!("{} as configured in {} needs it", self.config.architecture, self.path().display());
+        Error::MissingTensor { name, context }
+    }
+
+    fn check_rope_factors(&self) -> Result<()> {
+        let frequencies = self.config.head_dim / 2;
+        match self.checkpoint.rope_factors() {
+            Some(factors) if factors.len() != frequencies => Err(self
+                .malformed(format!("holds {} rope factors, the heads have {frequencies} frequencies", factors.len()))),
+            _ => Ok(()),
+        }
+    }
+
+    fn malformed(&self, problem: String) -> Error {
+        Error::Malformed { path: self.path().to_path_buf(), problem }
+    }
+}
+
+/// Tensors that repeat what is known without them: a tied head, and frequencies that old checkpoints store.
+fn is_redundant(name: &str) -> bool {
+    name == "lm_head.weight" || name.ends_with(".rotary_emb.inv_freq")
+}
+
+/// A special token in a `tokenizer_config.json`: a string, or an object with its content.
+fn special_token(value: &Value) -> Option<&str> {
+    value.as_str().or(value["content"].as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::PathBuf;
+
+    use ::safetensors::tensor::{Dtype, TensorView};
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../verify-tests/fixtures/parity").join(name)
+    }
+
+    /// A copy of the tiny Llama with a changed config, and tensors added, reshaped (same name) or removed (no rows).
+    fn changed(config: &[(&str, Value)], tensors: &[(&str, &[usize])]) -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let text = std::fs::read(fixture("tiny-llama").join("config.json")).unwrap();
+        let mut json: Value = serde_json::from_slice(&text).unwrap();
+        for (key, value) in config {
+            json[*key] = value.clone();
+        }
+        std::fs::write(folder.path().join("config.json"), json.to_string()).unwrap();
+
+        let bytes = std::fs::read(fixture("tiny-llama").join("model.safetensors")).unwrap();
+        let file = ::safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let mut all: BTreeMap<String, TensorView> = file.tensors().into_iter().collect();
+        let zeros = vec![0; 1 << 20];
+        for (name, shape) in tensors {
+            all.remove(*name);
+            if !shape.is_empty() {
+                let len = shape.iter().product::<usize>() * 4;
+                let view = TensorView::new(Dtype::F32, shape.to_vec(), &zeros[..len]).unwrap();
+                all.insert(name.to_string(), view);
+            }
+        }
+        ::safetensors::serialize_to_file(&all, None, &folder.path().join("model.safetensors")).unwrap();
+        folder
+    }
+
+    fn problem(config: &[(&str, Value)], tensors: &[(&str, &[usize])]) -> String {
+        match Model::open(changed(config, tensors).path()) {
+            Ok(_) => panic!("was accepted"),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn parts_stack_up_to_their_buffers() {
+        for name in ["tiny-llama", "tiny-qwen2", "tiny-qwen3"] {
+            let model = Model::open(&fixture(name)).unwrap();
+            let mut loaded = 0;
+            for item in model.weights(64) {
+                let (desc, parts) = item.unwrap();
+                assert!(parts.iter().all(|part| part.dtype == desc.dtype), "{}", desc.name);
+                assert!(parts.iter().all(|part| part.shape[1..] == desc.shape[1..]), "{}", desc.name);
+                assert_eq!(parts.iter().map(|part| part.shape[0]).sum::<usize>(), desc.shape[0], "{}", desc.name);
+                assert_eq!(parts.iter().map(|part| part.bytes.as_slice().len()).sum::<usize>(), desc.bytes());
+                loaded += 1;
+            }
+            assert_eq!(loaded, model.weight_list(64).len());
+        }
+    }
+
+    #[test]
+    fn the_fused_projection_is_q_then_k_then_v() {
+        let model = Model::open(&fixture("tiny-qwen2")).unwrap();
+        let part = |letter| model.checkpoint.tensor(&format!("model.layers.1.self_attn.{letter}_proj.weight")).unwrap();
+        let (_, parts) = model.weights(8).map(Result::unwrap).find(|(desc, _)| desc.name == "layers.1.qkv").unwrap();
+        let expected = ["q", "k", "v"].map(part);
+        assert_eq!(parts.len(), 3);
+        for (got, expected) in parts.iter().zip(&expected) {
+            assert_eq!(got.bytes.as_slice(), expected.bytes.as_slice());
+        }
+    }
+
+    #[test]
+    fn the_rope_table_has_the_asked_context() {
+        let model = Model::open(&fixture("tiny-llama")).unwrap();
+        let (desc, parts) = model.weights(5).map(Result::unwrap).find(|(desc, _)| desc.name == "rope").unwrap();
+        assert_eq!(desc.shape, [5, 8, 2]);
+        // Cosine and sine of position 0, first frequency.
+        assert_eq!(parts[0].bytes.as_slice()[..8], [0, 0, 0x80, 0x3f, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn biases_are_loaded_where_the_config_says_so_and_refused_elsewhere() {
+        let bias: Vec<(String, Vec<usize>)> = (0..3)
+            .flat_map(|layer| ["q", "k", "v"].map(|letter| (layer, letter)))
+            .map(|(layer, letter)| {
+                (
+                    format!("model.layers.{layer}.self_attn.{letter}_proj.bias"),
+                    vec![if letter == "q" { 96 } else { 32 }],
+                )
+            })
+            .collect();
+        let mut biases: Vec<(&str, &[usize])> = bias.iter().map(|(name, shape)| (&name[..], &shape[..])).collect();
+        let with_bias = [("attention_bias", json!(true))];
+        assert!(Model::open(changed(&with_bias, &biases).path()).unwrap().config().qkv_bias);
+        assert!(problem(&[], &biases).contains("model.layers.0.self_attn.k_proj.bias is not part of LlamaForCausalLM"));
+        assert!(problem(&with_bias, &[]).contains("model.layers.0.self_attn.q_proj.bias is missing"));
+        biases.push(("model.layers.2.self_attn.o_proj.bias", &[96]));
+        assert!(problem(&with_bias, &biases).contains("model.layers.2.self_attn.o_proj.bias is not part of"));
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_are_named() {
+        let wrong = problem(&[], &[("model.layers.1.mlp.down_proj.weight", &[96, 128])]);
+        assert_eq!(wrong, "tensor model.layers.1.mlp.down_proj.weight has shape [96, 128], expected [96, 136]");
+        assert!(problem(&[], &[("model.norm.weight", &[])]).contains("tensor model.norm.weight is missing"));
+        assert!(problem(&[("vocab_size", json!(176))], &[]).contains("expected [176, 96]"));
+        assert!(problem(&[("num_hidden_layers", json!(2))], &[]).contains("model.layers.2.input_layernorm.weight"));
+        let tied = changed(&[("tie_word_embeddings", json!(true))], &[]);
+        assert!(Model::open(tied.path()).unwrap().weights(8).all(|item| item.unwrap().0.name != "head"));
+    }
+
+    #[test]
+    fn ends_come_from_every_file_that_names_them() {
+        let folder = changed(&[("eos_token_id", json!(7))], &[]);
+        std::fs::write(folder.path().join("generation_config.json"), json!({"eos_token_id": [9, 7]}).to_string())
+            .unwrap();
+        let json = json!({"eos_token": {"content": "c"}, "chat_template": "{{ bos_token }}|{{ eos_token }}"});
+        std::fs::write(folder.path().join("tokenizer_config.json"), json.to_string()).unwrap();
+        let tokenizer = json!({
+            "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+            "truncation": null, "padding": null,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2}, "merges": []},
+        });
+        std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        let model = Model::open(folder.path()).unwrap();
+        assert_eq!(model.stop_tokens(&model.tokenizer().unwrap()), [2, 7, 9]);
+        assert_eq!(model.chat_template().unwrap().unwrap().render(&[], false).unwrap(), "|c");
+    }
+}

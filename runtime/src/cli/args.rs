@@ -1,0 +1,184 @@
+//! What the command line takes.
+
+
+use anstyle::{AnsiColor, Style};
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use treespark::devices::BackendChoice;
+use treespark::{DrafterChoice, GenerateOptions, LlmOptions, Sampling};
+use treespark_kernel_gen::TreeShape;
+
+pub const ERROR: Style = AnsiColor::Red.on_default().bold();
+
+/// Lossless, tree-based speculative decoding of language models, on any GPU or none.
+#[derive(Parser)]
+#[command(version, about, after_help = EXAMPLES)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "Examples:
+  treespark generate -p \"Why is the sky blue?\" --stats
+  treespark generate -p \"Quote this twice: all roads lead to Rome.\" --show-tree
+  treespark generate --raw -p \"Once upon a time\" --temperature 0.8 --top-p 0.95 --seed 7
+  treespark chat --model path/to/model
+  git diff | treespark generate --tree 4x2x2x1 --max-new-tokens 400
+  treespark devices
+  treespark tree 4x2x2x1";
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Answer one prompt (-p, or standard input)
+    Generate(GenerateArgs),
+    /// Talk with the model
+    Chat(ChatArgs),
+    /// List the devices, and which one is taken and why
+    Devices,
+    /// Draw a tree shape
+    Tree(TreeArgs),
+}
+
+#[derive(ClapArgs)]
+pub struct GenerateArgs {
+    /// The prompt; without it, standard input is the prompt
+    #[arg(short, long)]
+    pub prompt: Option<String>,
+    /// Take the prompt as it is, without the model's chat template
+    #[arg(long)]
+    pub raw: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub decoding: DecodingArgs,
+    #[command(flatten)]
+    pub report: ReportArgs,
+}
+
+#[derive(ClapArgs)]
+pub struct ChatArgs {
+    /// What the model is told before the conversation
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub decoding: DecodingArgs,
+    #[command(flatten)]
+    pub report: ReportArgs,
+}
+
+#[derive(ClapArgs)]
+pub struct TreeArgs {
+    /// root, chain:8, 4x2x2x1, parents:0,0,0,1 or paths:0;1;0.0
+    #[arg(value_parser = parse_shape)]
+    pub shape: TreeShape,
+}
+
+#[derive(ClapArgs)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// A folder in the Hugging Face layout, a GGUF file, a known name, or org/name in the hub's cache
+    #[arg(short, long, default_value = treespark_models::hub::DEFAULT_MODEL)]
+    pub model: String,
+    /// Who drafts: none, ngram, or model:PATH (any model with the same tokenizer)
+    #[arg(short, long, default_value = "ngram")]
+    pub drafter: DrafterChoice,
+    /// Tree of every round, or auto: root, chain:8, 4x2x2x1, parents:0,0,0,1, paths:0;1;0.0
+    #[arg(short, long, default_value = "auto", value_parser = parse_tree)]
+    pub tree: Tree,
+    /// auto, cpu, wgpu, or wgpu:N (see `treespark devices`)
+    #[arg(short, long, default_value = "auto")]
+    pub backend: BackendChoice,
+    /// Tokens that fit, prompt included [default: the model's own, up to 8192]
+    #[arg(short, long, value_name = "TOKENS")]
+    pub context: Option<usize>,
+}
+
+#[derive(ClapArgs)]
+#[command(next_help_heading = "Decoding")]
+pub struct DecodingArgs {
+    /// Most tokens to generate
+    #[arg(short = 'n', long, default_value_t = 256, value_name = "N")]
+    pub max_new_tokens: usize,
+    /// 0 is greedy
+    #[arg(long, default_value_t = 0.0, value_name = "T", allow_negative_numbers = true)]
+    pub temperature: f32,
+    /// Keep the K most likely tokens; 0 keeps all
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    pub top_k: u32,
+    /// Keep the most likely tokens with this mass; 1 keeps all
+    #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: f32,
+    /// Drop tokens less likely than this fraction of the most likely; 0 keeps all
+    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true)]
+    pub min_p: f32,
+    /// Make tokens that occurred less likely; 1 does nothing
+    #[arg(long, default_value_t = 1.0, value_name = "R", allow_negative_numbers = true)]
+    pub repetition_penalty: f32,
+    /// Equal seeds give equal texts, with any drafter and tree
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Stop before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+}
+
+#[derive(ClapArgs)]
+#[command(next_help_heading = "Reports (to standard error)")]
+pub struct ReportArgs {
+    /// Speed, acceptance, times and memory; =json for one line of JSON
+    #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
+    pub stats: Option<StatsFormat>,
+    /// Every round's tree, with accepted, rejected and bonus tokens
+    #[arg(long)]
+    pub show_tree: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StatsFormat {
+    Text,
+    Json,
+}
+
+/// The `--tree` option: a shape, or the drafter's and scheduler's choice.
+#[derive(Clone)]
+pub struct Tree(pub Option<TreeShape>);
+
+fn parse_shape(text: &str) -> Result<TreeShape, String> {
+    text.parse().map_err(|error| format!("{error}"))
+}
+
+fn parse_tree(text: &str) -> Result<Tree, String> {
+    if text == "auto" { Ok(Tree(None)) } else { parse_shape(text).map(|shape| Tree(Some(shape))) }
+}
+
+impl ModelArgs {
+    pub fn options(&self) -> LlmOptions {
+        LlmOptions {
+            model: self.model.clone(),
+            drafter: self.drafter.clone(),
+            tree: self.tree.0.clone(),
+            backend: self.backend,
+            context: self.context,
+        }
+    }
+}
+
+impl DecodingArgs {
+    pub fn options(&self) -> GenerateOptions {
+        GenerateOptions {
+            sampling: Sampling {
+                temperature: self.temperature,
+                top_k: self.top_k,
+                top_p: self.top_p,
+                min_p: self.min_p,
+                repetition_penalty: self.repetition_penalty,
+                seed: self.seed,
+                sample: 0,
+            },
+            max_new_tokens: self.max_new_tokens,
+            stop: self.stop.clone(),
+        }
+    }
+}
+

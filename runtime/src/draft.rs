@@ -1,0 +1,123 @@
+//! Drafters: who proposes the trees.
+//!
+//! A drafter's proposals change only the speed, never the tokens: the target draws its own token at every node, and
+//! only the path that equals those draws is kept.
+
+pub mod model;
+pub mod ngram;
+
+use treespark_kernel_gen::TreeShape;
+
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::memory::MemoryUse;
+use crate::tree::{Accepted, TokenTree};
+
+/// A proposed tree. Nodes are listed best first where the drafter can choose, so that every prefix of them is the
+/// best tree of its size.
+#[derive(Debug, Clone)]
+pub struct Draft {
+    pub tree: TokenTree,
+    /// Estimated probability that a node is accepted, given everything before this round; 1 for the root.
+    pub survival: Vec<f32>,
+}
+
+impl Draft {
+    pub fn root(token: u32) -> Draft {
+        Draft { tree: TokenTree::root(token), survival: vec![1.0] }
+    }
+}
+
+/// What a round may draft.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The tree to fill; a drafter leaves out what it cannot fill. `None`: the drafter's own choice.
+    pub shape: Option<TreeShape>,
+    /// Most nodes, root included.
+    pub max_nodes: usize,
+    /// Deepest useful node: tokens that may still be generated.
+    pub max_depth: usize,
+}
+
+pub trait Drafter {
+    fn name(&self) -> &'static str;
+
+    /// Proposes continuations of `context`; the root is its last token.
+    fn propose(&mut self, backend: &mut dyn Backend, context: &[u32], plan: &Plan) -> Result<Draft>;
+
+    /// Learns what became of the last proposal, of which a prefix was verified.
+    fn observe(&mut self, backend: &mut dyn Backend, draft: &Draft, accepted: &Accepted) -> Result<()>;
+
+    /// Forgets the sequence.
+    fn reset(&mut self);
+
+    /// Device memory of its own.
+    fn memory_use(&self) -> MemoryUse {
+        MemoryUse::default()
+    }
+}
+
+/// Proposes nothing: plain decoding.
+#[derive(Debug, Default)]
+pub struct NoDrafter;
+
+impl Drafter for NoDrafter {
+    fn name(&self) -> &'static str {
+        "none"
+    }
+
+    fn propose(&mut self, _: &mut dyn Backend, context: &[u32], _: &Plan) -> Result<Draft> {
+        Ok(Draft::root(context[context.len() - 1]))
+    }
+
+    fn observe(&mut self, _: &mut dyn Backend, _: &Draft, _: &Accepted) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
+}
+
+/// Measured acceptance of classes of nodes, given that their parent was accepted.
+#[derive(Debug, Clone)]
+pub struct HitRates {
+    classes: Vec<(f32, f32)>,
+}
+
+/// Trials that a prior counts for, and after how many the past begins to fade.
+const PRIOR_TRIALS: f32 = 4.0;
+const MEMORY_TRIALS: f32 = 64.0;
+
+impl HitRates {
+    /// One class for every prior rate.
+    pub fn new(priors: &[f32]) -> HitRates {
+        HitRates { classes: priors.iter().map(|rate| (rate * PRIOR_TRIALS, PRIOR_TRIALS)).collect() }
+    }
+
+    pub fn rate(&self, class: usize) -> f32 {
+        let (hits, trials) = self.classes[class];
+        hits / trials
+    }
+
+    pub fn record(&mut self, class: usize, hit: bool) {
+        let (hits, trials) = &mut self.classes[class];
+        if *trials >= MEMORY_TRIALS {
+            *hits *= 0.5;
+            *trials *= 0.5;
+        }
+        *hits += f32::from(u8::from(hit));
+        *trials += 1.0;
+    }
+
+    /// Records every child of every node on the path that the target took, whether it was verified or not: the
+    /// target's draws say what each would have met. `class[node]` for every node of the tree.
+    pub fn learn(&mut self, tree: &TokenTree, class: &[usize], drawn: &[u32]) {
+        let mut node = Some(0);
+        for &token in drawn {
+            let Some(parent) = node else { return };
+            for child in tree.shape().children(parent) {
+                self.record(class[child], tree.token(child) == token);
+            }
+            node = tree.child_with(parent, token);
+        }
+    }
+}

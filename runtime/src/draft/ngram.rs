@@ -1,0 +1,193 @@
+//! The n-gram drafter: what followed the last few tokens when they occurred before, in the prompt or in the generated
+//! text. No weights. Several earlier occurrences are merged into one tree.
+//!
+//! Saxena, "Prompt Lookup Decoding" (2023), is the chain of one match; here every match adds a branch, and each node's
+//! survival is estimated from measured hit rates by how long its match is.
+
+use std::collections::{BinaryHeap, HashMap};
+
+use treespark_kernel_gen::TreeShape;
+
+use super::{Draft, Drafter, HitRates, Plan};
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::tree::Accepted;
+
+/// Shortest match that is followed.
+const MIN_MATCH: usize = 2;
+/// Longest match that is told apart from longer ones.
+const MAX_MATCH: usize = 12;
+/// Earlier occurrences that are looked at, the latest first.
+const MAX_OCCURRENCES: usize = 32;
+/// Tokens taken from one occurrence.
+const MAX_DEPTH: usize = 24;
+/// Hit rates before anything is measured, by match class: first continuations, then further siblings.
+const PRIORS: [f32; 2 * MATCH_CLASSES] = [0.2, 0.35, 0.55, 0.7, 0.85, 0.08, 0.12, 0.15, 0.15, 0.1];
+const MATCH_CLASSES: usize = 5;
+
+#[derive(Debug)]
+pub struct NgramDrafter {
+    /// Where each pair of tokens was followed by something: index of that something, ascending.
+    follows: HashMap<[u32; MIN_MATCH], Vec<usize>>,
+    /// Tokens that are in the index.
+    indexed: usize,
+    rates: HitRates,
+    /// Class of every node of the last proposal.
+    classes: Vec<usize>,
+}
+
+impl Default for NgramDrafter {
+    fn default() -> NgramDrafter {
+        NgramDrafter { follows: HashMap::new(), indexed: 0, rates: HitRates::new(&PRIORS), classes: Vec::new() }
+    }
+}
+
+/// A merged continuation, before nodes are chosen.
+struct Trie {
+    nodes: Vec<TrieNode>,
+}
+
+struct TrieNode {
+    token: u32,
+    class: usize,
+    survival: f32,
+    children: Vec<usize>,
+}
+
+/// Class of a node whose context, the path included, matches over `matched` tokens.
+fn class(matched: usize, first: bool) -> usize {
+    let by_length = match matched {
+        0..=2 => 0,
+        3 => 1,
+        4..=5 => 2,
+        6..=8 => 3,
+        _ => 4,
+    };
+    if first { by_length } else { by_length + MATCH_CLASSES }
+}
+
+impl NgramDrafter {
+    fn index(&mut self, context: &[u32]) {
+        for at in self.indexed.max(MIN_MATCH)..context.len() {
+            let pair = [context[at - 2], context[at - 1]];
+            self.follows.entry(pair).or_default().push(at);
+        }
+        self.indexed = context.len();
+    }
+
+    /// Earlier occurrences of the context's end: (match length, index of what followed), longest and latest first.
+    fn matches(&self, context: &[u32]) -> Vec<(usize, usize)> {
+        let n = context.len();
+        if n < MIN_MATCH {
+            return Vec::new();
+        }
+        let found = self.follows.get(&[context[n - 2], context[n - 1]]).map_or(&[][..], Vec::as_slice);
+        let length = |at: usize| {
+            let pairs = context[..at].iter().rev().zip(context.iter().rev());
+            pairs.take(MAX_MATCH).take_while(|(a, b)| a == b).count()
+        };
+        let mut list: Vec<_> = found.iter().rev().take(MAX_OCCURRENCES).map(|&at| (length(at), at)).collect();
+        list.sort_by_key(|&(length, at)| std::cmp::Reverse((length, at)));
+        list
+    }
+
+    fn merge(&self, context: &[u32], depth: usize) -> Trie {
+        let root = TrieNode { token: context[context.len() - 1], class: 0, survival: 1.0, children: Vec::new() };
+        let mut trie = Trie { nodes: vec![root] };
+        for (matched, at) in self.matches(context) {
+            let mut continuation: Vec<u32> = Vec::with_capacity(depth);
+            let mut node = 0;
+            for i in 0..depth {
+                // An occurrence that overlaps the context's end repeats itself.
+                let token = *context.get(at + i).unwrap_or_else(|| &continuation[at + i - context.len()]);
+                continuation.push(token);
+                node = self.child(&mut trie, node, token, matched + i);
+            }
+        }
+        trie
+    }
+
+    fn child(&self, trie: &mut Trie, parent: usize, token: u32, matched: usize) -> usize {
+        let siblings = &trie.nodes[parent].children;
+        if let Some(&known) = siblings.iter().find(|&&child| trie.nodes[child].token == token) {
+            return known;
+        }
+        let class = class(matched, siblings.is_empty());
+        let survival = trie.nodes[parent].survival * self.rates.rate(class);
+        let node = trie.nodes.len();
+        trie.nodes.push(TrieNode { token, class, survival, children: Vec::new() });
+        trie.nodes[parent].children.push(node);
+        node
+    }
+
+    fn take(&mut self, draft: &mut Draft, parent: usize, from: &TrieNode) -> Result<usize> {
+        let node = draft.tree.push(parent, from.token)?;
+        draft.survival.push(from.survival);
+        self.classes.push(from.class);
+        Ok(node)
+    }
+
+    /// The most likely nodes first. Ties go to the older node, so parents come before children.
+    fn best_first(&mut self, trie: &Trie, draft: &mut Draft, max_nodes: usize) -> Result<()> {
+        let key = |node: usize| (trie.nodes[node].survival.to_bits(), std::cmp::Reverse(node));
+        let mut frontier = BinaryHeap::new();
+        frontier.extend(trie.nodes[0].children.iter().map(|&child| (key(child), 0)));
+        while let Some(((_, std::cmp::Reverse(node)), parent)) = frontier.pop() {
+            if draft.tree.len() == max_nodes {
+                break;
+            }
+            let taken = self.take(draft, parent, &trie.nodes[node])?;
+            frontier.extend(trie.nodes[node].children.iter().map(|&child| (key(child), taken)));
+        }
+        Ok(())
+    }
+
+    /// Fills a shape: its i-th child of a node takes the i-th continuation there. What has none is left out.
+    fn fill(&mut self, trie: &Trie, draft: &mut Draft, shape: &TreeShape, max_depth: usize) -> Result<()> {
+        // For every node of the shape: its trie node and its node in the draft.
+        let mut placed: Vec<Option<(usize, usize)>> = vec![Some((0, 0))];
+        let mut used = vec![0; shape.len()];
+        for node in 1..shape.len() {
+            let parent = shape.parent(node);
+            let rank = used[parent];
+            used[parent] += 1;
+            let found = placed[parent]
+                .and_then(|(at, drafted)| trie.nodes[at].children.get(rank).map(|&child| (child, drafted)))
+                .filter(|_| shape.depth(node) <= max_depth);
+            placed.push(match found {
+                Some((child, drafted)) => Some((child, self.take(draft, drafted, &trie.nodes[child])?)),
+                None => None,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Drafter for NgramDrafter {
+    fn name(&self) -> &'static str {
+        "ngram"
+    }
+
+    fn propose(&mut self, _: &mut dyn Backend, context: &[u32], plan: &Plan) -> Result<Draft> {
+        self.index(context);
+        let depth = plan.max_depth.min(plan.shape.as_ref().map_or(MAX_DEPTH, TreeShape::max_depth));
+        let trie = self.merge(context, depth);
+        let mut draft = Draft::root(context[context.len() - 1]);
+        self.classes = vec![0];
+        match &plan.shape {
+            Some(shape) => self.fill(&trie, &mut draft, shape, plan.max_depth)?,
+            None => self.best_first(&trie, &mut draft, plan.max_nodes)?,
+        }
+        Ok(draft)
+    }
+
+    fn observe(&mut self, _: &mut dyn Backend, draft: &Draft, accepted: &Accepted) -> Result<()> {
+        self.rates.learn(&draft.tree, &self.classes, &accepted.tokens);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.follows.clear();
+        self.indexed = 0;
+    }
+}

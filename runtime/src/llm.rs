@@ -1,0 +1,302 @@
+//! Text in, text out: a model with its tokenizer, and generations that stream.
+
+use std::path::PathBuf;
+
+use treespark_kernel_gen::{MAX_NODES, TreeShape};
+use treespark_models::{ChatTemplate, Message, Model, TextStream, Tokenizer, hub};
+
+use crate::devices::{self, BackendChoice};
+use crate::draft::model::ModelDrafter;
+use crate::draft::ngram::NgramDrafter;
+use crate::draft::{Drafter, NoDrafter};
+use crate::engine::{Engine, Round};
+use crate::error::{Error, Result};
+use crate::network::{Limits, Network};
+use crate::sampling::Sampling;
+use crate::scheduler::Scheduler;
+use crate::sequence::{FinishReason, Sequence};
+use crate::stats::Statistics;
+use crate::stop::StopStrings;
+
+/// Context that is set up when none is asked for: the model's own, up to this.
+const DEFAULT_CONTEXT: usize = 8192;
+/// Largest tree that a drafter may choose by itself, where no shape is given.
+const DEFAULT_MAX_NODES: usize = 64;
+
+/// Who drafts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DrafterChoice {
+    /// Plain decoding.
+    None,
+    /// Repeats of the prompt and the generated text.
+    Ngram,
+    /// A model with the same tokenizer: anything that `--model` takes.
+    Model(String),
+}
+
+impl std::str::FromStr for DrafterChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<DrafterChoice, String> {
+        match text.split_once(':') {
+            None if text == "none" => Ok(DrafterChoice::None),
+            None if text == "ngram" => Ok(DrafterChoice::Ngram),
+            Some(("model", name)) if !name.is_empty() => Ok(DrafterChoice::Model(name.to_string())),
+            _ => Err(format!("'{text}' is no drafter; there are: none, ngram, model:PATH")),
+        }
+    }
+}
+
+/// What to load and how to run it.
+#[derive(Debug, Clone)]
+pub struct LlmOptions {
+    /// A folder in the Hugging Face layout, a GGUF file, a name this project knows, or `org/name` in the hub's cache.
+    pub model: String,
+    pub drafter: DrafterChoice,
+    /// The tree of every round; `None` lets drafter and scheduler choose.
+    pub tree: Option<TreeShape>,
+    pub backend: BackendChoice,
+    /// Tokens of a sequence, prompt included; `None` takes the model's own, up to 8192.
+    pub context: Option<usize>,
+}
+
+impl Default for LlmOptions {
+    fn default() -> LlmOptions {
+        LlmOptions {
+            model: hub::DEFAULT_MODEL.to_string(),
+            drafter: DrafterChoice::Ngram,
+            tree: None,
+            backend: BackendChoice::Auto,
+            context: None,
+        }
+    }
+}
+
+/// What a load is doing.
+#[derive(Debug, Clone)]
+pub enum LoadProgress {
+    /// Getting the checkpoint.
+    Hub(hub::Progress),
+    /// Weights on the device, in bytes.
+    Weights { done: usize, total: usize },
+}
+
+/// How a generation ends and draws.
+#[derive(Debug, Clone)]
+pub struct GenerateOptions {
+    pub sampling: Sampling,
+    pub max_new_tokens: usize,
+    /// Texts that end the generation; they and what follows are not part of it.
+    pub stop: Vec<String>,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> GenerateOptions {
+        GenerateOptions { sampling: Sampling::default(), max_new_tokens: 256, stop: Vec::new() }
+    }
+}
+
+/// A language model, ready to generate.
+pub struct Llm {
+    engine: Engine,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    stop_tokens: Vec<u32>,
+}
+
+impl Llm {
+    /// Loads the default model on the best device.
+    pub fn load(options: &LlmOptions) -> Result<Llm> {
+        Llm::load_with_progress(options, &mut |_| {})
+    }
+
+    pub fn load_with_progress(options: &LlmOptions, progress: &mut dyn FnMut(LoadProgress)) -> Result<Llm> {
+        let path = Llm::resolve(&options.model, progress)?;
+        let model = Model::open(&path)?;
+        let config = model.config();
+        let own = config.max_position_embeddings;
+        let context = options.context.unwrap_or(own.min(DEFAULT_CONTEXT));
+        if context < 2 || context > own {
+            return Err(Error::Parameter {
+                parameter: "context",
+                value: context.to_string(),
+                expected: "2 to the model's own context (max_position_embeddings)",
+            });
+        }
+        let tokenizer = model.tokenizer()?;
+        let draft = match &options.drafter {
+            DrafterChoice::Model(name) => {
+                let draft = Model::open(&Llm::resolve(name, progress)?)?;
+                draft.tokenizer()?.check_same(&tokenizer)?;
+                Some(draft)
+            }
+            _ => None,
+        };
+
+        let mut backend = devices::open(&options.backend)?;
+        let limits = Limits { context, max_nodes: options.tree.as_ref().map_or(DEFAULT_MAX_NODES, TreeShape::len), top_k: 1 };
+        let mut weights = |done, total| progress(LoadProgress::Weights { done, total });
+        let target = Network::load(backend.as_mut(), &model, limits, &mut weights)?;
+        let drafter: Box<dyn Drafter> = match (&options.drafter, &draft) {
+            (DrafterChoice::None, _) => Box::new(NoDrafter),
+            (DrafterChoice::Model(_), Some(draft)) => {
+                Box::new(ModelDrafter::load(backend.as_mut(), draft, config.vocab_size, limits, &mut weights)?)
+            }
+            _ => Box::new(NgramDrafter::default()),
+        };
+        let scheduler =
+            Scheduler::new(options.tree.clone(), limits.max_nodes.min(MAX_NODES), backend.info().row_cost);
+        Ok(Llm {
+            template: model.chat_template()?,
+            stop_tokens: model.stop_tokens(&tokenizer),
+            tokenizer,
+            engine: Engine::new(backend, target, drafter, scheduler, context),
+        })
+    }
+
+    fn resolve(name: &str, progress: &mut dyn FnMut(LoadProgress)) -> Result<PathBuf> {
+        Ok(hub::resolve(name, &mut |step| progress(LoadProgress::Hub(step)))?)
+    }
+
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The prompt that a conversation becomes by the model's chat template. A model without one is an error.
+    pub fn chat_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        let template = self.template.as_ref().ok_or(Error::NoChatTemplate)?;
+        Ok(self.tokenizer.encode(&template.render(messages, true)?, false)?)
+    }
+
+    /// A text as it is, to be continued.
+    pub fn text_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.tokenizer.encode(text, true)?)
+    }
+
+    /// Starts a generation; iterating over it yields the rounds as they come.
+    pub fn generate(&mut self, prompt: Vec<u32>, options: &GenerateOptions) -> Result<Generation<'_>> {
+        self.generate_with_progress(prompt, options, &mut |_, _| {})
+    }
+
+    /// The same, telling how many tokens of the prompt are done, of how many.
+    pub fn generate_with_progress(
+        &mut self,
+        prompt: Vec<u32>,
+        options: &GenerateOptions,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Generation<'_>> {
+        options.sampling.check()?;
+        let total = prompt.len();
+        let mut sequence = Sequence::new(
+            prompt,
+            options.sampling.clone(),
+            options.max_new_tokens,
+            self.stop_tokens.clone(),
+            self.engine.context(),
+            self.engine.target().config().vocab_size,
+        );
+        let mut statistics = Statistics::default();
+        self.engine.prefill(&mut sequence, &mut statistics, &mut |done| progress(done, total))?;
+        Ok(Generation {
+            stream: self.tokenizer.stream(),
+            engine: &mut self.engine,
+            stop: StopStrings::new(&options.stop),
+            sequence,
+            statistics,
+        })
+    }
+}
+
+/// One round of a generation, as text.
+#[derive(Debug, Clone)]
+pub struct Step {
+    /// The new text. May be empty: a half-known character or stop string is held back.
+    pub text: String,
+    pub round: Round,
+}
+
+/// A running generation: an iterator over its rounds. Stop iterating to cancel it.
+pub struct Generation<'a> {
+    engine: &'a mut Engine,
+    stream: TextStream,
+    stop: StopStrings,
+    sequence: Sequence,
+    statistics: Statistics,
+}
+
+impl Generation<'_> {
+    /// What has been done so far.
+    pub fn statistics(&self) -> Statistics {
+        let drafter = self.engine.drafter.memory_use();
+        let target = self.engine.target.memory_use();
+        Statistics {
+            memory: target + drafter,
+            weight_bytes_read: self.engine.target.pass_weight_bytes() * self.statistics.rounds,
+            backend: self.engine.backend().info().name.clone(),
+            finish_reason: self.finish_reason(),
+            ..self.statistics.clone()
+        }
+    }
+
+    /// Why the generation ended; `None` while it has not.
+    pub fn finish_reason(&self) -> Option<FinishReason> {
+        self.sequence.finished()
+    }
+
+    /// Generated tokens so far, a closing stop token included.
+    pub fn tokens(&self) -> &[u32] {
+        self.sequence.generated()
+    }
+
+    /// Ends the generation as cancelled; the statistics so far remain.
+    pub fn cancel(&mut self) {
+        self.sequence.finish(FinishReason::Cancelled);
+    }
+
+    fn step(&mut self) -> Result<Step> {
+        let mut round = self.engine.round(&mut self.sequence, &mut self.statistics)?;
+        let mut text = String::new();
+        for (i, &token) in round.tokens.iter().enumerate() {
+            if !self.sequence.is_stop_token(token) {
+                text += &self.stop.push(&self.stream.push(token));
+            }
+            if self.stop.found() {
+                let surplus = round.tokens.len() - (i + 1);
+                self.sequence.cut(surplus, FinishReason::StopString);
+                self.statistics.new_tokens -= surplus;
+                round.tokens.truncate(i + 1);
+                break;
+            }
+        }
+        if self.sequence.finished().is_some() && !self.stop.found() {
+            text += &self.stop.push(&self.stream.finish());
+            text += &self.stop.finish();
+        }
+        Ok(Step { text, round })
+    }
+}
+
+impl Iterator for Generation<'_> {
+    type Item = Result<Step>;
+
+    fn next(&mut self) -> Option<Result<Step>> {
+        if self.sequence.finished().is_some() {
+            return None;
+        }
+        let step = self.step();
+        if step.is_err() {
+            self.sequence.finish(FinishReason::Cancelled);
+        }
+        Some(step)
+    }
+}
+
+impl Drop for Generation<'_> {
+    fn drop(&mut self) {
+        self.engine.release(&mut self.sequence);
+    }
+}

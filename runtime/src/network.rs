@@ -1,0 +1,211 @@
+//! A language model on a device: its weights, its cache pool and its compiled passes. Target and draft model alike.
+
+use std::collections::HashMap;
+
+use treespark_kernel_gen::{DType, MAX_NODES, TreeSpec, layout};
+use treespark_models::{Config, Dims, Model, llama};
+
+use crate::backend::{Backend, Extent, PassId};
+use crate::batch::Batch;
+use crate::error::{Error, Result};
+use crate::kv::{KvCache, PagePool};
+use crate::memory::{Memory, MemoryUse};
+use crate::sampling::Sampling;
+use crate::sequence::Sequence;
+use crate::tree::{ACCEPTED_WORDS, Accepted, TokenTree};
+
+/// Slots of a cache page.
+const PAGE_SIZE: usize = 16;
+
+/// What a pass computes beside the layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Kind {
+    /// Only cache rows: prompts.
+    Extend,
+    /// The target's draw at every row, and the accepted path.
+    Verify,
+    /// The most likely tokens at every row.
+    Draft,
+    /// Moves accepted rows.
+    Commit,
+}
+
+/// Sizes that a user chooses.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Tokens of a sequence, prompt included.
+    pub context: usize,
+    /// Largest tree, root included.
+    pub max_nodes: usize,
+    /// Children that a draft pass proposes a node.
+    pub top_k: usize,
+}
+
+pub struct Network {
+    config: Config,
+    dims: Dims,
+    memory: Memory,
+    passes: HashMap<(Kind, usize), PassId>,
+    pool: PagePool,
+    pass_weight_bytes: usize,
+}
+
+impl Network {
+    /// Puts a model's weights on the device. `progress` gets bytes loaded so far and in all.
+    pub fn load(
+        backend: &mut dyn Backend,
+        model: &Model,
+        limits: Limits,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Network> {
+        let config = model.config().clone();
+        // Room for one more tree behind a full context: its rows are written before the end is known.
+        let pages = (limits.context + MAX_NODES).div_ceil(PAGE_SIZE);
+        let dims = Dims {
+            max_rows: MAX_NODES,
+            head_rows: limits.max_nodes.next_power_of_two().min(MAX_NODES),
+            max_requests: 1,
+            context: limits.context + MAX_NODES,
+            page_size: PAGE_SIZE,
+            pages,
+            pages_per_request: pages,
+            top_k: limits.top_k,
+            cache_dtype: if model.dtype() == DType::F32 { DType::F32 } else { DType::BF16 },
+            tree: TreeSpec::Any(MAX_NODES),
+        };
+        let mut memory = Memory::default();
+        let total = model.weight_bytes(dims.context);
+        let mut done = 0;
+        for weight in model.weights(dims.context) {
+            let (desc, parts) = weight?;
+            done += desc.bytes();
+            memory.load(backend, desc, &parts)?;
+            progress(done, total);
+        }
+        Ok(Network { config, memory, passes: HashMap::new(), pool: PagePool::new(pages, PAGE_SIZE), pass_weight_bytes: 0, dims })
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Bytes of weights that a verify pass reads, however many rows it has.
+    pub fn pass_weight_bytes(&self) -> usize {
+        self.pass_weight_bytes
+    }
+
+    pub fn memory_use(&self) -> MemoryUse {
+        self.memory.usage()
+    }
+
+    /// Runs a chain of tokens that nobody doubts, in chunks, and commits them. `progress` gets tokens done.
+    pub fn extend(
+        &mut self,
+        backend: &mut dyn Backend,
+        kv: &mut KvCache,
+        tokens: &[u32],
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<()> {
+        for (i, chunk) in tokens.chunks(MAX_NODES).enumerate() {
+            let chain = TokenTree::chain(chunk)?;
+            let mut batch = Batch::new(self.dims.pages_per_request);
+            kv.reserve(&mut self.pool, chunk.len())?;
+            batch.add_tree(kv, &chain, &Sampling::default());
+            self.run(backend, Kind::Extend, &batch)?;
+            kv.commit(chunk.len());
+            progress(i * MAX_NODES + chunk.len());
+        }
+        Ok(())
+    }
+
+    /// One target pass over a tree; a node sees the committed prefix and its own ancestors. Enqueues, does not wait.
+    pub fn verify(&mut self, backend: &mut dyn Backend, seq: &mut Sequence, tree: &TokenTree) -> Result<()> {
+        seq.kv.reserve(&mut self.pool, tree.len())?;
+        let mut batch = Batch::new(self.dims.pages_per_request);
+        batch.add_tree(&seq.kv, tree, &seq.sampling);
+        let pass = self.pass(backend, Kind::Verify, tree.len())?;
+        if let Some(seen) = seq.seen() {
+            backend.write(self.memory.get("seen"), 0, seen)?;
+        }
+        self.write_and_run(backend, pass, &batch)
+    }
+
+    /// What the last verify pass accepted. Waits for the device.
+    pub fn accepted(&self, backend: &mut dyn Backend, kv: &KvCache) -> Result<Accepted> {
+        let words = backend.read(self.memory.get("accepted"), 0, ACCEPTED_WORDS)?;
+        let accepted = Accepted::from_words(&words, MAX_NODES);
+        match accepted.tokens.iter().position(|&token| token == layout::NO_TOKEN) {
+            Some(depth) => Err(Error::NotANumber { position: kv.len() + depth }),
+            None => Ok(accepted),
+        }
+    }
+
+    /// The most likely next tokens of some nodes of a tree, with their logits: `top_k` of each, descending. Waits.
+    pub fn draft(
+        &mut self,
+        backend: &mut dyn Backend,
+        kv: &mut KvCache,
+        tree: &TokenTree,
+        nodes: &[usize],
+    ) -> Result<Vec<Vec<(u32, f32)>>> {
+        kv.reserve(&mut self.pool, tree.len())?;
+        let mut batch = Batch::new(self.dims.pages_per_request);
+        batch.add(kv, tree, nodes, &Sampling::default());
+        self.run(backend, Kind::Draft, &batch)?;
+        let words = nodes.len() * self.dims.top_k;
+        let ids = backend.read(self.memory.get("top_ids"), 0, words)?;
+        let values = backend.read(self.memory.get("top_values"), 0, words)?;
+        let pairs: Vec<(u32, f32)> = ids.into_iter().zip(values.into_iter().map(f32::from_bits)).collect();
+        Ok(pairs.chunks(self.dims.top_k).map(<[_]>::to_vec).collect())
+    }
+
+    /// Moves the path's rows of the last tree next to the prefix and counts them as committed.
+    pub fn commit(&mut self, backend: &mut dyn Backend, kv: &mut KvCache, path: &[usize]) -> Result<()> {
+        if !Accepted::in_place(path) {
+            // The batch buffers still describe this sequence: same pages, same prefix.
+            let pass = self.pass(backend, Kind::Commit, 1)?;
+            backend.write(self.memory.get("accepted"), 0, &Accepted::path_words(path))?;
+            backend.run(pass, Extent { rows: 1, requests: 1, keys: kv.len() + path[path.len() - 1] + 1 })?;
+        }
+        kv.commit(path.len());
+        Ok(())
+    }
+
+    /// Gives a finished sequence's pages back.
+    pub fn release(&mut self, kv: &mut KvCache) {
+        kv.release(&mut self.pool);
+    }
+
+    fn run(&mut self, backend: &mut dyn Backend, kind: Kind, batch: &Batch) -> Result<()> {
+        let pass = self.pass(backend, kind, batch.n_rows())?;
+        self.write_and_run(backend, pass, batch)
+    }
+
+    fn write_and_run(&self, backend: &mut dyn Backend, pass: PassId, batch: &Batch) -> Result<()> {
+        for (name, words) in batch.words() {
+            backend.write(self.memory.get(name), 0, words)?;
+        }
+        backend.run(pass, batch.extent())
+    }
+
+    /// The pass for this many rows, rounded up to a power of two; compiled when first needed.
+    fn pass(&mut self, backend: &mut dyn Backend, kind: Kind, rows: usize) -> Result<PassId> {
+        let rows = rows.next_power_of_two();
+        if let Some(&pass) = self.passes.get(&(kind, rows)) {
+            return Ok(pass);
+        }
+        let pass = match kind {
+            Kind::Extend => llama::extend_pass(&self.config, &self.dims, rows),
+            Kind::Verify => llama::verify_pass(&self.config, &self.dims, rows),
+            Kind::Draft => llama::draft_pass(&self.config, &self.dims, rows),
+            Kind::Commit => llama::commit_pass(&self.config, &self.dims),
+        }?;
+        if kind == Kind::Verify {
+            self.pass_weight_bytes = pass.weight_bytes();
+        }
+        let buffers = self.memory.bind(backend, &pass)?;
+        let id = backend.compile(&pass, &buffers)?;
+        self.passes.insert((kind, rows), id);
+        Ok(id)
+    }
+}

@@ -1,0 +1,148 @@
+//! Any GPU, through Vulkan, Metal or DirectX 12: generated WGSL kernels, one command buffer a pass.
+//!
+//! Reading order: `adapters` (which GPUs there are), `device` (the open one), `buffers`, `pipelines`, `passes`.
+
+mod adapters;
+mod buffers;
+mod device;
+mod passes;
+mod pipeline_cache;
+mod pipelines;
+mod trusted;
+
+use ::wgpu::Buffer;
+use treespark_kernel_gen::lower::Limits;
+use treespark_kernel_gen::{BufferDesc, Pass};
+use treespark_models::Tensor;
+
+pub use adapters::{Gpu, adapters};
+use buffers::Banked;
+use device::OpenDevice;
+use passes::CompiledPass;
+use pipeline_cache::PipelineCacheFile;
+use pipelines::Pipelines;
+
+use crate::backend::{Backend, BufferId, DeviceInfo, Extent, PassId};
+use crate::error::{Error, Result};
+
+/// What one more row costs where a pass waits for memory and launches, as a fraction of a pass.
+const GPU_ROW_COST: f32 = 0.03;
+/// The same where every row is computed one after the other.
+const SOFTWARE_ROW_COST: f32 = 0.9;
+
+pub struct WgpuBackend {
+    device: OpenDevice,
+    info: DeviceInfo,
+    limits: Limits,
+    /// None: given back.
+    buffers: Vec<Option<Banked>>,
+    pipelines: Pipelines,
+    passes: Vec<CompiledPass>,
+    /// Partial results of attention, shared by all passes: no two calls that use them overlap.
+    partials: Option<Buffer>,
+}
+
+impl WgpuBackend {
+    /// Opens the GPU at this place in [`adapters`].
+    pub fn new(index: usize) -> Result<WgpuBackend> {
+        WgpuBackend::with_binding_bytes(index, usize::MAX)
+    }
+
+    /// The same, with bindings of at most so many bytes, however many more the device allows: large weights and caches
+    /// are then kept in more banks.
+    pub fn with_binding_bytes(index: usize, binding_bytes: usize) -> Result<WgpuBackend> {
+        let mut adapters = adapters::enumerate();
+        if index >= adapters.len() {
+            let why = format!("{} GPUs were found (see treespark devices)", adapters.len());
+            return Err(Error::NoDevice { wanted: format!("wgpu:{index}"), why });
+        }
+        let adapter = adapters.swap_remove(index);
+        let device = OpenDevice::new(&adapter)?;
+        let real = device.device.limits();
+        let allowed = real.max_storage_buffer_binding_size.min(real.max_buffer_size);
+        let limits = Limits {
+            // A multiple of four words, so that a bank's size can be rounded up to one.
+            binding_bytes: usize::try_from(allowed).unwrap_or(usize::MAX).min(binding_bytes) / 16 * 16,
+            offset_alignment: real.min_storage_buffer_offset_alignment.max(16) as usize,
+        };
+        let info = DeviceInfo {
+            backend: "wgpu",
+            name: device.name.clone(),
+            row_cost: if device.software { SOFTWARE_ROW_COST } else { GPU_ROW_COST },
+        };
+        let pipelines = Pipelines::new(PipelineCacheFile::open(&device.device, &adapter.get_info()));
+        Ok(WgpuBackend { device, info, limits, buffers: Vec::new(), pipelines, passes: Vec::new(), partials: None })
+    }
+
+    fn buffer(&self, id: BufferId) -> &Banked {
+        self.buffers[id.0].as_ref().expect("a buffer that was not freed")
+    }
+
+    fn add(&mut self, buffer: Banked) -> BufferId {
+        self.buffers.push(Some(buffer));
+        BufferId(self.buffers.len() - 1)
+    }
+
+    /// Memory for so many bytes of partial results. Passes compiled earlier keep what they have.
+    fn partials(&mut self, bytes: usize) -> Result<Buffer> {
+        match &self.partials {
+            Some(buffer) if buffer.size() >= bytes as u64 => Ok(buffer.clone()),
+            _ => {
+                let buffer = self.device.buffer("partial results of attention", bytes as u64)?;
+                self.partials = Some(buffer.clone());
+                Ok(buffer)
+            }
+        }
+    }
+}
+
+impl Backend for WgpuBackend {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn load(&mut self, desc: &BufferDesc, parts: &[Tensor]) -> Result<BufferId> {
+        let buffer = Banked::new(&self.device, desc, &self.limits)?;
+        buffer.upload(&self.device, parts)?;
+        Ok(self.add(buffer))
+    }
+
+    fn alloc(&mut self, desc: &BufferDesc) -> Result<BufferId> {
+        let buffer = Banked::new(&self.device, desc, &self.limits)?;
+        Ok(self.add(buffer))
+    }
+
+    fn free(&mut self, buffer: BufferId) {
+        self.buffers[buffer.0] = None;
+    }
+
+    fn write(&mut self, buffer: BufferId, offset: usize, words: &[u32]) -> Result<()> {
+        self.buffer(buffer).write(&self.device, offset * 4, bytemuck::cast_slice(words));
+        self.device.check()
+    }
+
+    fn read(&mut self, buffer: BufferId, offset: usize, len: usize) -> Result<Vec<u32>> {
+        if len == 0 {
+            return Ok(Vec::new());
+        }
+        self.buffer(buffer).read(&self.device, offset * 4..(offset + len) * 4)
+    }
+
+    fn compile(&mut self, pass: &Pass, buffers: &[BufferId]) -> Result<PassId> {
+        let calls = passes::lower_pass(pass, &self.limits)?;
+        let partials = self.partials(passes::partial_bytes(&calls))?;
+        let buffers: Vec<&Banked> =
+            buffers.iter().map(|id| self.buffers[id.0].as_ref().expect("a buffer that was not freed")).collect();
+        let compiled = CompiledPass::new(&self.device, &mut self.pipelines, &calls, &buffers, &partials)?;
+        self.pipelines.save();
+        self.passes.push(compiled);
+        Ok(PassId(self.passes.len() - 1))
+    }
+
+    fn run(&mut self, pass: PassId, extent: Extent) -> Result<()> {
+        self.passes[pass.0].run(&self.device, extent)
+    }
+}
+
+#[cfg(test)]
+mod tests;

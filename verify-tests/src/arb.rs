@@ -1,0 +1,236 @@
+//! Generators of inputs: proptest strategies over a few small sizes and a seed, so that a failure shrinks to few nodes,
+//! short prefixes and few requests.
+
+use proptest::prelude::*;
+use proptest::sample::select;
+use treespark_kernel_gen::DType;
+
+use crate::batch::{Batch, Member, Sampling, Tree};
+use crate::rng::Rng;
+use crate::tiny_model::{MAX_REQUESTS, Sizes, TinyModel};
+
+/// A model and a batch for it.
+#[derive(Debug, Clone)]
+pub struct Case {
+    pub model: TinyModel,
+    pub batch: Batch,
+    /// For whatever else the property chooses.
+    pub seed: u64,
+}
+
+impl Case {
+    pub fn rng(&self) -> Rng {
+        Rng::new(self.seed)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Topology {
+    Chain,
+    Star,
+    /// Every node has this many children, level by level (breadth first).
+    Regular(usize),
+    /// Each node under a random earlier one.
+    Recursive,
+    /// The same in depth-first order.
+    DepthFirst,
+}
+
+impl Topology {
+    pub fn parents(self, nodes: usize, rng: &mut Rng) -> Vec<usize> {
+        let mut parents = vec![0];
+        for n in 1..nodes {
+            parents.push(match self {
+                Topology::Chain => n - 1,
+                Topology::Star => 0,
+                Topology::Regular(k) => (n - 1) / k,
+                Topology::Recursive | Topology::DepthFirst => rng.below(n),
+            });
+        }
+        if self == Topology::DepthFirst {
+            let tree = Tree { tokens: vec![0; nodes], parents };
+            let mut order: Vec<usize> = (0..nodes).collect();
+            order.sort_by_key(|&n| tree.path(n));
+            return tree.reordered(&order).parents;
+        }
+        parents
+    }
+}
+
+/// Few tokens are drawn on purpose: siblings with equal tokens are legal.
+fn tokens(n: usize, vocab: usize, rng: &mut Rng) -> Vec<u32> {
+    (0..n).map(|_| rng.below(vocab) as u32).collect()
+}
+
+pub fn tree(nodes: usize, topology: Topology, vocab: usize, seed: u64) -> Tree {
+    let rng = &mut Rng::new(seed);
+    let parents = topology.parents(nodes, rng);
+    let distinct = if rng.below(3) == 0 { 3 } else { vocab };
+    Tree { parents, tokens: tokens(nodes, distinct, rng) }
+}
+
+pub fn topologies() -> impl Strategy<Value = Topology> {
+    use Topology::*;
+    select(vec![Chain, Star, Regular(2), Regular(3), Recursive, DepthFirst])
+}
+
+/// Node counts around the edges of ancestor words and tiles; large ones rarely.
+pub fn node_counts() -> impl Strategy<Value = usize> {
+    prop_oneof![
+        12 => select(vec![1usize, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33]),
+        3 => select(vec![48usize, 63, 64, 65]),
+        1 => select(vec![100usize, 128, 200, 256]),
+    ]
+}
+
+/// Prefix lengths around the edges of pages (4 and 16) and tiles.
+pub fn prefix_lengths() -> impl Strategy<Value = usize> {
+    prop_oneof![
+        3 => select(vec![0usize, 1, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]),
+        1 => 0usize..150,
+    ]
+}
+
+pub fn samplings() -> impl Strategy<Value = Sampling> {
+    (
+        (any::<u64>(), 0u32..4),
+        select(vec![0.0f32, 0.2, 0.7, 1.0, 1.5]),
+        select(vec![0u32, 1, 3, 20]),
+        select(vec![1.0f32, 0.9, 0.5]),
+        select(vec![0.0f32, 0.05, 0.2]),
+        select(vec![1.0f32, 1.3, 0.8]),
+    )
+        .prop_map(|((seed, sample), temperature, top_k, top_p, min_p, repetition_penalty)| Sampling {
+            sample,
+            seed,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+        })
+}
+
+pub fn members(vocab: usize) -> impl Strategy<Value = Member> {
+    (prefix_lengths(), node_counts(), topologies(), any::<u64>(), samplings()).prop_map(
+        move |(prefix, nodes, topology, seed, sampling)| Member {
+            prefix: tokens(prefix, vocab, &mut Rng::new(seed ^ 1)),
+            tree: tree(nodes, topology, vocab, seed),
+            done: 0,
+            sampling,
+        },
+    )
+}
+
+/// Up to [`MAX_REQUESTS`] requests with trees of at most 320 rows together.
+pub fn batches(vocab: usize) -> impl Strategy<Value = Batch> {
+    prop::collection::vec(members(vocab), 1..=MAX_REQUESTS)
+        .prop_map(|members| Batch { members })
+        .prop_filter("too many rows", |batch| batch.rows() <= crate::tiny_model::MAX_ROWS)
+}
+
+fn weight_types() -> impl Strategy<Value = DType> {
+    select(vec![DType::BF16, DType::F16, DType::F32])
+}
+
+/// Any sizes that [`treespark_kernel_gen::Op::check`] admits, small.
+pub fn sizes() -> impl Strategy<Value = Sizes> {
+    (
+        (select(vec![40usize, 97, 128]), select(vec![16usize, 24, 64, 72, 128]), 1usize..=2),
+        (1usize..=2, select(vec![1usize, 2, 3, 5, 7]), select(vec![8usize, 16, 24, 32, 64, 128])),
+        (select(vec![8usize, 40, 96]), any::<bool>(), any::<bool>()),
+        (weight_types(), weight_types(), select(vec![4usize, 16])),
+    )
+        .prop_map(
+            |((vocab, hidden, layers), (kv_heads, group, head_dim), (ffn, bias, qk_norm), (weights, cache, page_size))| {
+                Sizes {
+                    vocab,
+                    hidden,
+                    layers,
+                    kv_heads,
+                    group,
+                    head_dim,
+                    ffn,
+                    bias,
+                    qk_norm,
+                    weights,
+                    cache,
+                    page_size,
+                }
+            },
+        )
+}
+
+/// A few models that between them have every head size, group, dtype, page size and option. Properties about structure
+/// use these, so that a backend compiles few kernels.
+#[rustfmt::skip]
+pub const HOUSE_MODELS: [Sizes; 4] = [
+    // Llama-like, grouped by 3 as SmolLM2 is.
+    Sizes { vocab: 97, hidden: 64, layers: 2, kv_heads: 1, group: 3, head_dim: 32, ffn: 96, bias: false, qk_norm: false,
+            weights: DType::BF16, cache: DType::F16, page_size: 16 },
+    // Qwen2-like: biases, groups of 7.
+    Sizes { vocab: 64, hidden: 48, layers: 2, kv_heads: 1, group: 7, head_dim: 16, ffn: 40, bias: true, qk_norm: false,
+            weights: DType::F16, cache: DType::BF16, page_size: 4 },
+    // Qwen3-like: norms of queries and keys, groups of 2.
+    Sizes { vocab: 40, hidden: 64, layers: 2, kv_heads: 2, group: 2, head_dim: 64, ffn: 64, bias: false, qk_norm: true,
+            weights: DType::F32, cache: DType::F32, page_size: 16 },
+    // No grouping, everything on.
+    Sizes { vocab: 97, hidden: 40, layers: 1, kv_heads: 2, group: 1, head_dim: 16, ffn: 24, bias: true, qk_norm: true,
+            weights: DType::BF16, cache: DType::F32, page_size: 4 },
+];
+
+/// A case on one of the [`HOUSE_MODELS`].
+pub fn cases() -> impl Strategy<Value = Case> {
+    cases_of(select(HOUSE_MODELS.to_vec()))
+}
+
+/// A case on any model.
+pub fn wild_cases() -> impl Strategy<Value = Case> {
+    cases_of(sizes())
+}
+
+fn cases_of(sizes: impl Strategy<Value = Sizes>) -> impl Strategy<Value = Case> {
+    (sizes, any::<u64>()).prop_flat_map(|(sizes, seed)| {
+        let model = TinyModel { sizes, seed };
+        batches(sizes.vocab).prop_map(move |batch| Case { model: model.clone(), batch, seed })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_topology_puts_parents_first() {
+        use Topology::*;
+        for topology in [Chain, Star, Regular(2), Regular(3), Recursive, DepthFirst] {
+            for nodes in [1, 2, 33, 256] {
+                let parents = topology.parents(nodes, &mut Rng::new(7));
+                assert_eq!(parents.len(), nodes);
+                assert!((1..nodes).all(|n| parents[n] < n), "{topology:?}: {parents:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn depth_first_order_keeps_subtrees_together() {
+        let parents = Topology::DepthFirst.parents(64, &mut Rng::new(3));
+        let tree = Tree { tokens: vec![0; 64], parents };
+        // In depth-first order the parent of a node is an ancestor of the node before it.
+        assert!((1..64).all(|n| tree.path(n - 1).contains(&tree.parents[n])));
+    }
+
+    #[test]
+    fn the_house_models_cover_every_option() {
+        let has = |f: &dyn Fn(&Sizes) -> bool| HOUSE_MODELS.iter().any(f);
+        for dim in [16, 32, 64] {
+            assert!(has(&|s| s.head_dim == dim));
+        }
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            assert!(has(&|s| s.cache == dtype) && has(&|s| s.weights == dtype));
+        }
+        assert!([1, 2, 3, 7].iter().all(|&group| has(&|s| s.group == group)));
+        assert!([4, 16].iter().all(|&size| has(&|s| s.page_size == size)));
+        assert!(has(&|s| s.bias) && has(&|s| s.qk_norm));
+    }
+}

@@ -1,0 +1,180 @@
+//! A ragged batch as a test states it, and the words it becomes. Depths and ancestors come from `parents` by walking
+//! up, one node at a time.
+
+use treespark_kernel_gen::{ANCESTOR_WORDS, Request, Row};
+
+/// A tree with a token per node: `parents[n] < n`, and `parents[0] == 0` is the root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tree {
+    pub parents: Vec<usize>,
+    pub tokens: Vec<u32>,
+}
+
+impl Tree {
+    /// Each token the child of the one before.
+    pub fn chain(tokens: &[u32]) -> Tree {
+        Tree { parents: (0..tokens.len()).map(|n| n.saturating_sub(1)).collect(), tokens: tokens.to_vec() }
+    }
+
+    pub fn nodes(&self) -> usize {
+        self.parents.len()
+    }
+
+    /// The tree of the first `nodes` nodes.
+    pub fn first(&self, nodes: usize) -> Tree {
+        Tree { parents: self.parents[..nodes].to_vec(), tokens: self.tokens[..nodes].to_vec() }
+    }
+
+    /// Node ids from the root to `node`, both included.
+    pub fn path(&self, node: usize) -> Vec<usize> {
+        let mut path = vec![node];
+        while path[path.len() - 1] != 0 {
+            path.push(self.parents[path[path.len() - 1]]);
+        }
+        path.reverse();
+        path
+    }
+
+    pub fn depth(&self, node: usize) -> usize {
+        self.path(node).len() - 1
+    }
+
+    /// The tokens from the root to `node`.
+    pub fn path_tokens(&self, node: usize) -> Vec<u32> {
+        self.path(node).into_iter().map(|n| self.tokens[n]).collect()
+    }
+
+    pub fn ancestor_words(&self, node: usize) -> [u32; ANCESTOR_WORDS] {
+        let mut words = [0; ANCESTOR_WORDS];
+        for n in self.path(node) {
+            words[n / 32] |= 1 << (n % 32);
+        }
+        words
+    }
+
+    /// The same tree with its nodes in another order: node `order[i]` becomes node i. Parents must still come first.
+    pub fn reordered(&self, order: &[usize]) -> Tree {
+        let new_id = |old: usize| order.iter().position(|&o| o == old).expect("order is a permutation");
+        let parents = order.iter().map(|&old| new_id(self.parents[old])).collect();
+        Tree { parents, tokens: order.iter().map(|&old| self.tokens[old]).collect() }
+    }
+}
+
+/// How a request draws. [`Sampling::greedy`] is the plain case.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    pub sample: u32,
+    pub seed: u64,
+    pub temperature: f32,
+    pub top_k: u32,
+    pub top_p: f32,
+    pub min_p: f32,
+    pub repetition_penalty: f32,
+}
+
+impl Sampling {
+    pub fn greedy() -> Sampling {
+        Sampling { sample: 0, seed: 0, temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
+    }
+}
+
+/// One request of a batch: the committed prefix (its tokens; they are in the cache already), the tree on top of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Member {
+    pub prefix: Vec<u32>,
+    pub tree: Tree,
+    /// The first `done` nodes are in the cache already; the others are the rows of this run. 0 but while a tree grows.
+    pub done: usize,
+    pub sampling: Sampling,
+}
+
+impl Member {
+    pub fn new(prefix: &[u32], tree: Tree) -> Member {
+        Member { prefix: prefix.to_vec(), tree, done: 0, sampling: Sampling::greedy() }
+    }
+
+    /// Rows of the request.
+    pub fn rows(&self) -> usize {
+        self.tree.nodes() - self.done
+    }
+
+    /// Slots the request needs.
+    pub fn slots(&self) -> usize {
+        self.prefix.len() + self.tree.nodes()
+    }
+}
+
+/// The requests of one run, each in its own slot of the batch: `members[i]` is request i.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch {
+    pub members: Vec<Member>,
+}
+
+impl Batch {
+    pub fn rows(&self) -> usize {
+        self.members.iter().map(Member::rows).sum()
+    }
+
+    /// First row of request `member`: that of its node `done`.
+    pub fn first_row(&self, member: usize) -> usize {
+        self.members[..member].iter().map(Member::rows).sum()
+    }
+
+    /// Largest position + 1.
+    pub fn keys(&self) -> usize {
+        let deepest = |m: &Member| (0..m.tree.nodes()).map(|n| m.prefix.len() + m.tree.depth(n) + 1).max();
+        self.members.iter().filter_map(deepest).max().unwrap_or(0)
+    }
+
+    pub fn row_words(&self) -> Vec<u32> {
+        let mut words = Vec::new();
+        for (request, m) in self.members.iter().enumerate() {
+            for node in m.done..m.tree.nodes() {
+                let row = Row {
+                    token: m.tree.tokens[node],
+                    position: (m.prefix.len() + m.tree.depth(node)) as u32,
+                    request: request as u32,
+                    node: node as u32,
+                    ancestors: m.tree.ancestor_words(node),
+                };
+                words.extend(row.to_words());
+            }
+        }
+        words
+    }
+
+    /// The `requests` buffer, header included.
+    pub fn request_words(&self) -> Vec<u32> {
+        let mut words = vec![self.rows() as u32, self.members.len() as u32, 0, 0];
+        for (i, m) in self.members.iter().enumerate() {
+            let s = &m.sampling;
+            let request = Request {
+                prefix: m.prefix.len() as u32,
+                first_row: self.first_row(i) as u32,
+                n_rows: m.rows() as u32,
+                sample: s.sample,
+                seed: [s.seed as u32, (s.seed >> 32) as u32],
+                temperature: s.temperature,
+                top_k: s.top_k,
+                top_p: s.top_p,
+                min_p: s.min_p,
+                repetition_penalty: s.repetition_penalty,
+            };
+            words.extend(request.to_words());
+        }
+        words
+    }
+
+    /// The `seen` bits of every request: the tokens of its prefix.
+    pub fn seen_words(&self, vocab: usize) -> Vec<u32> {
+        let mut words = Vec::new();
+        for m in &self.members {
+            let mut bits = vec![0; vocab.div_ceil(32)];
+            for &token in &m.prefix {
+                bits[token as usize / 32] |= 1 << (token % 32);
+            }
+            words.extend(bits);
+        }
+        words
+    }
+}

@@ -1,0 +1,64 @@
+//! What the losslessness tests run over: tree shapes, samplings, devices and the real model.
+
+use std::path::PathBuf;
+
+use treespark::Sampling;
+use treespark::backend::Backend;
+use treespark_models::hub;
+
+/// Ten shapes: plain, chains, wide, deep, uneven, and more nodes than a mask word has bits.
+pub const SHAPES: [&str; 10] = [
+    "root",
+    "chain:1",
+    "chain:7",
+    "4x2x2x1",
+    "3x3x3",
+    "parents:0,0,1,2,3,0,5,1,2,8",
+    "16",
+    "2x2x2x2x2",
+    "paths:0;1;2;0.0;0.1;1.0;0.0.0;0.0.1;0.0.0.0",
+    "parents:0,0,0,0,0,4,4,3,3,2,1,10,11,12",
+];
+
+/// Greedy, and temperatures with every filter.
+pub fn samplings() -> Vec<(&'static str, Sampling)> {
+    let sampled = |temperature, seed| Sampling { temperature, seed, ..Sampling::default() };
+    vec![
+        ("greedy", Sampling::default()),
+        ("greedy, penalty 1.3", Sampling { repetition_penalty: 1.3, ..Sampling::default() }),
+        ("temperature 0.2", sampled(0.2, 1)),
+        ("temperature 0.7, top-k 8, penalty 1.1", Sampling { top_k: 8, repetition_penalty: 1.1, ..sampled(0.7, 2) }),
+        ("temperature 1.0, top-p 0.9", Sampling { top_p: 0.9, ..sampled(1.0, u64::MAX) }),
+        (
+            "temperature 1.5, top-k 40, top-p 0.95, min-p 0.05",
+            Sampling { top_k: 40, top_p: 0.95, min_p: 0.05, sample: 3, ..sampled(1.5, 4) },
+        ),
+    ]
+}
+
+/// The first GPU, a software rasteriser if there is no other. `None`, with a printed reason, where there is none; a
+/// failure where `TREESPARK_REQUIRE_GPU` is set.
+#[cfg(feature = "wgpu")]
+pub fn gpu() -> Option<Box<dyn Backend>> {
+    match treespark::devices::open(&treespark::devices::BackendChoice::Wgpu(None)) {
+        Ok(backend) => Some(backend),
+        Err(error) => {
+            assert!(std::env::var_os("TREESPARK_REQUIRE_GPU").is_none(), "{error}");
+            eprintln!("skipped: {error}");
+            None
+        }
+    }
+}
+
+/// The default model's file, fetched if need be. `None`, with a printed reason, where it cannot be had; a failure
+/// where `TREESPARK_REQUIRE_MODEL` is set.
+pub fn default_model() -> Option<PathBuf> {
+    match hub::resolve(hub::DEFAULT_MODEL, &mut |_| {}) {
+        Ok(path) => Some(path),
+        Err(error) => {
+            assert!(std::env::var_os("TREESPARK_REQUIRE_MODEL").is_none(), "{error}");
+            eprintln!("skipped: {error}");
+            None
+        }
+    }
+}

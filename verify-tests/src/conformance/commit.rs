@@ -1,0 +1,168 @@
+//! The end of a round: acceptance, commit, and the round as a whole against plain decoding.
+
+use treespark::backend::Backend;
+use treespark_kernel_gen::layout::NO_TOKEN;
+use treespark_kernel_gen::{MAX_NODES, TreeShape, TreeSpec};
+
+use super::{Property, for_cases, same, same_bits};
+use crate::arb::{Case, cases};
+use crate::batch::{Batch, Member, Tree};
+use crate::bed::{Accepted, Bed};
+use crate::oracle::Oracle;
+use crate::rng::Rng;
+use crate::tiny_model::{MAX_ROWS, MAX_SLOTS, Tail};
+
+const ANY: TreeSpec = TreeSpec::Any(MAX_NODES);
+
+/// Draws that a batch's trees are likely to contain: mostly the token of a child, now and then none of them.
+fn likely_draws(batch: &Batch, vocab: usize, rng: &mut Rng) -> Vec<u32> {
+    let mut draws = Vec::new();
+    for m in &batch.members {
+        for node in 0..m.tree.nodes() {
+            let children: Vec<usize> = (1..m.tree.nodes()).filter(|&n| m.tree.parents[n] == node).collect();
+            draws.push(match rng.below(12) {
+                0 => NO_TOKEN,
+                1 => rng.below(vocab) as u32,
+                _ if children.is_empty() => rng.below(vocab) as u32,
+                _ => m.tree.tokens[rng.pick(&children)],
+            });
+        }
+    }
+    draws
+}
+
+/// Acceptance on given draws: the oracle walks the tree. For trees of any kind, and compiled for one tree.
+pub fn acceptance_equals_the_oracle(backend: &mut dyn Backend) -> Property {
+    for_cases(backend, 24, cases(), |backend, case| {
+        let draws = likely_draws(&case.batch, case.model.sizes.vocab, &mut case.rng());
+        let mut oracle = Oracle::new();
+        let want = accept(&mut oracle, &case, &case.batch, &draws, &ANY);
+        same("accepted", &accept(backend, &case, &case.batch, &draws, &ANY), &want)?;
+        let parents: Vec<u32> = case.batch.members[0].tree.parents.iter().map(|&p| p as u32).collect();
+        let shape = TreeShape::from_parents(&parents).map_err(|e| e.to_string())?;
+        let first = Batch { members: case.batch.members[..1].to_vec() };
+        let fixed = accept(backend, &case, &first, &draws[..first.rows()], &TreeSpec::Static(shape));
+        same("accepted, by a static tree", &fixed[0], &want[0])
+    })
+}
+
+fn accept(backend: &mut dyn Backend, case: &Case, batch: &Batch, draws: &[u32], tree: &TreeSpec) -> Vec<Accepted> {
+    let mut bed = Bed::new(backend, case.model.clone());
+    let pass = case.model.accept_pass(batch.rows(), tree);
+    bed.prepare(&pass);
+    bed.write("draws", draws);
+    bed.run(&pass, batch);
+    (0..batch.members.len()).map(|i| bed.accepted(i)).collect()
+}
+
+/// After a commit the cache holds, bit for bit, what decoding the accepted tokens one by one would have left; slots
+/// behind the accepted ones keep what they held.
+pub fn commit_leaves_the_cache_of_plain_decoding(backend: &mut dyn Backend) -> Property {
+    for_cases(backend, 6, cases(), |backend, case| {
+        let draws = likely_draws(&case.batch, case.model.sizes.vocab, &mut case.rng());
+        let requests = case.batch.members.len();
+        let mut bed = Bed::new(backend, case.model.clone());
+        bed.verify(&case.batch, MAX_ROWS, &ANY);
+        let before: Vec<_> = (0..requests).map(|i| bed.cached(i, MAX_SLOTS)).collect();
+        let pass = case.model.commit_pass(MAX_ROWS, &ANY);
+        bed.prepare(&pass);
+        bed.write("draws", &draws);
+        bed.run(&pass, &case.batch);
+        let accepted: Vec<Accepted> = (0..requests).map(|i| bed.accepted(i)).collect();
+        let after: Vec<_> = (0..requests).map(|i| bed.cached(i, MAX_SLOTS)).collect();
+        drop(bed);
+
+        for (i, member) in case.batch.members.iter().enumerate() {
+            let tokens: Vec<u32> = accepted[i].path.iter().map(|&n| member.tree.tokens[n as usize]).collect();
+            let committed = member.prefix.len() + tokens.len();
+            let plain = plain_cache(backend, &case, member, &tokens);
+            for slot in 0..MAX_SLOTS {
+                let (kind, want) =
+                    if slot < committed { ("committed", &plain[slot]) } else { ("rejected", &before[i][slot]) };
+                same_bits(&format!("request {i}, {kind} slot {slot} of path {:?}", accepted[i].path), &after[i][slot], want)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// The cache after `tokens` have been decoded one by one behind a member's prefix.
+fn plain_cache(backend: &mut dyn Backend, case: &Case, member: &Member, tokens: &[u32]) -> Vec<Vec<f32>> {
+    let mut bed = Bed::new(backend, case.model.clone());
+    bed.prefill(&Batch { members: vec![member.clone()] });
+    let mut prefix = member.prefix.clone();
+    for &token in tokens {
+        bed.decode(&Batch { members: vec![Member::new(&prefix, Tree::chain(&[token]))] }, 1, &ANY);
+        prefix.push(token);
+    }
+    bed.cached(0, prefix.len())
+}
+
+/// A whole round in one pass emits the tokens that plain decoding draws, as far as the tree goes, and commits them.
+pub fn a_round_emits_what_plain_decoding_draws(backend: &mut dyn Backend) -> Property {
+    for_cases(backend, 8, cases(), |backend, case| {
+        let mut rng = case.rng();
+        let mut members = Vec::new();
+        let mut expected = Vec::new();
+        for member in case.batch.members.iter().filter(|m| m.tree.nodes() <= 64) {
+            let plain = plain_draws(backend, &case, member, 1 + rng.below(6));
+            let (tree, path) = graft(&member.tree, &plain[..plain.len() - 1], &mut rng);
+            members.push(Member { tree, ..member.clone() });
+            expected.push((plain, path));
+        }
+        if members.is_empty() {
+            return Ok(());
+        }
+        let batch = Batch { members };
+        let mut bed = Bed::new(backend, case.model.clone());
+        bed.prefill(&batch);
+        let pass = case.model.pass(MAX_ROWS, &ANY, Tail::Commit);
+        bed.run(&pass, &batch);
+        for (i, (plain, path)) in expected.iter().enumerate() {
+            let accepted = bed.accepted(i);
+            let n = plain.len().min(accepted.tokens.len());
+            // The random part of the tree may happen to continue the grafted path: longer is right, shorter is not.
+            if accepted.tokens.len() < plain.len() || accepted.tokens[..n] != plain[..n] {
+                return Err(format!("request {i}: round {accepted:?}, plain decoding {plain:?} along {path:?}"));
+            }
+        }
+        Ok(())
+    })
+}
+
+/// The first `n` draws of plain decoding from a member's root on.
+fn plain_draws(backend: &mut dyn Backend, case: &Case, member: &Member, n: usize) -> Vec<u32> {
+    let mut bed = Bed::new(backend, case.model.clone());
+    bed.prefill(&Batch { members: vec![member.clone()] });
+    let mut step = Member { tree: Tree::chain(&member.tree.tokens[..1]), ..member.clone() };
+    let mut draws = Vec::new();
+    for _ in 0..n {
+        let token = bed.decode(&Batch { members: vec![step.clone()] }, 1, &ANY).draws[0];
+        draws.push(token);
+        step.prefix.push(step.tree.tokens[0]);
+        step.tree = Tree::chain(&[token]);
+    }
+    draws
+}
+
+/// Adds a path of these tokens from the root to a tree, its nodes spread among the others.
+fn graft(tree: &Tree, tokens: &[u32], rng: &mut Rng) -> (Tree, Vec<usize>) {
+    let mut grown = Tree { parents: vec![0], tokens: vec![tree.tokens[0]] };
+    let mut new_id = vec![0; tree.nodes()];
+    let mut path = vec![0];
+    let mut node = 1;
+    while node < tree.nodes() || path.len() <= tokens.len() {
+        let graft_now = path.len() <= tokens.len() && (node == tree.nodes() || rng.below(3) == 0);
+        if graft_now {
+            grown.parents.push(path[path.len() - 1]);
+            grown.tokens.push(tokens[path.len() - 1]);
+            path.push(grown.nodes() - 1);
+        } else {
+            grown.parents.push(new_id[tree.parents[node]]);
+            grown.tokens.push(tree.tokens[node]);
+            new_id[node] = grown.nodes() - 1;
+            node += 1;
+        }
+    }
+    (grown, path)
+}

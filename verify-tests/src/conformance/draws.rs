@@ -1,0 +1,214 @@
+//! Properties of the draw: against the oracle, against the distribution that it must have, and at its edges.
+
+use proptest::prelude::*;
+use treespark::backend::Backend;
+use treespark_kernel_gen::Request;
+use treespark_kernel_gen::layout::NO_TOKEN;
+
+use super::{Property, for_cases, same};
+use crate::arb::{Case, HOUSE_MODELS, cases};
+use crate::batch::{Batch, Member, Sampling, Tree};
+use crate::bed::Bed;
+use crate::near_tie::{DrawContext, Verdict, classify};
+use crate::oracle::{Oracle, scores};
+use crate::rng::Rng;
+use crate::tiny_model::{Sizes, TinyModel};
+
+/// On equal logits only the rounding of f32 scores, of exponentials and of their sums can tell two draws apart: a few
+/// units in the last place of numbers up to 32.
+const TOLERANCE: f64 = 2e-5;
+
+/// `Err` unless all draws are equal or near-ties on the same logits.
+pub(super) fn excusable(batch: &Batch, logits: &[f32], got: &[u32], want: &[u32]) -> Result<(), String> {
+    let vocab = logits.len() / batch.rows();
+    let words = batch.request_words();
+    for (i, member) in batch.members.iter().enumerate() {
+        for node in 0..member.tree.nodes() {
+            let row = batch.first_row(i) + node;
+            let logits = &logits[row * vocab..(row + 1) * vocab];
+            if got[row] == want[row] {
+                continue;
+            }
+            let context = DrawContext {
+                request: Request::read(&words, i),
+                position: (member.prefix.len() + member.tree.depth(node)) as u32,
+                seen: [member.prefix.clone(), member.tree.path_tokens(node)].concat(),
+            };
+            let divergence = classify(row, [got[row], want[row]], [logits, logits], &context, TOLERANCE);
+            if divergence.verdict != Verdict::NearTie {
+                return Err(format!("the draw of row {row}: {divergence}{:?}", member.sampling));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Runs the draw pass alone on these logits.
+fn draw(backend: &mut dyn Backend, model: &TinyModel, batch: &Batch, logits: &[f32]) -> Vec<u32> {
+    let mut bed = Bed::new(backend, model.clone());
+    let pass = model.draw_pass(batch.rows());
+    bed.prepare(&pass);
+    bed.write_floats("logits", logits);
+    bed.run(&pass, batch);
+    bed.words("draws", batch.rows())
+}
+
+/// Any logits, any parameters: the oracle's draws, but for near-ties on the same logits.
+pub fn draws_equal_the_oracle(backend: &mut dyn Backend) -> Property {
+    for_cases(backend, 32, cases(), |backend, case: Case| {
+        let mut rng = case.rng();
+        // Coarse logits tie often; fine ones never.
+        let coarse = rng.below(2) == 0;
+        let logit = |rng: &mut Rng| 3.0 * rng.normal() as f32;
+        let logits: Vec<f32> = (0..case.batch.rows() * case.model.sizes.vocab)
+            .map(|_| if coarse { logit(&mut rng).round() } else { logit(&mut rng) })
+            .collect();
+        let mut oracle = Oracle::new();
+        let want = draw(&mut oracle, &case.model, &case.batch, &logits);
+        let got = draw(backend, &case.model, &case.batch, &logits);
+        excusable(&case.batch, &logits, &got, &want)
+    })
+}
+
+/// Ten thousand draws of one row of logits, over positions and sample indices, fit the distribution (chi-square, at
+/// six standard deviations), and neighbouring positions draw independently.
+pub fn draws_follow_their_distribution(backend: &mut dyn Backend) -> Property {
+    let base = Sampling { temperature: 1.0, seed: 0x0123_4567_89AB_CDEF, ..Sampling::greedy() };
+    for (index, sampling) in [
+        base.clone(),
+        Sampling { temperature: 0.7, top_k: 12, ..base.clone() },
+        Sampling { temperature: 1.5, top_p: 0.8, ..base.clone() },
+        Sampling { temperature: 1.0, min_p: 0.1, ..base.clone() },
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let model = TinyModel { sizes: Sizes { vocab: 40, ..HOUSE_MODELS[2] }, seed: 1 };
+        let mut rng = Rng::new(index as u64);
+        let logits: Vec<f32> = (0..40).map(|_| 1.5 * rng.normal() as f32).collect();
+        let (runs, rows) = (40, 256);
+        let mut draws = Vec::new();
+        for sample in 0..runs {
+            let sampling = Sampling { sample, ..sampling.clone() };
+            let batch = Batch { members: vec![Member { sampling, ..Member::new(&[], Tree::chain(&[0; 256])) }] };
+            draws.extend(draw(backend, &model, &batch, &logits.repeat(rows)));
+        }
+        let probabilities = probabilities(&logits, &sampling);
+        fits(&draws, &probabilities).map_err(|problem| format!("{problem}, {sampling:?}"))?;
+        let equal = draws.windows(2).filter(|w| w[0] == w[1]).count() as f64;
+        let expected: f64 = probabilities.iter().map(|p| p * p).sum::<f64>() * (draws.len() - 1) as f64;
+        if (equal - expected).abs() > 9.0 * expected.sqrt() {
+            return Err(format!("neighbours are equal {equal} times, not {expected}, {sampling:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// The probabilities of a row's tokens after the filters.
+fn probabilities(logits: &[f32], sampling: &Sampling) -> Vec<f64> {
+    let member = Member { sampling: sampling.clone(), ..Member::new(&[], Tree::chain(&[0])) };
+    let request = Request::read(&Batch { members: vec![member] }.request_words(), 0);
+    let logits: Vec<f64> = logits.iter().map(|&x| f64::from(x)).collect();
+    let weights: Vec<f64> =
+        scores(&logits, &request, 0, |_| false).iter().map(|s| if s.kept { s.relative } else { 0.0 }).collect();
+    let total: f64 = weights.iter().sum();
+    weights.iter().map(|w| w / total).collect()
+}
+
+fn fits(draws: &[u32], probabilities: &[f64]) -> Property {
+    let n = draws.len() as f64;
+    let mut counts = vec![0.0; probabilities.len()];
+    draws.iter().for_each(|&t| counts[t as usize] += 1.0);
+    // Tokens that are expected fewer than five times are taken together, as the test requires.
+    let (mut rare_count, mut rare_expected, mut chi2, mut cells) = (0.0, 0.0, 0.0, 0.0);
+    for (token, (&p, &count)) in probabilities.iter().zip(&counts).enumerate() {
+        if p == 0.0 && count > 0.0 {
+            return Err(format!("token {token} was filtered out and drawn {count} times"));
+        }
+        if n * p < 5.0 {
+            rare_count += count;
+            rare_expected += n * p;
+        } else {
+            chi2 += (count - n * p).powi(2) / (n * p);
+            cells += 1.0;
+        }
+    }
+    if rare_expected > 0.0 {
+        chi2 += (f64::powi(rare_count - rare_expected, 2)) / rare_expected;
+        cells += 1.0;
+    }
+    let freedom: f64 = cells - 1.0;
+    match chi2 < freedom + 6.0 * (2.0 * freedom).sqrt() + 6.0 {
+        true => Ok(()),
+        false => Err(format!("chi-square {chi2} with {freedom} degrees of freedom")),
+    }
+}
+
+/// Greedy draws and the ranking resolve equal logits to the lowest id, wherever in the vocabulary they are.
+pub fn ties_go_to_the_lowest_id(backend: &mut dyn Backend) -> Property {
+    let model = TinyModel { sizes: HOUSE_MODELS[0], seed: 2 };
+    let vocab = model.sizes.vocab;
+    let places = [(0, 1), (0, vocab - 1), (5, 69), (31, 32), (63, 64), (40, 41), (64, 96)];
+    let mut logits = Vec::new();
+    for (a, b) in places {
+        let mut row = vec![-1.0; vocab];
+        (row[a], row[b]) = (2.0, 2.0);
+        logits.extend(row);
+    }
+    // All equal, zeros of both signs, all minus infinity but one.
+    logits.extend(vec![0.5; vocab]);
+    logits.extend((0..vocab).map(|t| if t % 2 == 0 { -0.0 } else { 0.0 }));
+    logits.extend((0..vocab).map(|t| if t == 77 { -3.0 } else { f32::NEG_INFINITY }));
+    let batch = Batch { members: vec![Member::new(&[], Tree::chain(&[0; 10]))] };
+    let mut bed = Bed::new(backend, model.clone());
+    let pass = model.draw_pass(batch.rows());
+    bed.prepare(&pass);
+    bed.write_floats("logits", &logits);
+    bed.run(&pass, &batch);
+    let outputs = bed.outputs(&batch);
+    let expected: Vec<u32> = places.iter().map(|&(a, _)| a as u32).chain([0, 0, 77]).collect();
+    same("draws", &outputs.draws, &expected)?;
+    for (row, (a, b)) in places.into_iter().enumerate() {
+        same("top ids", &outputs.top_ids[row][..2], &[a as u32, b as u32])?;
+        same("top values", &outputs.top_values[row][..3], &[2.0, 2.0, -1.0])?;
+    }
+    same("top ids of equal logits", &outputs.top_ids[7][..], &[0, 1, 2, 3, 4])
+}
+
+/// One NaN anywhere in a row, and that row alone draws [`NO_TOKEN`]: greedy or not, whatever the filters.
+pub fn a_nan_draws_no_token(backend: &mut dyn Backend) -> Property {
+    let strategy = (cases(), any::<prop::sample::Index>(), any::<bool>());
+    for_cases(backend, 12, strategy, |backend, (case, place, negative)| {
+        let mut rng = case.rng();
+        let vocab = case.model.sizes.vocab;
+        let mut logits: Vec<f32> = (0..case.batch.rows() * vocab).map(|_| rng.normal() as f32).collect();
+        let at = place.index(logits.len());
+        logits[at] = if negative { -f32::NAN } else { f32::NAN };
+        let draws = draw(backend, &case.model, &case.batch, &logits);
+        (0..draws.len()).try_for_each(|row| same(&format!("row {row} draws nothing"), draws[row] == NO_TOKEN, row == at / vocab))
+    })
+}
+
+/// Tokens tied at a threshold are all kept: with equal logits no filter but top-p = 0 and top-k drops any, and then
+/// none either, as none is larger than another. So every token is drawn sooner or later.
+pub fn filters_keep_ties_at_their_threshold(backend: &mut dyn Backend) -> Property {
+    let model = TinyModel { sizes: HOUSE_MODELS[2], seed: 3 };
+    let vocab = model.sizes.vocab;
+    let base = Sampling { temperature: 1.0, seed: 9, ..Sampling::greedy() };
+    for sampling in [
+        Sampling { top_k: 1, ..base.clone() },
+        Sampling { top_p: 0.01, ..base.clone() },
+        Sampling { min_p: 1.0, ..base.clone() },
+        Sampling { top_k: 2, top_p: 0.5, min_p: 0.9, ..base },
+    ] {
+        // The first half ties at the top, the second half is far enough below to be dropped by each filter.
+        let row: Vec<f32> = (0..vocab).map(|t| if t < vocab / 2 { 1.25 } else { -1.0 }).collect();
+        let members = vec![Member { sampling: sampling.clone(), ..Member::new(&[], Tree::chain(&[0; 256])) }];
+        let draws = draw(backend, &model, &Batch { members }, &row.repeat(256));
+        let mut drawn = draws;
+        drawn.sort_unstable();
+        drawn.dedup();
+        same(&format!("tokens drawn with {sampling:?}"), drawn, (0..vocab as u32 / 2).collect())?;
+    }
+    Ok(())
+}

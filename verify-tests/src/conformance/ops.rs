@@ -1,0 +1,135 @@
+//! Every op against the oracle: alone on equal inputs, and as a whole round.
+
+use proptest::strategy::Strategy;
+use treespark::backend::Backend;
+use treespark_kernel_gen::layout::NO_TOKEN;
+use treespark_kernel_gen::{BufferDesc, DType, MAX_NODES, Op, Pass, Role, TreeSpec};
+
+use super::draws::excusable;
+use super::{Property, Tolerance, finite, for_cases, same};
+use crate::arb::{Case, HOUSE_MODELS, Topology, cases, tree, wild_cases};
+use crate::batch::{Batch, Member, Sampling};
+use crate::bed::Bed;
+use crate::oracle::Oracle;
+use crate::tiny_model::{MAX_ROWS, Tail, TinyModel};
+
+const ANY: TreeSpec = TreeSpec::Any(MAX_NODES);
+
+/// Each op of a round runs alone, on the oracle's inputs, and must leave what the oracle leaves: its results within
+/// [`Tolerance`], all other memory untouched.
+pub fn every_op_equals_the_oracle(backend: &mut dyn Backend) -> Property {
+    for_cases(backend, 10, wild_cases(), |backend, case| op_by_op(backend, &case))?;
+    for_cases(backend, 4, cases(), |backend, case| op_by_op(backend, &case))
+}
+
+/// The sizes at which kernels go wrong, one by one: empty prefixes, one node, page and word boundaries inside the tree.
+pub fn edge_sizes_equal_the_oracle(backend: &mut dyn Backend) -> Property {
+    let sizes = [(0, 1), (0, 33), (1, 1), (3, 2), (4, 3), (15, 2), (16, 1), (16, 17), (17, 31), (31, 65), (64, 7), (5, 256)];
+    for (index, (prefix, nodes)) in sizes.into_iter().enumerate() {
+        let model = TinyModel { sizes: HOUSE_MODELS[index % 2], seed: index as u64 };
+        let vocab = model.sizes.vocab;
+        let tokens: Vec<u32> = (0..prefix).map(|i| (i * 7 % vocab) as u32).collect();
+        let batch = Batch { members: vec![Member::new(&tokens, tree(nodes, Topology::Recursive, vocab, index as u64))] };
+        let case = Case { model, batch, seed: 0 };
+        op_by_op(backend, &case).map_err(|problem| format!("prefix of {prefix}, {nodes} nodes: {problem}\n{case:?}"))?;
+    }
+    Ok(())
+}
+
+fn op_by_op(backend: &mut dyn Backend, case: &Case) -> Result<(), String> {
+    let mut oracle = Oracle::new();
+    let mut right = Bed::new(&mut oracle, case.model.clone());
+    right.prefill(&case.batch);
+    let mut tested = Bed::new(backend, case.model.clone());
+    let whole = case.model.pass(case.batch.rows(), &ANY, Tail::Commit);
+    right.prepare(&whole);
+    tested.prepare(&whole);
+    for (index, op) in whole.ops.iter().enumerate() {
+        let alone = alone(&whole, op);
+        for desc in operands(&whole, op).filter(|desc| desc.role != Role::Weight) {
+            let words = right.words(&desc.name, desc.bytes() / 4);
+            right.write(&desc.name, &words);
+            tested.write(&desc.name, &words);
+        }
+        right.run(&alone, &case.batch);
+        tested.run(&alone, &case.batch);
+        for desc in operands(&whole, op).filter(|desc| !matches!(desc.role, Role::Weight | Role::Input)) {
+            compare(&mut tested, &mut right, desc, case)
+                .map_err(|problem| format!("op {index}, {}: {problem}", op.name()))?;
+        }
+    }
+    Ok(())
+}
+
+/// The pass with one op left. Its scratch is read by the host here, so it is no scratch.
+fn alone(whole: &Pass, op: &Op) -> Pass {
+    let mut pass = Pass { name: op.name().into(), ops: vec![op.clone()], ..whole.clone() };
+    pass.buffers.iter_mut().filter(|desc| desc.role == Role::Scratch).for_each(|desc| desc.role = Role::Output);
+    pass
+}
+
+fn operands<'a>(pass: &'a Pass, op: &Op) -> impl Iterator<Item = &'a BufferDesc> {
+    op.operands().into_iter().map(|(_, buf)| pass.buffer(buf))
+}
+
+fn compare(tested: &mut Bed, right: &mut Bed, desc: &BufferDesc, case: &Case) -> Result<(), String> {
+    let rows = case.batch.rows();
+    let name = &desc.name;
+    match (name.as_str(), desc.role) {
+        // All of it, row of a head by row: what the op must not touch has to be as it was.
+        (_, Role::Cache) => {
+            let (got, want) = (tested.floats(name, desc.len()), right.floats(name, desc.len()));
+            let dim = case.model.sizes.head_dim;
+            let tolerance = Tolerance::cache(desc.dtype);
+            got.chunks(dim).zip(want.chunks(dim)).try_for_each(|(got, want)| tolerance.compare(name, got, want))
+        }
+        ("accepted", _) => {
+            (0..case.batch.members.len()).try_for_each(|i| same("accepted", tested.accepted(i), right.accepted(i)))
+        }
+        ("draws", _) => {
+            let vocab = case.model.sizes.vocab;
+            let logits = right.floats("logits", rows * vocab);
+            let (got, want) = (tested.words("draws", rows), right.words("draws", rows));
+            excusable(&case.batch, &logits, &got, &want)?;
+            // From here on both follow the oracle's draws.
+            tested.write("draws", &want);
+            Ok(())
+        }
+        (_, _) if desc.dtype == DType::U32 => {
+            let words = rows * desc.len() / desc.shape[0];
+            same(name, tested.words(name, words), right.words(name, words))
+        }
+        _ => {
+            let width = desc.len() / desc.shape[0];
+            let (got, want) = (tested.floats(name, rows * width), right.floats(name, rows * width));
+            (0..rows).try_for_each(|row| {
+                let of = |all: &[f32]| all[row * width..(row + 1) * width].to_vec();
+                Tolerance::OP.compare(&format!("{name}, row {row}"), &of(&got), &of(&want))
+            })
+        }
+    }
+}
+
+/// Prefill and a whole verify pass: the logits of all rows, and the greedy draws up to near-ties.
+pub fn a_whole_round_equals_the_oracle(backend: &mut dyn Backend) -> Property {
+    let greedy = cases().prop_map(|mut case| {
+        case.batch.members.iter_mut().for_each(|m| m.sampling = Sampling::greedy());
+        case
+    });
+    for_cases(backend, 8, greedy, |backend, case| {
+        let mut oracle = Oracle::new();
+        let want = Bed::new(&mut oracle, case.model.clone()).verify(&case.batch, MAX_ROWS, &ANY);
+        let got = Bed::new(backend, case.model.clone()).verify(&case.batch, MAX_ROWS, &ANY);
+        finite(&got)?;
+        let tolerance = Tolerance::logits(&case.model.sizes);
+        for row in 0..case.batch.rows() {
+            tolerance.compare(&format!("logits of row {row}"), &got.logits[row], &want.logits[row])?;
+            let (drawn, logits) = (got.draws[row], &got.logits[row]);
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            if drawn == NO_TOKEN || logits[drawn as usize] < max {
+                return Err(format!("row {row} drew {drawn}, which is not its own argmax"));
+            }
+        }
+        Ok(())
+    })
+}

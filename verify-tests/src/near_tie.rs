@@ -1,0 +1,184 @@
+//! Is a difference between two runs excusable? The checker of runs on two backends that ought to give equal tokens.
+//!
+//! Backends sum in different orders, so their logits differ in the last bits, and a draw between two tokens of nearly
+//! equal score may fall either way. That is a *near-tie*, and it is reported, never ignored. A token is *plausible*
+//! under a row of logits if moving every logit by less than the tolerance could have made it the draw. A first
+//! divergence is a near-tie iff both rows agree within the tolerance and both tokens are plausible under both rows.
+//! Anything after the first divergence has another context and is not compared.
+
+use std::fmt;
+
+use treespark_kernel_gen::Request;
+
+use crate::oracle::{Scored, scores};
+
+/// How a request draws at one row: everything but the logits.
+#[derive(Debug, Clone)]
+pub struct DrawContext {
+    pub request: Request,
+    pub position: u32,
+    /// Tokens that occurred: the prefix and the row's path.
+    pub seen: Vec<u32>,
+}
+
+/// The first difference of two runs, with what each backend thought of both tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Divergence {
+    /// Index in the token sequences.
+    pub at: usize,
+    pub tokens: [u32; 2],
+    /// `logits[run][token]`: run 0's logits of both tokens, run 1's.
+    pub logits: [[f32; 2]; 2],
+    /// `scores[run][token]`: scaled logit plus noise.
+    pub scores: [[f64; 2]; 2],
+    /// Largest difference between the runs' scaled logits.
+    pub spread: f64,
+    pub verdict: Verdict,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    NearTie,
+    /// The logits themselves differ by more than rounding.
+    LogitsDiffer,
+    /// The logits agree, but a token was drawn that they do not allow.
+    WrongDraw,
+}
+
+impl fmt::Display for Divergence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b] = self.tokens;
+        writeln!(f, "{:?} at token {}: {a} against {b}; scaled logits differ by {:.2e}", self.verdict, self.at, self.spread)?;
+        for run in 0..2 {
+            let ([la, lb], [sa, sb]) = (self.logits[run], self.scores[run]);
+            writeln!(f, "  run {run}: logits {la} and {lb}, scores {sa} and {sb}, margin {:.2e}", sa - sb)?;
+        }
+        Ok(())
+    }
+}
+
+/// Compares two token sequences. `rows_at(i)` gives both runs' logits for token i and how it was drawn. A sequence that
+/// ends early is cut: lengths are the caller's to compare.
+pub fn first_divergence(
+    runs: [&[u32]; 2],
+    tolerance: f64,
+    rows_at: impl FnOnce(usize) -> ([Vec<f32>; 2], DrawContext),
+) -> Option<Divergence> {
+    let at = runs[0].iter().zip(runs[1]).position(|(a, b)| a != b)?;
+    let (rows, context) = rows_at(at);
+    Some(classify(at, [runs[0][at], runs[1][at]], [&rows[0], &rows[1]], &context, tolerance))
+}
+
+/// Classifies one difference: run i drew `tokens[i]` from `rows[i]`.
+pub fn classify(at: usize, tokens: [u32; 2], rows: [&[f32]; 2], context: &DrawContext, tolerance: f64) -> Divergence {
+    let scored = rows.map(|row| {
+        let row: Vec<f64> = row.iter().map(|&x| f64::from(x)).collect();
+        scores(&row, &context.request, context.position, |t| context.seen.contains(&t))
+    });
+    let spread = scored[0].iter().zip(&scored[1]).map(|(a, b)| (a.scaled - b.scaled).abs()).fold(0.0, nan_max);
+    let plausible = scored.iter().all(|s| tokens.iter().all(|&t| is_plausible(t, s, &context.request, tolerance)));
+    let verdict = match (spread <= tolerance, plausible) {
+        (false, _) => Verdict::LogitsDiffer,
+        (true, false) => Verdict::WrongDraw,
+        (true, true) => Verdict::NearTie,
+    };
+    let of_tokens = |run: usize| tokens.map(|t| rows[run].get(t as usize).copied().unwrap_or(f32::NAN));
+    let scores_of = |run: usize| tokens.map(|t| scored[run].get(t as usize).map_or(f64::NAN, |s| s.score));
+    let (logits, scores) = ([of_tokens(0), of_tokens(1)], [scores_of(0), scores_of(1)]);
+    Divergence { at, tokens, logits, scores, spread, verdict }
+}
+
+/// The larger; a NaN counts as infinitely large.
+fn nan_max(a: f64, b: f64) -> f64 {
+    if b.is_nan() { f64::INFINITY } else { a.max(b) }
+}
+
+/// Could `token` have been drawn, had every scaled logit been moved by less than the tolerance?
+pub fn is_plausible(token: u32, scored: &[Scored], request: &Request, tolerance: f64) -> bool {
+    let Some(own) = scored.get(token as usize) else { return false };
+    let slack = Slack::new(scored, request);
+    // The best of the tokens that no such move can drop.
+    let best = scored.iter().filter(|s| slack.of(s) > tolerance).map(|s| s.score).fold(f64::NEG_INFINITY, f64::max);
+    slack.of(own) >= -tolerance && own.score >= best - tolerance
+}
+
+/// How far a token is from the thresholds of the filters: negative if it is dropped.
+struct Slack<'a> {
+    request: &'a Request,
+    /// Scaled logits, descending.
+    sorted: Vec<f64>,
+}
+
+impl<'a> Slack<'a> {
+    fn new(scored: &[Scored], request: &'a Request) -> Slack<'a> {
+        let mut sorted: Vec<f64> = scored.iter().map(|s| s.scaled).collect();
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        Slack { request, sorted }
+    }
+
+    fn of(&self, s: &Scored) -> f64 {
+        let r = self.request;
+        if r.temperature == 0.0 || s.rank == 0 {
+            return f64::INFINITY;
+        }
+        let k = r.top_k as usize;
+        let top_k = match k {
+            0 => f64::INFINITY,
+            _ if s.rank < k => s.scaled - self.sorted.get(k).copied().unwrap_or(f64::NEG_INFINITY),
+            _ => s.scaled - self.sorted[k - 1],
+        };
+        let top_p = if r.top_p >= 1.0 { f64::INFINITY } else { f64::from(r.top_p) - s.mass_above };
+        let min_p = s.relative.ln() - f64::from(r.min_p).ln();
+        top_k.min(top_p).min(min_p)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{Batch, Member, Sampling, Tree};
+
+    fn context(sampling: Sampling) -> DrawContext {
+        let member = Member { sampling, ..Member::new(&[], Tree::chain(&[0])) };
+        let words = Batch { members: vec![member] }.request_words();
+        DrawContext { request: Request::read(&words, 0), position: 3, seen: vec![] }
+    }
+
+    fn verdict(tokens: [u32; 2], rows: [&[f32]; 2], sampling: Sampling) -> Verdict {
+        classify(0, tokens, rows, &context(sampling), 1e-3).verdict
+    }
+
+    #[test]
+    fn greedy_near_ties_are_told_from_real_differences() {
+        let tie: [&[f32]; 2] = [&[1.0, 2.0001, 2.0], &[1.0, 2.0, 2.0001]];
+        assert_eq!(verdict([1, 2], tie, Sampling::greedy()), Verdict::NearTie);
+        assert_eq!(verdict([1, 0], tie, Sampling::greedy()), Verdict::WrongDraw);
+        let apart: [&[f32]; 2] = [&[1.0, 2.1, 2.0], &[1.0, 2.0, 2.1]];
+        assert_eq!(verdict([1, 2], apart, Sampling::greedy()), Verdict::LogitsDiffer);
+        let clear: [&[f32]; 2] = [&[1.0, 2.1, 2.0], &[1.0, 2.1, 2.0]];
+        assert_eq!(verdict([1, 2], clear, Sampling::greedy()), Verdict::WrongDraw);
+        let broken: [&[f32]; 2] = [&[1.0, f32::NAN, 2.0], &[1.0, 2.0, 2.0]];
+        assert_eq!(verdict([1, 2], broken, Sampling::greedy()), Verdict::LogitsDiffer);
+    }
+
+    #[test]
+    fn a_token_at_a_filter_threshold_is_a_near_tie() {
+        let keep_two = Sampling { temperature: 1.0, top_k: 2, ..Sampling::greedy() };
+        let rows: [&[f32]; 2] = [&[3.0, 1.0002, 1.0, -20.0], &[3.0, 1.0, 1.0002, -20.0]];
+        let ctx = context(keep_two.clone());
+        let scored = scores(&rows[0].iter().map(|&x| f64::from(x)).collect::<Vec<_>>(), &ctx.request, ctx.position, |_| false);
+        let slack = Slack::new(&scored, &ctx.request);
+        assert!(slack.of(&scored[0]) > 1.0 && slack.of(&scored[1]).abs() < 1e-3 && slack.of(&scored[2]).abs() < 1e-3);
+        assert!(slack.of(&scored[3]) < -1.0);
+    }
+
+    #[test]
+    fn the_first_difference_is_reported_with_both_logits() {
+        let rows = |_| ([vec![0.5, 1.5], vec![0.5, 1.5]], context(Sampling::greedy()));
+        assert!(first_divergence([&[1, 0, 1], &[1, 0]], 1e-3, rows).is_none());
+        let found = first_divergence([&[1, 0, 1], &[1, 1, 0]], 1e-3, rows).expect("they differ");
+        assert_eq!((found.at, found.tokens, found.logits[0]), (1, [0, 1], [0.5, 1.5]));
+        assert_eq!(found.verdict, Verdict::WrongDraw);
+        assert!(found.to_string().contains("0.5 and 1.5"), "{found}");
+    }
+}

@@ -1,0 +1,231 @@
+//! A model small enough to compute by hand: every size is free, every weight random. It builds the passes that a
+//! Llama-family model builds, so all ops and all their options are reached.
+
+use half::{bf16, f16};
+use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words};
+use treespark_kernel_gen::op::Batch as BatchBuffers;
+use treespark_kernel_gen::{Buf, BufferDesc, DType, MAX_NODES, Op, Pass, Request, Role, Row, TreeSpec};
+use treespark_models::{Bytes, Tensor};
+
+use crate::rng::Rng;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Sizes {
+    pub vocab: usize,
+    pub hidden: usize,
+    pub layers: usize,
+    pub kv_heads: usize,
+    /// Query heads per key head.
+    pub group: usize,
+    pub head_dim: usize,
+    pub ffn: usize,
+    /// Qwen2 has biases, Qwen3 norms on queries and keys.
+    pub bias: bool,
+    pub qk_norm: bool,
+    pub weights: DType,
+    pub cache: DType,
+    pub page_size: usize,
+}
+
+/// Requests and rows that every batch buffer has room for.
+pub const MAX_REQUESTS: usize = 3;
+pub const MAX_ROWS: usize = 320;
+/// Slots of one request, and positions of the rope table: a prefix of about 150 and a tree of 256.
+pub const MAX_SLOTS: usize = 416;
+/// Tokens a row that `TopK` ranks.
+pub const TOP_K: usize = 5;
+
+impl Sizes {
+    pub fn heads(&self) -> usize {
+        self.kv_heads * self.group
+    }
+
+    pub fn pages_per_request(&self) -> usize {
+        MAX_SLOTS / self.page_size
+    }
+
+    /// One page more than the requests can own: what unused entries of the page table point at.
+    pub fn pages(&self) -> usize {
+        MAX_REQUESTS * self.pages_per_request() + 1
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct TinyModel {
+    pub sizes: Sizes,
+    pub seed: u64,
+}
+
+/// What a pass does with the hidden states of its last layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tail {
+    /// Logits, draws and top-k of every row.
+    Draw,
+    /// Also acceptance and commit: a whole round.
+    Commit,
+}
+
+impl TinyModel {
+    /// The forward pass, compiled for `rows` rows.
+    pub fn pass(&self, rows: usize, tree: &TreeSpec, tail: Tail) -> Pass {
+        let mut pass = Pass::new(format!("{tail:?} {rows}"), rows);
+        let batch = self.batch_buffers(&mut pass);
+        let (k_cache, v_cache) = self.caches(&mut pass);
+        let s = self.sizes;
+        let eps = 1e-5;
+        let f32s = |pass: &mut Pass, name: &str, role, shape: &[usize]| pass.add(name, role, DType::F32, shape);
+        let x = f32s(&mut pass, "x", Role::Scratch, &[MAX_ROWS, s.hidden]);
+        let q = f32s(&mut pass, "q", Role::Scratch, &[MAX_ROWS, s.heads(), s.head_dim]);
+        let attention = f32s(&mut pass, "attention", Role::Scratch, &[MAX_ROWS, s.heads(), s.head_dim]);
+        let ffn = f32s(&mut pass, "ffn", Role::Scratch, &[MAX_ROWS, s.ffn]);
+        let rope = f32s(&mut pass, "rope", Role::Weight, &[MAX_SLOTS, s.head_dim / 2, 2]);
+
+        let table = pass.add("embed", Role::Weight, s.weights, &[s.vocab, s.hidden]);
+        pass.ops.push(Op::Embed { batch, table, out: x });
+        for layer in 0..s.layers {
+            let name = |part: &str| format!("layers.{layer}.{part}");
+            let n = (s.heads() + 2 * s.kv_heads) * s.head_dim;
+            let norm = f32s(&mut pass, &name("attn_norm"), Role::Weight, &[s.hidden]);
+            let weight = pass.add(name("qkv"), Role::Weight, s.weights, &[n, s.hidden]);
+            let bias = s.bias.then(|| f32s(&mut pass, &name("qkv_bias"), Role::Weight, &[n]));
+            let q_norm = s.qk_norm.then(|| f32s(&mut pass, &name("q_norm"), Role::Weight, &[s.head_dim]));
+            let k_norm = s.qk_norm.then(|| f32s(&mut pass, &name("k_norm"), Role::Weight, &[s.head_dim]));
+            #[rustfmt::skip]
+            pass.ops.push(Op::Qkv {
+                batch, layer, heads: s.heads(), kv_heads: s.kv_heads, eps, x, norm, weight, bias, q_norm, k_norm, rope, q,
+                k_cache, v_cache,
+            });
+            #[rustfmt::skip]
+            pass.ops.push(Op::TreeAttention {
+                batch, layer, heads: s.heads(), kv_heads: s.kv_heads, scale: 1.0 / (s.head_dim as f32).sqrt(),
+                tree: tree.clone(), q, k_cache, v_cache, out: attention,
+            });
+            let o = pass.add(name("o"), Role::Weight, s.weights, &[s.hidden, s.heads() * s.head_dim]);
+            pass.ops.push(Op::Project { batch, x: attention, weight: o, residual: x });
+            let norm = f32s(&mut pass, &name("ffn_norm"), Role::Weight, &[s.hidden]);
+            let gate_up = pass.add(name("gate_up"), Role::Weight, s.weights, &[2 * s.ffn, s.hidden]);
+            pass.ops.push(Op::GateUp { batch, eps, x, norm, weight: gate_up, out: ffn });
+            let down = pass.add(name("down"), Role::Weight, s.weights, &[s.hidden, s.ffn]);
+            pass.ops.push(Op::Project { batch, x: ffn, weight: down, residual: x });
+        }
+        let norm = f32s(&mut pass, "norm", Role::Weight, &[s.hidden]);
+        let weight = pass.add("head", Role::Weight, s.weights, &[s.vocab, s.hidden]);
+        let logits = f32s(&mut pass, "logits", Role::Output, &[MAX_ROWS, s.vocab]);
+        pass.ops.push(Op::Head { batch, eps, x, norm, weight, logits });
+        self.push_draw(&mut pass);
+        if tail == Tail::Commit {
+            self.push_accept(&mut pass, tree);
+            self.push_commit(&mut pass);
+        }
+        pass.check().expect("the pass of a tiny model is well formed");
+        pass
+    }
+
+    /// Draw and top-k alone, on logits that the host wrote.
+    pub fn draw_pass(&self, rows: usize) -> Pass {
+        let mut pass = Pass::new("draw", rows);
+        self.push_draw(&mut pass);
+        pass.check().expect("the draw pass is well formed");
+        pass
+    }
+
+    /// Acceptance alone, on draws that the host wrote.
+    pub fn accept_pass(&self, rows: usize, tree: &TreeSpec) -> Pass {
+        let mut pass = Pass::new("accept", rows);
+        self.push_accept(&mut pass, tree);
+        pass.check().expect("the accept pass is well formed");
+        pass
+    }
+
+    /// Acceptance and commit, on draws that the host wrote.
+    pub fn commit_pass(&self, rows: usize, tree: &TreeSpec) -> Pass {
+        let mut pass = self.accept_pass(rows, tree);
+        self.push_commit(&mut pass);
+        pass.check().expect("the commit pass is well formed");
+        pass
+    }
+
+    fn push_draw(&self, pass: &mut Pass) {
+        let batch = self.batch_buffers(pass);
+        let vocab = self.sizes.vocab;
+        let logits = pass.add("logits", Role::Output, DType::F32, &[MAX_ROWS, vocab]);
+        let seen = pass.add("seen", Role::Input, DType::U32, &[MAX_REQUESTS, vocab.div_ceil(32)]);
+        let draws = pass.add("draws", Role::Output, DType::U32, &[MAX_ROWS]);
+        let ids = pass.add("top_ids", Role::Output, DType::U32, &[MAX_ROWS, TOP_K]);
+        let values = pass.add("top_values", Role::Output, DType::F32, &[MAX_ROWS, TOP_K]);
+        pass.ops.push(Op::Draw { batch, seen, logits, draws });
+        pass.ops.push(Op::TopK { batch, logits, ids, values });
+    }
+
+    fn push_accept(&self, pass: &mut Pass, tree: &TreeSpec) {
+        let batch = self.batch_buffers(pass);
+        let draws = pass.add("draws", Role::Output, DType::U32, &[MAX_ROWS]);
+        let accepted = self.accepted(pass);
+        pass.ops.push(Op::Accept { batch, tree: tree.clone(), draws, accepted });
+    }
+
+    fn push_commit(&self, pass: &mut Pass) {
+        let batch = self.batch_buffers(pass);
+        let accepted = self.accepted(pass);
+        let (k_cache, v_cache) = self.caches(pass);
+        pass.ops.push(Op::Commit { batch, accepted, k_cache, v_cache });
+    }
+
+    fn batch_buffers(&self, pass: &mut Pass) -> BatchBuffers {
+        let request_words = HEADER_WORDS + MAX_REQUESTS * Request::WORDS;
+        BatchBuffers {
+            rows: pass.add("rows", Role::Input, DType::U32, &[MAX_ROWS, Row::WORDS]),
+            requests: pass.add("requests", Role::Input, DType::U32, &[request_words]),
+            pages: pass.add("pages", Role::Input, DType::U32, &[MAX_REQUESTS, self.sizes.pages_per_request()]),
+        }
+    }
+
+    fn caches(&self, pass: &mut Pass) -> (Buf, Buf) {
+        let s = self.sizes;
+        let shape = [s.layers, s.pages(), s.kv_heads, s.page_size, s.head_dim];
+        (pass.add("k_cache", Role::Cache, s.cache, &shape), pass.add("v_cache", Role::Cache, s.cache, &shape))
+    }
+
+    fn accepted(&self, pass: &mut Pass) -> Buf {
+        pass.add("accepted", Role::Output, DType::U32, &[MAX_REQUESTS, accepted_words(MAX_NODES)])
+    }
+
+    /// The weight that a buffer of a pass holds; a function of the seed and the buffer's name.
+    pub fn weight(&self, desc: &BufferDesc) -> Tensor {
+        let mut rng = Rng::new(desc.name.bytes().fold(self.seed, |h, b| Rng::new(h ^ u64::from(b)).next()));
+        let values: Vec<f64> = match desc.name.as_str() {
+            "rope" => rope_table(desc.shape[0], desc.shape[1]),
+            name if name.ends_with("norm") => (0..desc.len()).map(|_| 1.0 + 0.2 * rng.normal()).collect(),
+            "embed" => (0..desc.len()).map(|_| rng.normal()).collect(),
+            // Logits with a spread of about 3, so that draws are neither uniform nor certain.
+            "head" => (0..desc.len()).map(|_| 3.0 * rng.normal() / (desc.shape[1] as f64).sqrt()).collect(),
+            _ => {
+                let fan_in = *desc.shape.last().expect("a weight has dimensions") as f64;
+                (0..desc.len()).map(|_| rng.normal() / fan_in.sqrt()).collect()
+            }
+        };
+        tensor(desc.dtype, &desc.shape, &values)
+    }
+}
+
+fn rope_table(positions: usize, half: usize) -> Vec<f64> {
+    let mut table = Vec::new();
+    for position in 0..positions {
+        for i in 0..half {
+            let angle = position as f64 * 10000f64.powf(-(i as f64) / half as f64);
+            table.extend([angle.cos(), angle.sin()]);
+        }
+    }
+    table
+}
+
+/// A tensor of these values, rounded to the dtype.
+pub fn tensor(dtype: DType, shape: &[usize], values: &[f64]) -> Tensor {
+    let encode = |&v: &f64| match dtype {
+        DType::F32 => (v as f32).to_le_bytes().to_vec(),
+        DType::F16 => f16::from_f64(v).to_le_bytes().to_vec(),
+        DType::BF16 => bf16::from_f64(v).to_le_bytes().to_vec(),
+        DType::U32 => panic!("a weight is no words"),
+    };
+    Tensor { dtype, shape: shape.to_vec(), bytes: Bytes::from_vec(values.iter().flat_map(encode).collect()) }
+}

@@ -1,0 +1,158 @@
+//! Speculative equals plain, token for token: whatever the drafter, the tree, the sampling or the backend.
+//!
+//! On the CPU backend, and between speculative and plain on the wgpu backend, equality is exact: a row's sums do not
+//! depend on its neighbours. Random tiny models are covered here; SmolLM2 in `smollm2.rs`.
+
+use std::path::PathBuf;
+
+use treespark::backend::Backend;
+use treespark::cpu::CpuBackend;
+use treespark::draft::model::{MAX_CHILDREN, ModelDrafter};
+use treespark::draft::ngram::NgramDrafter;
+use treespark::draft::{Draft, Drafter, NoDrafter, Plan};
+use treespark::network::{Limits, Network};
+use treespark::scheduler::Scheduler;
+use treespark::tree::Accepted;
+use treespark::{Engine, Sampling, Sequence, Statistics};
+use treespark_kernel_gen::TreeShape;
+use treespark_models::Model;
+use treespark_verify_tests::cases::{SHAPES, samplings};
+
+const CONTEXT: usize = 160;
+const NEW_TOKENS: usize = 60;
+
+fn tiny_models() -> Vec<PathBuf> {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity");
+    ["tiny-llama", "tiny-qwen2", "tiny-qwen3"].map(|name| folder.join(name)).to_vec()
+}
+
+/// A drafter that knows what plain decoding produced and proposes it in part, among wrong branches.
+struct HalfRight {
+    truth: Vec<u32>,
+    vocab: u32,
+    random: u64,
+}
+
+impl HalfRight {
+    fn random(&mut self, below: u32) -> u32 {
+        self.random = self.random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((self.random >> 33) % u64::from(below)) as u32
+    }
+}
+
+impl Drafter for HalfRight {
+    fn name(&self) -> &'static str {
+        "half right"
+    }
+
+    fn propose(&mut self, _: &mut dyn Backend, context: &[u32], plan: &Plan) -> treespark::Result<Draft> {
+        let shape = plan.shape.clone().expect("tested with given shapes");
+        let mut draft = Draft::root(context[context.len() - 1]);
+        let mut right = vec![true]; // whether the path to a node is the truth's
+        let mut taken = vec![false]; // whether a node already has the right child
+        for node in 1..shape.len() {
+            let parent = shape.parent(node);
+            let last_chance = shape.children(parent).last() == Some(node);
+            let next = self.truth.get(context.len() + shape.depth(parent)).copied();
+            let hit = right[parent] && !taken[parent] && self.random(10) < if last_chance { 8 } else { 4 };
+            let token = match next {
+                Some(token) if hit => token,
+                _ => self.random(self.vocab),
+            };
+            taken[parent] |= hit;
+            right.push(hit && next.is_some());
+            taken.push(false);
+            draft.tree.push(parent, token)?;
+            draft.survival.push(0.5);
+        }
+        Ok(draft)
+    }
+
+    fn observe(&mut self, _: &mut dyn Backend, _: &Draft, _: &Accepted) -> treespark::Result<()> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
+}
+
+type OpenBackend = fn() -> Box<dyn Backend>;
+
+struct Setup<'a> {
+    model: &'a Model,
+    open: OpenBackend,
+}
+
+impl Setup<'_> {
+    fn limits(shape: Option<&TreeShape>) -> Limits {
+        Limits { context: CONTEXT, max_nodes: shape.map_or(64, TreeShape::len), top_k: 1 }
+    }
+
+    fn run(
+        &self,
+        drafter: impl FnOnce(&mut dyn Backend) -> Box<dyn Drafter>,
+        shape: Option<&TreeShape>,
+        sampling: &Sampling,
+    ) -> (Vec<u32>, Statistics) {
+        let mut backend = (self.open)();
+        let target = Network::load(backend.as_mut(), self.model, Self::limits(shape), &mut |_, _| {}).unwrap();
+        let drafter = drafter(backend.as_mut());
+        // Rows as good as free, so that the scheduler drafts freely.
+        let scheduler = Scheduler::new(shape.cloned(), 64, 0.001);
+        let mut engine = Engine::new(backend, target, drafter, scheduler, CONTEXT);
+        let vocab = self.model.config().vocab_size;
+        let prompt = (0..40).map(|i| (i * i * 7 + i % 5) % vocab as u32).collect();
+        let mut seq = Sequence::new(prompt, sampling.clone(), NEW_TOKENS, vec![], CONTEXT, vocab);
+        let mut stats = Statistics::default();
+        engine.generate(&mut seq, &mut stats).unwrap();
+        (seq.tokens().to_vec(), stats)
+    }
+
+    fn draft_model(&self, backend: &mut dyn Backend, shape: Option<&TreeShape>) -> Box<dyn Drafter> {
+        let limits = Limits { top_k: MAX_CHILDREN, ..Self::limits(shape) };
+        let vocab = self.model.config().vocab_size;
+        Box::new(ModelDrafter::load(backend, self.model, vocab, limits, &mut |_, _| {}).unwrap())
+    }
+}
+
+fn check_all(open: OpenBackend, shapes: &[&str]) {
+    for path in tiny_models() {
+        let model = Model::open(&path).unwrap();
+        let setup = Setup { model: &model, open };
+        let vocab = model.config().vocab_size as u32;
+        let (mut rounds, mut tokens) = (0, 0);
+        for (name, sampling) in samplings() {
+            let (plain, _) = setup.run(|_| Box::new(NoDrafter), None, &sampling);
+            assert_eq!(plain.len(), 40 + NEW_TOKENS);
+            for (i, text) in shapes.iter().enumerate() {
+                let shape: TreeShape = text.parse().unwrap();
+                let check = |drafter: &str, (got, stats): (Vec<u32>, Statistics)| {
+                    assert_eq!(got, plain, "{}: {drafter}, tree {text}, {name}", path.display());
+                    (stats.rounds, stats.new_tokens)
+                };
+                let half = HalfRight { truth: plain.clone(), vocab, random: i as u64 };
+                let (r, t) = check("half right", setup.run(|_| Box::new(half), Some(&shape), &sampling));
+                (rounds, tokens) = (rounds + r, tokens + t);
+                check("ngram", setup.run(|_| Box::new(NgramDrafter::default()), Some(&shape), &sampling));
+                check("model", setup.run(|backend| setup.draft_model(backend, Some(&shape)), Some(&shape), &sampling));
+            }
+            let auto = setup.run(|_| Box::new(NgramDrafter::default()), None, &sampling);
+            assert_eq!(auto.0, plain, "{}: ngram, auto, {name}", path.display());
+        }
+        // The comparison would be empty if nothing were ever accepted.
+        assert!(tokens > rounds * 3 / 2, "{tokens} tokens in {rounds} rounds: the trees were hardly accepted");
+    }
+}
+
+#[test]
+fn speculative_equals_plain_on_the_cpu() {
+    check_all(|| Box::new(CpuBackend::new(None)), &SHAPES);
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn speculative_equals_plain_on_wgpu() {
+    if treespark_verify_tests::cases::gpu().is_none() {
+        return;
+    }
+    check_all(|| treespark_verify_tests::cases::gpu().expect("found before"), &SHAPES[3..6]);
+}

@@ -1,0 +1,264 @@
+//! The suite can fail: each of these known mistakes, planted into an otherwise right backend, is caught by a property.
+//!
+//! A [`Mutant`] wraps the oracle and spoils what goes in (words that the host writes, ops of a pass) or comes out.
+
+use std::collections::HashMap;
+
+use treespark::Result;
+use treespark::backend::{Backend, BufferId, DeviceInfo, Extent, PassId};
+use treespark_kernel_gen::layout::HEADER_WORDS;
+use treespark_kernel_gen::{BufferDesc, Op, Pass, Request, Row};
+use treespark_models::Tensor;
+use treespark_verify_tests::bed::POISON;
+use treespark_verify_tests::conformance::{Property, commit, draws, ops, structure};
+use treespark_verify_tests::oracle::Oracle;
+
+/// What a mistake does to one row of a batch.
+type SpoilRow = fn(&mut Row);
+type SpoilRequest = fn(&mut Request);
+/// What it does to an op when a pass is compiled; `false` drops the op.
+type SpoilOp = fn(&mut Op) -> bool;
+/// What it does to the words that the host reads of a buffer.
+type SpoilRead = fn(&mut [u32]);
+
+#[derive(Clone, Copy)]
+enum Mistake {
+    Row(SpoilRow),
+    Request(SpoilRequest),
+    Op(SpoilOp),
+    /// Of the buffer of this name.
+    Read(&'static str, SpoilRead),
+}
+
+struct Mutant {
+    inner: Oracle,
+    names: HashMap<BufferId, String>,
+    mistake: Mistake,
+}
+
+impl Mutant {
+    fn new(mistake: Mistake) -> Mutant {
+        Mutant { inner: Oracle::new(), names: HashMap::new(), mistake }
+    }
+}
+
+impl Backend for Mutant {
+    fn info(&self) -> &DeviceInfo {
+        self.inner.info()
+    }
+
+    fn load(&mut self, desc: &BufferDesc, parts: &[Tensor]) -> Result<BufferId> {
+        self.inner.load(desc, parts)
+    }
+
+    fn alloc(&mut self, desc: &BufferDesc) -> Result<BufferId> {
+        let id = self.inner.alloc(desc)?;
+        self.names.insert(id, desc.name.clone());
+        Ok(id)
+    }
+
+    fn free(&mut self, buffer: BufferId) {
+        self.inner.free(buffer);
+    }
+
+    fn write(&mut self, buffer: BufferId, offset: usize, words: &[u32]) -> Result<()> {
+        let mut words = words.to_vec();
+        match (self.names[&buffer].as_str(), self.mistake) {
+            ("rows", Mistake::Row(spoil)) => {
+                for index in 0..words.len() / Row::WORDS {
+                    let mut row = Row::read(&words, index);
+                    if row.token == POISON {
+                        continue;
+                    }
+                    spoil(&mut row);
+                    words[index * Row::WORDS..][..Row::WORDS].copy_from_slice(&row.to_words());
+                }
+            }
+            ("requests", Mistake::Request(spoil)) if words[1] != POISON => {
+                for index in 0..words[1] as usize {
+                    let mut request = Request::read(&words, index);
+                    spoil(&mut request);
+                    words[HEADER_WORDS + index * Request::WORDS..][..Request::WORDS]
+                        .copy_from_slice(&request.to_words());
+                }
+            }
+            _ => {}
+        }
+        self.inner.write(buffer, offset, &words)
+    }
+
+    fn read(&mut self, buffer: BufferId, offset: usize, len: usize) -> Result<Vec<u32>> {
+        let mut words = self.inner.read(buffer, offset, len)?;
+        match self.mistake {
+            Mistake::Read(name, spoil) if self.names.get(&buffer).is_some_and(|n| n == name) => spoil(&mut words),
+            _ => {}
+        }
+        Ok(words)
+    }
+
+    fn compile(&mut self, pass: &Pass, buffers: &[BufferId]) -> Result<PassId> {
+        let mut pass = pass.clone();
+        if let Mistake::Op(spoil) = self.mistake {
+            pass.ops.retain_mut(spoil);
+        }
+        self.inner.compile(&pass, buffers)
+    }
+
+    fn run(&mut self, pass: PassId, extent: Extent) -> Result<()> {
+        self.inner.run(pass, extent)
+    }
+}
+
+#[track_caller]
+fn caught_by(property: fn(&mut dyn Backend) -> Property, mistake: Mistake) {
+    assert!(property(&mut Mutant::new(mistake)).is_err(), "the suite lets this mistake pass");
+}
+
+/// Bit of the parent in a row's ancestors, if it has one.
+fn parent(row: &Row) -> Option<usize> {
+    row.path().filter(|&n| n != row.node as usize).last()
+}
+
+#[test]
+fn a_missing_ancestor() {
+    let forget_parent = |row: &mut Row| {
+        if let Some(parent) = parent(row).filter(|&p| p > 0) {
+            row.ancestors[parent / 32] ^= 1 << (parent % 32);
+        }
+    };
+    caught_by(structure::a_node_sees_exactly_its_root_path, Mistake::Row(forget_parent));
+    caught_by(ops::every_op_equals_the_oracle, Mistake::Row(forget_parent));
+}
+
+#[test]
+fn an_ancestor_bit_one_too_far() {
+    let see_neighbour = |row: &mut Row| {
+        let neighbour = row.node.saturating_sub(1) as usize;
+        row.ancestors[neighbour / 32] |= 1 << (neighbour % 32);
+    };
+    caught_by(structure::a_node_sees_exactly_its_root_path, Mistake::Row(see_neighbour));
+    caught_by(structure::node_order_changes_nothing, Mistake::Row(see_neighbour));
+}
+
+#[test]
+fn a_node_that_sees_its_child() {
+    let see_next = |row: &mut Row| {
+        let next = (row.node as usize + 1).min(255);
+        row.ancestors[next / 32] |= 1 << (next % 32);
+    };
+    caught_by(structure::a_chain_is_causal_attention, Mistake::Row(see_next));
+}
+
+#[test]
+fn only_the_first_ancestor_word_is_read() {
+    let one_word = |row: &mut Row| {
+        let own = row.node as usize;
+        row.ancestors[1..].fill(0);
+        row.ancestors[own / 32] |= 1 << (own % 32);
+    };
+    caught_by(structure::a_node_sees_exactly_its_root_path, Mistake::Row(one_word));
+    caught_by(ops::edge_sizes_equal_the_oracle, Mistake::Row(one_word));
+}
+
+#[test]
+fn rope_by_slot_and_not_by_depth() {
+    let by_slot = |row: &mut Row| {
+        let depth = row.path().count() as u32 - 1;
+        row.position = row.position - depth + row.node;
+    };
+    caught_by(structure::a_node_sees_exactly_its_root_path, Mistake::Row(by_slot));
+    caught_by(structure::node_order_changes_nothing, Mistake::Row(by_slot));
+    caught_by(commit::commit_leaves_the_cache_of_plain_decoding, Mistake::Row(by_slot));
+}
+
+#[test]
+fn a_prefix_one_short() {
+    let shorter = |r: &mut Request| r.prefix = r.prefix.saturating_sub(1);
+    caught_by(ops::every_op_equals_the_oracle, Mistake::Request(shorter));
+}
+
+#[test]
+fn a_prefix_one_long() {
+    caught_by(structure::unused_memory_never_leaks, Mistake::Request(|r| r.prefix += 1));
+}
+
+#[test]
+fn a_commit_that_does_nothing() {
+    let forget = |op: &mut Op| !matches!(op, Op::Commit { .. });
+    caught_by(commit::commit_leaves_the_cache_of_plain_decoding, Mistake::Op(forget));
+}
+
+#[test]
+fn a_commit_of_keys_alone() {
+    let keys_twice = |op: &mut Op| {
+        if let Op::Commit { k_cache, v_cache, .. } = op {
+            *v_cache = *k_cache;
+        }
+        true
+    };
+    caught_by(commit::commit_leaves_the_cache_of_plain_decoding, Mistake::Op(keys_twice));
+}
+
+#[test]
+fn a_scale_that_is_a_little_off() {
+    let warmer = |op: &mut Op| {
+        if let Op::TreeAttention { scale, .. } = op {
+            *scale *= 1.001;
+        }
+        true
+    };
+    caught_by(ops::every_op_equals_the_oracle, Mistake::Op(warmer));
+}
+
+#[test]
+fn no_bias_and_no_head_norms() {
+    let plain = |op: &mut Op| {
+        if let Op::Qkv { bias, .. } = op {
+            *bias = None;
+        }
+        true
+    };
+    caught_by(ops::every_op_equals_the_oracle, Mistake::Op(plain));
+    let unnormed = |op: &mut Op| {
+        if let Op::Qkv { k_norm, .. } = op {
+            *k_norm = None;
+        }
+        true
+    };
+    caught_by(ops::every_op_equals_the_oracle, Mistake::Op(unnormed));
+}
+
+#[test]
+fn logits_off_in_the_fourth_digit() {
+    let nudge = |words: &mut [u32]| words.iter_mut().for_each(|w| *w = (f32::from_bits(*w) * 1.0003 + 1e-3).to_bits());
+    caught_by(ops::every_op_equals_the_oracle, Mistake::Read("logits", nudge));
+}
+
+#[test]
+fn noise_keyed_by_anything_but_position_and_sample() {
+    // By the node: equal to the position only on a chain without a prefix.
+    caught_by(draws::draws_equal_the_oracle, Mistake::Row(|row| row.position = row.node));
+    caught_by(draws::draws_follow_their_distribution, Mistake::Row(|row| row.position = 0));
+    caught_by(draws::draws_equal_the_oracle, Mistake::Request(|r| r.sample = 0));
+    caught_by(draws::draws_equal_the_oracle, Mistake::Request(|r| r.seed.swap(0, 1)));
+}
+
+#[test]
+fn filters_that_are_skipped_or_one_off() {
+    caught_by(draws::draws_equal_the_oracle, Mistake::Request(|r| r.top_k += u32::from(r.top_k > 1)));
+    caught_by(draws::draws_equal_the_oracle, Mistake::Request(|r| r.top_p = 1.0));
+    caught_by(draws::draws_equal_the_oracle, Mistake::Request(|r| r.min_p = 0.0));
+    caught_by(draws::draws_equal_the_oracle, Mistake::Request(|r| r.repetition_penalty = 1.0));
+    caught_by(draws::draws_follow_their_distribution, Mistake::Request(|r| r.temperature *= 1.1));
+}
+
+#[test]
+fn acceptance_that_overlooks_a_branch() {
+    let flatten = |row: &mut Row| {
+        let own = row.node as usize;
+        row.ancestors = [0; 8];
+        row.ancestors[0] = 1;
+        row.ancestors[own / 32] |= 1 << (own % 32);
+    };
+    caught_by(commit::acceptance_equals_the_oracle, Mistake::Row(flatten));
+}

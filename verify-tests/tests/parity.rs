@@ -1,0 +1,166 @@
+//! Logits against the Hugging Face implementation, on fixtures that it made (see `fixtures/parity/README.md`).
+//!
+//! The oracle takes the tests too: this is where its reading of the architectures is itself checked.
+
+use std::path::{Path, PathBuf};
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+use treespark::backend::{Backend, Extent};
+use treespark::cpu::CpuBackend;
+use treespark_kernel_gen::{DType, MAX_NODES, Role, TreeSpec};
+use treespark_models::{Dims, Model, llama};
+use treespark_verify_tests::batch::{Batch, Member, Tree};
+use treespark_verify_tests::cases;
+use treespark_verify_tests::oracle::Oracle;
+
+/// Errors are relative to the largest logit of a row.
+const F32_TOLERANCE: f32 = 1e-4;
+const BF16_TOLERANCE: f32 = 2e-2;
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity").join(name)
+}
+
+/// The logits of every position of each sequence, each computed in one pass.
+fn logits(backend: &mut dyn Backend, model: &Model, cache_dtype: DType, sequences: &[Vec<u32>]) -> Vec<Vec<Vec<f32>>> {
+    let (config, vocab) = (model.config(), model.config().vocab_size);
+    let longest = sequences.iter().map(Vec::len).max().expect("there are sequences");
+    let (page_size, pages) = (16, longest.div_ceil(16));
+    let dims = Dims {
+        max_rows: longest,
+        head_rows: longest,
+        max_requests: 1,
+        context: longest,
+        page_size,
+        pages,
+        pages_per_request: pages,
+        top_k: 1,
+        cache_dtype,
+        tree: TreeSpec::Any(MAX_NODES),
+    };
+    let mut weights = Vec::new();
+    for item in model.weights(dims.context) {
+        let (desc, parts) = item.unwrap();
+        weights.push((backend.load(&desc, &parts).unwrap(), desc));
+    }
+    let pass = llama::logits_pass(config, &dims, longest).unwrap();
+    let buffers: Vec<_> = pass
+        .buffers
+        .iter()
+        .map(|desc| match weights.iter().find(|(_, known)| known == desc) {
+            Some((id, _)) => *id,
+            None => {
+                assert_ne!(desc.role, Role::Weight, "{} was not loaded", desc.name);
+                backend.alloc(desc).unwrap()
+            }
+        })
+        .collect();
+    let buffer = |name: &str| buffers[pass.buffers.iter().position(|desc| desc.name == name).expect(name)];
+    let compiled = backend.compile(&pass, &buffers).unwrap();
+    backend.write(buffer("pages"), 0, &(0..pages as u32).collect::<Vec<_>>()).unwrap();
+    let mut all = Vec::new();
+    for tokens in sequences {
+        let batch = Batch { members: vec![Member::new(&[], Tree::chain(tokens))] };
+        backend.write(buffer("rows"), 0, &batch.row_words()).unwrap();
+        backend.write(buffer("requests"), 0, &batch.request_words()).unwrap();
+        backend.run(compiled, Extent { rows: tokens.len(), requests: 1, keys: tokens.len() }).unwrap();
+        let words = backend.read(buffer("logits"), 0, tokens.len() * vocab).unwrap();
+        all.push(words.chunks(vocab).map(|row| row.iter().map(|&w| f32::from_bits(w)).collect()).collect());
+    }
+    all
+}
+
+/// Words of a tensor of 32-bit elements.
+fn words(file: &SafeTensors, name: &str) -> Vec<u32> {
+    let bytes = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}")).data().to_vec();
+    bytes.chunks(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+fn floats(file: &SafeTensors, name: &str) -> Vec<f32> {
+    words(file, name).into_iter().map(f32::from_bits).collect()
+}
+
+/// The largest difference between two rows of logits, relative to the largest logit.
+fn error(got: &[f32], want: &[f32]) -> f32 {
+    let scale = want.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    got.iter().zip(want).map(|(g, w)| (g - w).abs() / scale).fold(0.0, |a, b| if b.is_nan() { b } else { a.max(b) })
+}
+
+fn tiny_models_agree(backend: &mut dyn Backend) {
+    for name in ["tiny-llama", "tiny-qwen2", "tiny-qwen3"] {
+        let model = Model::open(&fixture(name)).unwrap();
+        let bytes = std::fs::read(fixture(name).join("expected.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let sequences = [0, 1].map(|i| words(&file, &format!("tokens.{i}")));
+        let got = logits(backend, &model, DType::F32, &sequences);
+        for (i, got) in got.iter().enumerate() {
+            let want = floats(&file, &format!("logits.{i}"));
+            for (position, (got, want)) in got.iter().zip(want.chunks(model.config().vocab_size)).enumerate() {
+                let error = error(got, want);
+                assert!(error < F32_TOLERANCE, "{name}, sequence {i}, position {position}: relative error {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn tiny_models_on_the_oracle() {
+    tiny_models_agree(&mut Oracle::new());
+}
+
+#[test]
+fn tiny_models_on_the_cpu() {
+    tiny_models_agree(&mut CpuBackend::new(None));
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn tiny_models_on_wgpu() {
+    if let Some(mut backend) = cases::gpu() {
+        tiny_models_agree(&mut *backend);
+    }
+}
+
+/// A real model, its weights rounded to bf16: the 64 largest logits of the last positions of each prompt, and how much
+/// mass the others have.
+fn smollm2_agrees(backend: &mut dyn Backend, model: &Model) {
+    let folder = fixture("smollm2-135m-instruct");
+    let prompts: Vec<Value> = serde_json::from_slice(&std::fs::read(folder.join("prompts.json")).unwrap()).unwrap();
+    let token = |t: &Value| t.as_u64().unwrap() as u32;
+    let sequences: Vec<Vec<u32>> =
+        prompts.iter().map(|p| p["tokens"].as_array().unwrap().iter().map(token).collect()).collect();
+    let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let got = logits(backend, model, DType::BF16, &sequences);
+    for (i, rows) in got.iter().enumerate() {
+        let ids = words(&file, &format!("bf16.ids.{i}"));
+        let values = floats(&file, &format!("bf16.values.{i}"));
+        let sums = floats(&file, &format!("bf16.logsumexp.{i}"));
+        for (at, row) in rows[rows.len() - sums.len()..].iter().enumerate() {
+            let want = &values[at * 64..(at + 1) * 64];
+            let got: Vec<f32> = ids[at * 64..(at + 1) * 64].iter().map(|&id| row[id as usize]).collect();
+            let error = error(&got, want);
+            assert!(error < BF16_TOLERANCE, "prompt {i}, position {at} of the last: relative error {error}");
+            let sum: f64 = row.iter().map(|&x| f64::from(x - want[0]).exp()).sum();
+            let logsumexp = sum.ln() + f64::from(want[0]);
+            let off = (logsumexp - f64::from(sums[at])).abs() as f32 / want[0].abs();
+            assert!(off < BF16_TOLERANCE, "prompt {i}, position {at}: log-sum-exp {logsumexp}, expected {}", sums[at]);
+        }
+    }
+}
+
+#[test]
+fn smollm2_on_the_cpu() {
+    if let Some(path) = cases::default_model() {
+        smollm2_agrees(&mut CpuBackend::new(None), &Model::open(&path).unwrap());
+    }
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn smollm2_on_wgpu() {
+    if let (Some(path), Some(mut backend)) = (cases::default_model(), cases::gpu()) {
+        smollm2_agrees(&mut *backend, &Model::open(&path).unwrap());
+    }
+}
