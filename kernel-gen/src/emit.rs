@@ -105,8 +105,8 @@ fn replace_constants(spec: &KernelSpec, body: &str, out: &mut String) -> Result<
             BEGIN => inside = true,
             END => inside = false,
             text if inside && !text.is_empty() && !text.starts_with("//") => {
-                let (name, kind, comment) =
-                    declaration(text).ok_or_else(|| malformed(format!("`{text}` is not `const NAME: type = value;`")))?;
+                let (name, kind, comment) = declaration(text)
+                    .ok_or_else(|| malformed(format!("`{text}` is not `const NAME: type = value;`")))?;
                 let (_, value) = (spec.constants().iter().find(|(known, _)| *known == name))
                     .ok_or_else(|| EmitError::MissingConstant { stem: spec.stem(), constant: name.to_string() })?;
                 let (value_kind, literal) = wgsl_literal(value);
@@ -159,14 +159,14 @@ mod tests {
     use super::*;
 
     fn embed() -> KernelSpec {
-        KernelSpec::new("embed").with("COLUMNS", 64_usize).with("BANK_BEGIN", 0_usize)
+        KernelSpec::new("embed").size("COLUMNS", "k", 64)
     }
 
     #[test]
     fn a_constant_more_or_less_is_an_error() {
         let missing = emit(&embed(), Lang::Wgsl).unwrap_err();
         assert!(matches!(missing, EmitError::MissingConstant { stem: "embed", .. }), "{missing}");
-        let full = embed().with("BANK_ROWS", 8_usize).format("WEIGHT", crate::DType::BF16);
+        let full = embed().format("WEIGHT", crate::DType::BF16).bank(0, 8);
         let unknown = emit(&full.clone().with("COLOUR", 3_usize), Lang::Wgsl).unwrap_err();
         assert_eq!(unknown, EmitError::UnknownConstant { stem: "embed", constant: "COLOUR" });
         let source = emit(&full, Lang::Wgsl).unwrap();

@@ -1,6 +1,8 @@
 //! The generator's own small tool: looks at trees and at the kernels made for them.
 
+use std::fs;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use treespark_kernel_gen::draw::draw;
@@ -15,6 +17,7 @@ Usage:
   treespark-kernel-gen draw SHAPE                               the tree
   treespark-kernel-gen show SHAPE [--lang wgsl] [--kernel STEM] a kernel compiled for the tree (tree_attention)
   treespark-kernel-gen list                                     the kernels of a release
+  treespark-kernel-gen golden                                   writes the committed kernels, kernel-gen/golden/
 
 A SHAPE is root, chain:8 (8 nodes below the root), 4x2x2x1 (children a node, level by level),
 parents:0,0,0,1,1 (the root's own 0 first) or paths:0;0.0;1 (child ranks from the root down).
@@ -53,6 +56,7 @@ fn run(arguments: &[String]) -> Result<String, String> {
         }
         ["show", shape, ref options @ ..] => show(shape.parse().map_err(text)?, kernel(options)?),
         ["list"] => Ok(release::calls().map_err(text)?.iter().map(|call| format!("{}\n", call.spec.name())).collect()),
+        ["golden"] => write_goldens(),
         _ => Err(format!("nothing to do for `{}`\n\n{HELP}", arguments.join(" "))),
     }
 }
@@ -81,6 +85,16 @@ fn show(shape: TreeShape, stem: &str) -> Result<String, String> {
     let found = calls.iter().find(|call| call.spec.stem() == stem);
     let call = found.ok_or_else(|| format!("no kernel `{stem}` in a pass over this tree; kernels: {}", known()))?;
     emit(&call.spec, Lang::Wgsl).map_err(text)
+}
+
+fn write_goldens() -> Result<String, String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
+    let write = |name: &str, source: &str| {
+        let path = folder.join(name);
+        fs::write(&path, source).map_err(|e| format!("{}: {e}", path.display()))?;
+        Ok(format!("{}\n", path.display()))
+    };
+    release::goldens().iter().map(|(name, source)| write(name, source)).collect()
 }
 
 fn text(error: impl std::fmt::Display) -> String {

@@ -4,6 +4,7 @@
 //! sizes of real models, so that each combination that kernels treat differently occurs: head dims, odd and even query
 //! groups, biases, norms over heads, formats.
 
+use crate::emit::{Lang, emit};
 use crate::layout::{HEADER_WORDS, accepted_words};
 use crate::lower::{KernelCall, Limits, LowerError, lower};
 use crate::op::{Batch, CacheShape, Op, TreeSpec};
@@ -37,7 +38,7 @@ pub const MODELS: &[Sizes] = &[
     sizes("SmolLM2-135M", [576, 9, 3, 64, 1536, 49152], DType::BF16), // group 3
     sizes("SmolLM2-360M", [960, 15, 5, 64, 2560, 49152], DType::BF16),
     sizes("SmolLM2-1.7B", [2048, 32, 32, 64, 8192, 49152], DType::BF16), // group 1
-    sizes("Llama-3.2-1B", [2048, 32, 8, 64, 8192, 128256], DType::F16), // group 4
+    sizes("Llama-3.2-1B", [2048, 32, 8, 64, 8192, 128256], DType::F16),  // group 4
     sizes("Llama-3.1-8B", [4096, 32, 8, 128, 14336, 128256], DType::BF16),
     sizes("TinyLlama-f32", [2048, 32, 4, 64, 5632, 32000], DType::F32), // group 8
     Sizes { bias: true, ..sizes("Qwen2.5-0.5B", [896, 14, 2, 64, 4864, 151936], DType::BF16) }, // group 7
@@ -68,6 +69,27 @@ pub fn calls() -> Result<Vec<KernelCall>, LowerError> {
         }
     }
     Ok(calls)
+}
+
+/// Kernels whose whole source is committed, in `kernel-gen/golden/`, so that a change to what is generated shows in a
+/// review: file name and source.
+pub fn goldens() -> Vec<(String, String)> {
+    let model = &MODELS[0];
+    let static_tree = |text: &str| TreeSpec::Static(text.parse().expect("a tree"));
+    let kernels = [
+        ("qkv", TreeSpec::Any(64)),
+        ("tree_attention", TreeSpec::Any(64)),
+        ("tree_attention", static_tree("chain:8")),
+        ("tree_attention", static_tree("4x2x2x1")),
+    ];
+    let golden = |(stem, tree): (&str, TreeSpec)| {
+        let pass = model.pass(16, tree);
+        let op = pass.ops.iter().find(|op| op.name() == stem).expect("a pass has each op");
+        let call = lower(op, &pass, &PORTABLE).expect("the release's sizes fit every device").swap_remove(0);
+        let source = emit(&call.spec, Lang::Wgsl).expect("the release's kernels exist");
+        (format!("{}.wgsl", call.spec.name()), source)
+    };
+    kernels.into_iter().map(golden).collect()
 }
 
 impl Sizes {

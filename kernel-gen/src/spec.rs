@@ -1,6 +1,6 @@
 //! What one kernel is compiled for: the source it comes from and the constants that replace its example values.
 //!
-//! A spec's name is file stem, table key, bench id and log line, e.g. `tree_attention__hd64_g3_bf16_p16_any64`. It
+//! A spec's name is file stem, table key, bench id and log line, e.g. `tree_attention__hd64_h9_g3_bf16_p16_t12_any64`. It
 //! holds the sizes a person would ask for; constants that follow from them, or from the device, are left out.
 
 use crate::op::TreeSpec;
@@ -68,6 +68,15 @@ impl KernelSpec {
         self.set(constant, Value::Bool(value))
     }
 
+    /// `BANK_BEGIN` and `BANK_ROWS`: the part of a weight that the kernel serves, by its rows.
+    pub fn bank(mut self, begin: usize, rows: usize) -> KernelSpec {
+        self.tag(&format!("w{rows}"));
+        if begin > 0 {
+            self.tag(&format!("from{begin}"));
+        }
+        self.with("BANK_BEGIN", begin).with("BANK_ROWS", rows)
+    }
+
     /// The format in which 16 or 32 bit numbers lie in memory; see `shaders/wgsl/lib/formats.wgsl`.
     pub fn format(mut self, constant: &'static str, dtype: DType) -> KernelSpec {
         self.tag(dtype.name());
@@ -94,9 +103,7 @@ impl KernelSpec {
                 (true, (0..shape.len()).flat_map(|node| shape.ancestors(node)[..used].to_vec()).collect())
             }
         };
-        self.with("STATIC_TREE", is_static)
-            .with("TREE_WORDS", tree_words(tree))
-            .with("TREE", Value::Words(words))
+        self.with("STATIC_TREE", is_static).with("TREE_WORDS", tree_words(tree)).with("TREE", Value::Words(words))
     }
 
     fn tag(&mut self, tag: &str) {
@@ -123,9 +130,10 @@ fn tree_tag(shape: &TreeShape) -> String {
         return text;
     }
     // FNV-1a: stable across builds, unlike the standard library's hasher.
-    let hash = shape.parents().iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, &p| {
-        (h ^ u64::from(p)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
+    let hash = shape
+        .parents()
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |h, &p| (h ^ u64::from(p)).wrapping_mul(0x0000_0100_0000_01b3));
     format!("tree{}x{:08x}", shape.len(), hash as u32)
 }
 

@@ -50,3 +50,12 @@ fn release_kernels_are_portable() {
         assert!(storage <= 8, "{name}: {storage} storage buffers");
     }
 }
+
+#[test]
+fn release_kernels_have_names_of_their_own() {
+    let mut names: Vec<String> = release::calls().unwrap().iter().map(|call| call.spec.name().to_string()).collect();
+    let all = names.len();
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), all);
+}

@@ -5,6 +5,7 @@
 const HEAD_DIM: u32 = 64u;
 const HEADS: u32 = 9u; // query heads
 const SPAN: u32 = 256u; // positions of a partial result
+const SPANS: u32 = 8u; // spans of the longest context
 const ROWS_BEGIN: u32 = 0u; // rows of this dispatch
 const ROWS_END: u32 = 16u;
 // constants-end
@@ -14,7 +15,7 @@ const PARTIAL: u32 = HEAD_DIM + 2u; // words of a partial result: output, maximu
 
 @group(0) @binding(0) var<storage, read> rows: array<u32>;
 @group(0) @binding(1) var<storage, read> requests: array<u32>;
-@group(0) @binding(2) var<storage, read> partials: array<f32>; // [spans, rows, HEADS, PARTIAL]
+@group(0) @binding(2) var<storage, read> partials: array<f32>; // [rows, SPANS, HEADS, PARTIAL]
 @group(0) @binding(3) var<storage, read_write> out: array<f32>; // [rows, HEADS, HEAD_DIM]
 
 @compute @workgroup_size(64)
@@ -26,8 +27,8 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
         return;
     }
     let spans = rows[row * ROW_WORDS + ROW_POSITION] / SPAN + 1u;
-    let stride = (ROWS_END - ROWS_BEGIN) * HEADS * PARTIAL;
-    let first = (id.y * HEADS + head) * PARTIAL;
+    let stride = HEADS * PARTIAL;
+    let first = (id.y * SPANS * HEADS + head) * PARTIAL;
     var largest = SENTINEL;
     for (var span = 0u; span < spans; span++) {
         largest = max(largest, partials[span * stride + first + HEAD_DIM]);

@@ -29,6 +29,7 @@ const SCALE: f32 = 0.125f; // of the scores
 const TILE: u32 = 12u; // query rows of a workgroup
 const TILE_ROWS: u32 = 4u; // rows that a tile touches at most
 const SPAN: u32 = 256u; // positions of a workgroup, a multiple of 128
+const SPANS: u32 = 8u; // spans of the longest context
 const ROWS_BEGIN: u32 = 0u; // rows whose partial results this dispatch writes
 const ROWS_END: u32 = 16u;
 const STATIC_TREE: bool = false; // one tree for all requests, its ancestor words in TREE
@@ -49,7 +50,7 @@ const PARTIAL: u32 = HEAD_DIM + 2u; // words of a partial result: output, maximu
 @group(0) @binding(3) var<storage, read> q: array<vec4<f32>>; // [rows, HEADS, HEAD_DIM]
 @group(0) @binding(4) var<storage, read> k_cache: array<vec4<u32>>; // [pages, KV_HEADS, PAGE_SIZE, HEAD_DIM]
 @group(0) @binding(5) var<storage, read> v_cache: array<u32>;
-@group(0) @binding(6) var<storage, read_write> partials: array<f32>; // [spans, rows, HEADS, PARTIAL]
+@group(0) @binding(6) var<storage, read_write> partials: array<f32>; // [rows, SPANS, HEADS, PARTIAL]
 
 var<workgroup> queries: array<vec4<f32>, TILE * HEAD_DIM / 4u>; // scaled; at the end, the outputs
 var<workgroup> scores: array<f32, TILE * KEYS>; // then the weights
@@ -341,7 +342,7 @@ fn write_partials(tile: Tile, kv_head: u32, span: u32, t: u32) {
             continue;
         }
         let head = kv_head * GROUP + (tile.first_query + query) % GROUP;
-        let to = ((span * (ROWS_END - ROWS_BEGIN) + row - ROWS_BEGIN) * HEADS + head) * PARTIAL + element;
+        let to = (((row - ROWS_BEGIN) * SPANS + span) * HEADS + head) * PARTIAL + element;
         if (element < HEAD_DIM) {
             let at = query * HEAD_DIM + element;
             partials[to] = queries[at / 4u][at % 4u];

@@ -8,6 +8,7 @@
 pub mod arb;
 pub mod batch;
 pub mod bed;
+pub mod cases;
 pub mod conformance;
 pub mod near_tie;
 pub mod oracle;

@@ -96,40 +96,56 @@ fn nan_max(a: f64, b: f64) -> f64 {
 /// Could `token` have been drawn, had every scaled logit been moved by less than the tolerance?
 pub fn is_plausible(token: u32, scored: &[Scored], request: &Request, tolerance: f64) -> bool {
     let Some(own) = scored.get(token as usize) else { return false };
-    let slack = Slack::new(scored, request);
-    // The best of the tokens that no such move can drop.
-    let best = scored.iter().filter(|s| slack.of(s) > tolerance).map(|s| s.score).fold(f64::NEG_INFINITY, f64::max);
-    slack.of(own) >= -tolerance && own.score >= best - tolerance
+    if request.temperature == 0.0 {
+        return scored.iter().all(|s| own.score >= s.score - tolerance);
+    }
+    let lenient = Filters::new(scored, request, tolerance);
+    let strict = Filters::new(scored, request, -tolerance);
+    // It may have to beat only the tokens that no such move can drop.
+    let mut rivals = scored.iter().filter(|s| strict.keep(s.scaled));
+    lenient.keep(own.scaled) && rivals.all(|s| own.score >= s.score - tolerance)
 }
 
-/// How far a token is from the thresholds of the filters: negative if it is dropped.
-struct Slack<'a> {
+/// The filters of a draw as they would be at their most lenient (`shift` > 0) or strictest (`shift` < 0), if every
+/// scaled logit may move by `|shift|`: a token is above another if it is above by more than the shift.
+struct Filters<'a> {
     request: &'a Request,
-    /// Scaled logits, descending.
+    shift: f64,
+    /// Scaled logits, descending, and their masses, not normalised.
     sorted: Vec<f64>,
+    mass: Vec<f64>,
+    /// Mass of what top-k keeps.
+    total: f64,
 }
 
-impl<'a> Slack<'a> {
-    fn new(scored: &[Scored], request: &'a Request) -> Slack<'a> {
+impl<'a> Filters<'a> {
+    fn new(scored: &[Scored], request: &'a Request, shift: f64) -> Filters<'a> {
         let mut sorted: Vec<f64> = scored.iter().map(|s| s.scaled).collect();
         sorted.sort_by(|a, b| b.total_cmp(a));
-        Slack { request, sorted }
+        let mass: Vec<f64> = sorted.iter().map(|x| (x - sorted[0]).exp()).collect();
+        let mut filters = Filters { request, shift, sorted, mass, total: 0.0 };
+        let in_top_k = |(x, _): &(&f64, &f64)| filters.in_top_k(**x);
+        filters.total = filters.sorted.iter().zip(&filters.mass).filter(in_top_k).map(|(_, mass)| mass).sum();
+        filters
     }
 
-    fn of(&self, s: &Scored) -> f64 {
-        let r = self.request;
-        if r.temperature == 0.0 || s.rank == 0 {
-            return f64::INFINITY;
-        }
-        let k = r.top_k as usize;
-        let top_k = match k {
-            0 => f64::INFINITY,
-            _ if s.rank < k => s.scaled - self.sorted.get(k).copied().unwrap_or(f64::NEG_INFINITY),
-            _ => s.scaled - self.sorted[k - 1],
-        };
-        let top_p = if r.top_p >= 1.0 { f64::INFINITY } else { f64::from(r.top_p) - s.mass_above };
-        let min_p = s.relative.ln() - f64::from(r.min_p).ln();
-        top_k.min(top_p).min(min_p)
+    /// How many tokens are above one with this logit, itself not counted.
+    fn above(&self, x: f64) -> usize {
+        let itself = usize::from(self.shift < 0.0);
+        self.sorted.partition_point(|&y| y > x + self.shift).saturating_sub(itself)
+    }
+
+    fn in_top_k(&self, x: f64) -> bool {
+        self.request.top_k == 0 || self.above(x) < self.request.top_k as usize
+    }
+
+    fn keep(&self, x: f64) -> bool {
+        let (top_p, min_p) = (f64::from(self.request.top_p), f64::from(self.request.min_p));
+        let above = self.above(x);
+        let mass_above: f64 = self.mass[..above].iter().sum::<f64>() / self.total;
+        let in_top_p = top_p >= 1.0 || mass_above < top_p + self.shift;
+        let in_min_p = x - self.sorted[0] >= min_p.ln() - self.shift;
+        above == 0 || (self.in_top_k(x) && in_top_p && in_min_p)
     }
 }
 
@@ -166,10 +182,22 @@ mod tests {
         let keep_two = Sampling { temperature: 1.0, top_k: 2, ..Sampling::greedy() };
         let rows: [&[f32]; 2] = [&[3.0, 1.0002, 1.0, -20.0], &[3.0, 1.0, 1.0002, -20.0]];
         let ctx = context(keep_two.clone());
-        let scored = scores(&rows[0].iter().map(|&x| f64::from(x)).collect::<Vec<_>>(), &ctx.request, ctx.position, |_| false);
-        let slack = Slack::new(&scored, &ctx.request);
-        assert!(slack.of(&scored[0]) > 1.0 && slack.of(&scored[1]).abs() < 1e-3 && slack.of(&scored[2]).abs() < 1e-3);
-        assert!(slack.of(&scored[3]) < -1.0);
+        let scored = scores(&rows[0].iter().map(|&x| f64::from(x)).collect::<Vec<_>>(), &ctx.request, 3, |_| false);
+        let keeps = |shift: f64| scored.iter().map(|s| Filters::new(&scored, &ctx.request, shift).keep(s.scaled)).collect();
+        let (lenient, strict): (Vec<bool>, Vec<bool>) = (keeps(1e-3), keeps(-1e-3));
+        assert_eq!(lenient, [true, true, true, false]);
+        assert_eq!(strict, [true, false, false, false]);
+    }
+
+    /// The mass above a token jumps where two tokens tie, so either side of a tie may be right about top-p.
+    #[test]
+    fn a_tie_decides_what_top_p_keeps() {
+        let narrow = Sampling { temperature: 1.0, top_p: 0.4, ..Sampling::greedy() };
+        let ctx = context(narrow);
+        let scored = scores(&[2.0, 2.0 - 1e-9, -9.0], &ctx.request, 3, |_| false);
+        assert!(scored[0].kept && !scored[1].kept);
+        assert!(Filters::new(&scored, &ctx.request, 1e-6).keep(scored[1].scaled));
+        assert!(!Filters::new(&scored, &ctx.request, 1e-12).keep(scored[1].scaled));
     }
 
     #[test]

@@ -23,9 +23,11 @@ impl Lowering<'_> {
     pub(super) fn top_k(&self) -> Result<Vec<KernelCall>, LowerError> {
         let &Op::TopK { logits, ids, values, .. } = self.op else { unreachable!("lowering another op") };
         Ok(vec![KernelCall {
-            spec: KernelSpec::new("top_k")
-                .size("VOCAB", "v", self.desc(logits).shape[1])
-                .size("K", "k", self.desc(ids).shape[1]),
+            spec: KernelSpec::new("top_k").size("VOCAB", "v", self.desc(logits).shape[1]).size(
+                "K",
+                "k",
+                self.desc(ids).shape[1],
+            ),
             bindings: vec![
                 self.read(self.batch.requests),
                 self.rows(logits, Access::Read),

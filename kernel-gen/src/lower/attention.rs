@@ -19,6 +19,23 @@ const FLOATS_PER_QUERY: usize = 2 * 8 + 3;
 /// Most bytes of partial results; a pass that needs more takes its rows in several turns.
 const PARTIAL_BYTES: usize = 64 << 20;
 
+/// Rows of a pass whose partial results are held together.
+struct Turn {
+    rows: Range<usize>,
+    /// The first row that is not this turn's.
+    end: usize,
+    /// Partial results of a row: one for each span of its context.
+    spans: usize,
+    /// Bytes of a row's partial results.
+    row_bytes: usize,
+}
+
+impl Turn {
+    fn binding(&self, access: Access) -> Binding {
+        Binding { source: Source::Partials, access, bytes: 0..self.rows.len() * self.row_bytes }
+    }
+}
+
 impl Lowering<'_> {
     pub(super) fn tree_attention(&self) -> Result<Vec<KernelCall>, LowerError> {
         let &Op::TreeAttention { heads, k_cache, .. } = self.op else { unreachable!("lowering another op") };
@@ -26,11 +43,17 @@ impl Lowering<'_> {
         let spans = (self.pages_per_request() * cache.page_size).div_ceil(SPAN);
         let row_bytes = spans * heads * (cache.head_dim + 2) * 4;
         let turn = (PARTIAL_BYTES.min(self.limits.binding_bytes) / row_bytes).clamp(1, self.pass.rows);
-        let turns = (0..self.pass.rows).step_by(turn).map(|begin| begin..(begin + turn).min(self.pass.rows));
-        Ok(turns.flat_map(|rows| [self.spans(rows.clone(), row_bytes), self.merge(rows, row_bytes)]).collect())
+        let turns = (0..self.pass.rows).step_by(turn).map(|begin| Turn {
+            rows: begin..(begin + turn).min(self.pass.rows),
+            // Where one turn takes all rows, kernels of passes of any size are the same.
+            end: if turn == self.pass.rows { u32::MAX as usize } else { begin + turn },
+            spans,
+            row_bytes,
+        });
+        Ok(turns.flat_map(|turn| [self.partials(&turn), self.merge(&turn)]).collect())
     }
 
-    fn spans(&self, rows: Range<usize>, row_bytes: usize) -> KernelCall {
+    fn partials(&self, turn: &Turn) -> KernelCall {
         let Op::TreeAttention { layer, heads, kv_heads, scale, tree, q, k_cache, v_cache, .. } = self.op else {
             unreachable!("lowering another op")
         };
@@ -42,21 +65,22 @@ impl Lowering<'_> {
         let (v, _) = self.layer(*v_cache, *layer, Access::Read);
         let spec = KernelSpec::new("tree_attention")
             .size("HEAD_DIM", "hd", cache.head_dim)
+            .size("HEADS", "h", *heads)
             .size("GROUP", "g", group)
             .format("CACHE", dtype)
             .size("PAGE_SIZE", "p", cache.page_size)
             .size("TILE", "t", tile)
             .tree_constants(tree)
             .with("HEAD_WORDS", cache.head_dim * dtype.size() / 4)
-            .with("HEADS", *heads)
             .with("KV_HEADS", *kv_heads)
             .with("PAGES_PER_REQUEST", self.pages_per_request())
             .with("CACHE_BASE", base / 4)
             .with("SCALE", *scale)
             .with("TILE_ROWS", tile_rows)
             .with("SPAN", SPAN)
-            .with("ROWS_BEGIN", rows.start)
-            .with("ROWS_END", rows.end);
+            .with("SPANS", turn.spans)
+            .with("ROWS_BEGIN", turn.rows.start)
+            .with("ROWS_END", turn.end);
         KernelCall {
             spec,
             bindings: vec![
@@ -66,28 +90,30 @@ impl Lowering<'_> {
                 self.rows(*q, Access::Read),
                 k,
                 v,
-                Binding { source: Source::Partials, access: Access::Write, bytes: 0..rows.len() * row_bytes },
+                turn.binding(Access::Write),
             ],
             grid: Grid([Axis::Keys(SPAN), Axis::Fixed(*kv_heads), Axis::Tiles { heads: group, tile }]),
         }
     }
 
-    fn merge(&self, rows: Range<usize>, row_bytes: usize) -> KernelCall {
+    fn merge(&self, turn: &Turn) -> KernelCall {
         let &Op::TreeAttention { heads, k_cache, out, .. } = self.op else { unreachable!("lowering another op") };
         let head_dim = self.pass.cache_shape(k_cache).head_dim;
-        // A turn's rows, or the pass's if that is all: then a run of fewer rows launches fewer.
-        let row_axis = if rows.len() == self.pass.rows { Axis::Rows(1) } else { Axis::Fixed(rows.len()) };
+        // Where one turn takes all rows, a run of fewer rows launches fewer.
+        let all = turn.rows.len() == self.pass.rows;
+        let row_axis = if all { Axis::Rows(1) } else { Axis::Fixed(turn.rows.len()) };
         KernelCall {
             spec: KernelSpec::new("merge")
                 .size("HEAD_DIM", "hd", head_dim)
                 .size("HEADS", "h", heads)
                 .with("SPAN", SPAN)
-                .with("ROWS_BEGIN", rows.start)
-                .with("ROWS_END", rows.end),
+                .with("SPANS", turn.spans)
+                .with("ROWS_BEGIN", turn.rows.start)
+                .with("ROWS_END", turn.end),
             bindings: vec![
                 self.read(self.batch.rows),
                 self.read(self.batch.requests),
-                Binding { source: Source::Partials, access: Access::Read, bytes: 0..rows.len() * row_bytes },
+                turn.binding(Access::Read),
                 self.rows(out, Access::Write),
             ],
             grid: Grid([Axis::Fixed((heads * head_dim).div_ceil(64)), row_axis, Axis::Fixed(1)]),
@@ -101,9 +127,7 @@ fn tile(group: usize, head_dim: usize, rows: usize) -> (usize, usize) {
     let touched = |tile: usize| {
         if tile.is_multiple_of(group) { tile / group } else { (tile + group - 2) / group + 1 }
     };
-    let fits = |tile: &usize| {
-        tile * (head_dim + KEYS + FLOATS_PER_QUERY) + touched(*tile) * KEYS <= WORKGROUP_FLOATS
-    };
+    let fits = |tile: &usize| tile * (head_dim + KEYS + FLOATS_PER_QUERY) + touched(*tile) * KEYS <= WORKGROUP_FLOATS;
     let unit = if fits(&group) && group <= MAX_TILE { group } else { 1 };
     let largest = (1..=MAX_TILE / unit).map(|n| n * unit).rfind(fits).expect("one query row fits every head_dim");
     let queries = rows * group;

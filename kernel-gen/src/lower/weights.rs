@@ -55,8 +55,7 @@ impl Lowering<'_> {
             spec: KernelSpec::new("embed")
                 .size("COLUMNS", "k", columns)
                 .format("WEIGHT", self.desc(table).dtype)
-                .with("BANK_BEGIN", bank.first_row)
-                .with("BANK_ROWS", bank.rows),
+                .bank(bank.first_row, bank.rows),
             bindings: vec![
                 self.read(self.batch.rows),
                 self.read(self.batch.requests),
@@ -76,8 +75,7 @@ impl Lowering<'_> {
                 .with("WIDTH", self.desc(residual).shape[1])
                 .with("GROUPS", GROUPS)
                 .with("OUTPUTS", PROJECT_OUTPUTS)
-                .with("BANK_BEGIN", bank.first_row)
-                .with("BANK_ROWS", bank.rows),
+                .bank(bank.first_row, bank.rows),
             bindings: vec![
                 self.read(self.batch.requests),
                 self.rows(x, Access::Read),
@@ -94,12 +92,11 @@ impl Lowering<'_> {
         let call = |bank: Bank| KernelCall {
             spec: self
                 .matmul("head", weight, self.row_tile(MAX_ROW_TILE))
-                .with("WIDTH", self.desc(logits).shape[1])
+                .size("WIDTH", "v", self.desc(logits).shape[1])
                 .with("EPS", eps)
                 .with("GROUPS", GROUPS)
                 .with("OUTPUTS", HEAD_OUTPUTS)
-                .with("BANK_BEGIN", bank.first_row)
-                .with("BANK_ROWS", bank.rows),
+                .bank(bank.first_row, bank.rows),
             bindings: vec![
                 self.read(self.batch.requests),
                 self.rows(x, Access::Read),
@@ -123,9 +120,7 @@ impl Lowering<'_> {
         let mut begin = 0;
         while begin < width {
             let (gate_bank, up_bank) = (bank_of(begin), bank_of(width + begin));
-            let end = width
-                .min(gate_bank.first_row + gate_bank.rows)
-                .min(up_bank.first_row + up_bank.rows - width);
+            let end = width.min(gate_bank.first_row + gate_bank.rows).min(up_bank.first_row + up_bank.rows - width);
             let part = |bank: &Bank, first: usize, last: usize| {
                 let bytes = (first - bank.first_row) * row_bytes..(last - bank.first_row) * row_bytes;
                 self.part(weight, bank.index, bytes, Access::Read)
@@ -135,13 +130,12 @@ impl Lowering<'_> {
             calls.push(KernelCall {
                 spec: self
                     .matmul("gate_up", weight, self.row_tile(MAX_ROW_TILE))
-                    .size("WIDTH", "n", width)
+                    .with("WIDTH", width)
                     .with("EPS", eps)
                     .with("GROUPS", GROUPS)
                     .with("GATE_BASE", gate_base / 16)
                     .with("UP_BASE", up_base / 16)
-                    .with("BANK_BEGIN", begin)
-                    .with("BANK_ROWS", end - begin),
+                    .bank(begin, end - begin),
                 bindings: vec![
                     self.read(self.batch.requests),
                     self.rows(x, Access::Read),
@@ -240,7 +234,7 @@ impl Lowering<'_> {
             .size("COLUMNS", "k", self.columns(weight))
             .format("WEIGHT", dtype)
             .size("ROW_TILE", "r", row_tile)
-            .with("ROWS", self.pass.rows)
+            .size("ROWS", "n", self.pass.rows)
     }
 
     fn matmul_grid(&self, workgroups: usize, most_rows: usize) -> Grid {

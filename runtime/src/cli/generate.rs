@@ -63,7 +63,7 @@ pub fn answer(
     report: &ReportArgs,
     interrupt: &Interrupt,
 ) -> Result<(String, Outcome)> {
-    let detokenise = report.show_tree.then(|| llm.tokenizer().clone());
+    let labels = report.show_tree.then(|| llm.tokenizer().clone());
     let mut bar = PromptBar::new();
     let mut generation = llm.generate_with_progress(prompt, options, &mut |done, total| bar.update(done, total))?;
     drop(bar);
@@ -72,15 +72,21 @@ pub fn answer(
     let mut text = String::new();
     while let Some(step) = generation.next() {
         let step = step?;
-        if let Some(tokenizer) = &detokenise {
+        if let Some(tokenizer) = &labels {
             show_round(tokenizer, &step.round);
         }
-        stdout.write_all(step.text.as_bytes())?;
-        stdout.flush()?;
         text += &step.text;
+        // Trees and text would mix on a terminal: with trees, the text comes at the end.
+        if labels.is_none() {
+            stdout.write_all(step.text.as_bytes())?;
+            stdout.flush()?;
+        }
         if interrupt.requested() {
             generation.cancel();
         }
+    }
+    if labels.is_some() {
+        stdout.write_all(text.as_bytes())?;
     }
     drop(stdout);
 

@@ -5,6 +5,8 @@
 //! registers: for up to four activation rows each weight is loaded and widened once, and further rows find it in the
 //! first-level cache. While a tile is used, the one after it is fetched: without that, two cores reach half of the
 //! memory's bandwidth.
+// Tiles are arrays of arrays of lanes: indices say which row meets which column.
+#![allow(clippy::needless_range_loop)]
 
 use super::simd::{Element, Isa, Kernel, LANES, Lanes};
 

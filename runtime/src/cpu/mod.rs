@@ -19,6 +19,8 @@ mod run;
 mod simd;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use treespark_kernel_gen::{BufferDesc, Pass};

@@ -167,10 +167,8 @@ impl<'a> Run<'a> {
         let (vocab, k) = (self.width(logits), self.width(ids));
         let (mut top_ids, mut top_values) = (self.take(ids), self.take(values));
         let out = top_ids.par_chunks_exact_mut(k).zip(cast_slice_mut(&mut top_values).par_chunks_exact_mut(k));
-        out.zip(self.rows(logits).par_chunks_exact(vocab)).for_each_init(
-            Scratch::default,
-            |scratch, ((ids, values), logits)| top_k(logits, ids, values, scratch),
-        );
+        out.zip(self.rows(logits).par_chunks_exact(vocab))
+            .for_each_init(Scratch::default, |scratch, ((ids, values), logits)| top_k(logits, ids, values, scratch));
         self.put(ids, top_ids);
         self.put(values, top_values);
     }
@@ -186,7 +184,9 @@ impl<'a> Run<'a> {
             let prefix = Request::read(self.words(batch.requests), index as usize).prefix as usize;
             let path = accepted[1..][..accepted[0] as usize].iter().map(|&node| node as usize);
             for (to, from) in path.enumerate().filter(|(to, from)| to != from) {
-                for (layer, head) in (0..shape.layers).flat_map(|layer| (0..shape.kv_heads).map(move |head| (layer, head))) {
+                for (layer, head) in
+                    (0..shape.layers).flat_map(|layer| (0..shape.kv_heads).map(move |head| (layer, head)))
+                {
                     let at = |slot| size * self.slot(batch, &shape, index, prefix + slot, layer, head);
                     bytes.copy_within(at(from)..at(from) + size * shape.head_dim, at(to));
                 }

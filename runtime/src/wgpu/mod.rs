@@ -10,6 +10,8 @@ mod pipeline_cache;
 mod pipelines;
 mod trusted;
 
+use std::path::Path;
+
 use ::wgpu::Buffer;
 use treespark_kernel_gen::lower::Limits;
 use treespark_kernel_gen::{BufferDesc, Pass};
@@ -45,12 +47,16 @@ pub struct WgpuBackend {
 impl WgpuBackend {
     /// Opens the GPU at this place in [`adapters`].
     pub fn new(index: usize) -> Result<WgpuBackend> {
-        WgpuBackend::with_binding_bytes(index, usize::MAX)
+        WgpuBackend::open(index, usize::MAX, pipeline_cache::folder().as_deref())
     }
 
-    /// The same, with bindings of at most so many bytes, however many more the device allows: large weights and caches
-    /// are then kept in more banks.
+    /// The same as on a device that binds at most so many bytes: large weights and caches are kept in more banks.
+    /// Touches no files.
     pub fn with_binding_bytes(index: usize, binding_bytes: usize) -> Result<WgpuBackend> {
+        WgpuBackend::open(index, binding_bytes, None)
+    }
+
+    fn open(index: usize, binding_bytes: usize, cache_folder: Option<&Path>) -> Result<WgpuBackend> {
         let mut adapters = adapters::enumerate();
         if index >= adapters.len() {
             let why = format!("{} GPUs were found (see treespark devices)", adapters.len());
@@ -70,7 +76,8 @@ impl WgpuBackend {
             name: device.name.clone(),
             row_cost: if device.software { SOFTWARE_ROW_COST } else { GPU_ROW_COST },
         };
-        let pipelines = Pipelines::new(PipelineCacheFile::open(&device.device, &adapter.get_info()));
+        let cache = cache_folder.and_then(|f| PipelineCacheFile::open(&device.device, &adapter.get_info(), f));
+        let pipelines = Pipelines::new(cache);
         Ok(WgpuBackend { device, info, limits, buffers: Vec::new(), pipelines, passes: Vec::new(), partials: None })
     }
 
@@ -113,7 +120,10 @@ impl Backend for WgpuBackend {
     }
 
     fn free(&mut self, buffer: BufferId) {
-        self.buffers[buffer.0] = None;
+        // Passes that name it hold on to the buffers, but not to their memory.
+        if let Some(banked) = self.buffers[buffer.0].take() {
+            banked.banks.iter().for_each(Buffer::destroy);
+        }
     }
 
     fn write(&mut self, buffer: BufferId, offset: usize, words: &[u32]) -> Result<()> {

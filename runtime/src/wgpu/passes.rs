@@ -54,7 +54,8 @@ impl CompiledPass {
                 // A binding begins where vectors of four words do; its end is rounded up to one, within the buffer.
                 let size = (binding.bytes.len() as u64).next_multiple_of(16);
                 let offset = binding.bytes.start as u64;
-                let resource = BufferBinding { buffer, offset, size: BufferSize::new(size.min(buffer.size() - offset)) };
+                let resource =
+                    BufferBinding { buffer, offset, size: BufferSize::new(size.min(buffer.size() - offset)) };
                 BindGroupEntry { binding: i as u32, resource: BindingResource::Buffer(resource) }
             });
             let entries: Vec<_> = entries.collect();

@@ -17,12 +17,12 @@ pub(super) struct PipelineCacheFile {
 }
 
 impl PipelineCacheFile {
-    /// None where the device or the system has no place for it.
-    pub fn open(device: &Device, info: &AdapterInfo) -> Option<PipelineCacheFile> {
+    /// None where the device keeps nothing.
+    pub fn open(device: &Device, info: &AdapterInfo, folder: &Path) -> Option<PipelineCacheFile> {
         if !device.features().contains(Features::PIPELINE_CACHE) {
             return None;
         }
-        let path = folder()?.join(file_name(info)?);
+        let path = folder.join(file_name(info)?);
         let data = fs::read(&path).ok();
         let descriptor = PipelineCacheDescriptor { label: Some("pipelines"), data: data.as_deref(), fallback: true };
         // SAFETY: the file was written by `save` from `PipelineCache::get_data`, under a name that holds the device and
@@ -52,7 +52,8 @@ fn file_name(info: &AdapterInfo) -> Option<String> {
     Some(text.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' }).collect())
 }
 
-fn folder() -> Option<PathBuf> {
+/// Where the files are, if this system has a place for them.
+pub(super) fn folder() -> Option<PathBuf> {
     let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     if let Some(root) = set("TREESPARK_CACHE") {
         return Some(root.join("pipelines"));
@@ -64,4 +65,48 @@ fn folder() -> Option<PathBuf> {
         _ => set("XDG_CACHE_HOME").filter(|path| Path::is_absolute(path)).or_else(|| home(".cache")),
     };
     Some(caches?.join("treespark").join("pipelines"))
+}
+
+#[cfg(test)]
+mod tests {
+    use ::wgpu::{ComputePipelineDescriptor, ShaderModuleDescriptor, ShaderSource};
+
+    use super::*;
+    use crate::wgpu::adapters::enumerate;
+    use crate::wgpu::device::OpenDevice;
+
+    const KERNEL: &str = "@compute @workgroup_size(1) fn main() {}";
+
+    #[test]
+    fn a_damaged_file_is_ignored_and_replaced() {
+        let Some(adapter) = enumerate().into_iter().next() else { return };
+        let (open, info) = (OpenDevice::new(&adapter).unwrap(), adapter.get_info());
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("pipelines");
+        let Some(mut file) = PipelineCacheFile::open(&open.device, &info, &folder) else { return };
+        file.save();
+        assert!(!folder.exists(), "nothing has changed");
+
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(&file.path, b"not what a driver wrote").unwrap();
+        let mut file = PipelineCacheFile::open(&open.device, &info, &folder).unwrap();
+        open.guarded("kernel", || {
+            let source = ShaderSource::Wgsl(KERNEL.into());
+            let module = &open.device.create_shader_module(ShaderModuleDescriptor { label: None, source });
+            open.device.create_compute_pipeline(&ComputePipelineDescriptor {
+                label: None,
+                layout: None,
+                module,
+                entry_point: None,
+                compilation_options: Default::default(),
+                cache: Some(&file.cache),
+            })
+        })
+        .unwrap();
+        file.changed = true;
+        file.save();
+        assert_eq!(fs::read(&file.path).ok(), file.cache.get_data());
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "no half-written file is left");
+        open.check().unwrap();
+    }
 }

@@ -11,9 +11,6 @@ pub struct Scored {
     pub token: u32,
     /// The logit after the repetition penalty, divided by the temperature (if that is not 0).
     pub scaled: f64,
-    /// Number of strictly larger tokens, and their mass among those that top-k keeps.
-    pub rank: usize,
-    pub mass_above: f64,
     /// Probability as a fraction of the most likely token's.
     pub relative: f64,
     /// `scaled` plus noise: the largest of the kept tokens is drawn.
@@ -58,8 +55,6 @@ pub fn scores(logits: &[f64], request: &Request, position: u32, penalised: impl 
             Scored {
                 token: t as u32,
                 scaled: scaled[t],
-                rank,
-                mass_above: mass[rank],
                 relative,
                 score: scaled[t] + noise,
                 kept,
