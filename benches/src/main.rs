@@ -1,5 +1,7 @@
 //! `treespark-bench`: what a pass costs on a device, against the number of its rows.
 
+mod ops;
+
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use treespark::backend::{Backend, Extent};
@@ -23,12 +25,15 @@ struct Args {
 
 const EXAMPLES: &str = "Examples:
   treespark-bench pass --backend cpu --rows 1,2,4,8,16
-  treespark-bench pass --backend wgpu --depth 512 --repeats 50 --json";
+  treespark-bench pass --backend wgpu --depth 512 --repeats 50 --json
+  treespark-bench ops --backend wgpu --rows 1,16";
 
 #[derive(Subcommand)]
 enum Command {
     /// One verify pass (layers, head, draw, accept) by number of rows
     Pass(PassArgs),
+    /// Where the time of a verify pass goes: each kind of op run alone
+    Ops(PassArgs),
 }
 
 #[derive(clap::Args)]
@@ -57,6 +62,7 @@ struct PassArgs {
 fn main() -> Result<()> {
     match Args::parse().command {
         Command::Pass(args) => pass(&args),
+        Command::Ops(args) => ops::run(&args),
     }
 }
 

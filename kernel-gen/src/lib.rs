@@ -5,7 +5,8 @@
 //! them, and turns their ops into kernel source. It knows no GPU API and performs no I/O.
 //!
 //! Modules in reading order: [`shape`] (the tree), [`layout`] (how rows and requests lie in memory), [`op`] and
-//! [`pass`].
+//! [`pass`]; then how they become source: [`lower`] (an op's kernel calls), [`spec`] (one kernel), [`emit`] (its text)
+//! and [`release`] (the kernels that a build proves).
 
 pub mod draw;
 pub mod emit;

@@ -69,14 +69,16 @@ pub fn check(constructor: impl FnOnce() -> Option<Box<dyn Backend>>, property: f
     }
 }
 
-/// Runs a property on `n` cases of a strategy; the error shows the smallest failing one.
+/// Runs a property on `n` cases of a strategy; the error shows the smallest failing one. The CPU backend, which has
+/// no kernels to compile, takes five times as many.
 pub fn for_cases<T: Debug>(
     backend: &mut dyn Backend,
     n: u32,
     strategy: impl Strategy<Value = T>,
     property: impl Fn(&mut dyn Backend, T) -> Property,
 ) -> Property {
-    let config = Config { cases: n, failure_persistence: None, max_shrink_iters: 100, ..Config::default() };
+    let cases = if backend.info().backend == "cpu" { 5 * n } else { n };
+    let config = Config { cases, failure_persistence: None, max_shrink_iters: 100, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
     let backend = RefCell::new(backend);
     runner

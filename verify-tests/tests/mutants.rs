@@ -1,17 +1,17 @@
 //! The suite can fail: each of these known mistakes, planted into an otherwise right backend, is caught by a property.
 //!
-//! A [`Mutant`] wraps the oracle and spoils what goes in (words that the host writes, ops of a pass) or comes out.
+//! A [`Mutant`] wraps the CPU backend and spoils what goes in (words that the host writes, ops of a pass) or comes out.
 
 use std::collections::HashMap;
 
 use treespark::Result;
 use treespark::backend::{Backend, BufferId, DeviceInfo, Extent, PassId};
+use treespark::cpu::CpuBackend;
 use treespark_kernel_gen::layout::HEADER_WORDS;
 use treespark_kernel_gen::{BufferDesc, Op, Pass, Request, Row};
 use treespark_models::Tensor;
 use treespark_verify_tests::bed::POISON;
 use treespark_verify_tests::conformance::{Property, commit, draws, ops, structure};
-use treespark_verify_tests::oracle::Oracle;
 
 /// What a mistake does to one row of a batch.
 type SpoilRow = fn(&mut Row);
@@ -31,14 +31,14 @@ enum Mistake {
 }
 
 struct Mutant {
-    inner: Oracle,
+    inner: CpuBackend,
     names: HashMap<BufferId, String>,
     mistake: Mistake,
 }
 
 impl Mutant {
     fn new(mistake: Mistake) -> Mutant {
-        Mutant { inner: Oracle::new(), names: HashMap::new(), mistake }
+        Mutant { inner: CpuBackend::new(Some(1)), names: HashMap::new(), mistake }
     }
 }
 

@@ -145,7 +145,9 @@ fn tile<L: Lanes, W: Element, const R: usize, const C: usize, const FETCH: bool>
         step(&mut acc, |r| &w[r], |c| &v[c]);
     }
     for (c, sums) in L::sums(&acc).iter().enumerate() {
-        out[c * stride..][..valid].copy_from_slice(&sums[..valid]);
+        let out = &mut out[c * stride..];
+        // A copy of a known length is one store.
+        if valid == R { out[..R].copy_from_slice(sums) } else { out[..valid].copy_from_slice(&sums[..valid]) }
     }
 }
 

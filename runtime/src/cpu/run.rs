@@ -86,10 +86,26 @@ impl<'a> Run<'a> {
     }
 
     fn qkv(&mut self, op: &Op) {
-        let &Op::Qkv { ref batch, layer, heads, kv_heads, eps, x, norm, weight, q, k_cache, v_cache, .. } = op else {
+        let &Op::Qkv {
+            ref batch,
+            layer,
+            heads,
+            kv_heads,
+            eps,
+            x,
+            norm,
+            weight,
+            bias,
+            q_norm,
+            k_norm,
+            rope,
+            q,
+            k_cache,
+            v_cache,
+        } = op
+        else {
             unreachable!("{} is not qkv", op.name())
         };
-        let &Op::Qkv { bias, q_norm, k_norm, rope, .. } = op else { unreachable!() };
         let shape = self.pass.cache_shape(k_cache);
         let rows = self.batch_rows(batch);
         let width = kv_heads * shape.head_dim;

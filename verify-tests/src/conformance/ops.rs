@@ -18,8 +18,8 @@ const ANY: TreeSpec = TreeSpec::Any(MAX_NODES);
 /// Each op of a round runs alone, on the oracle's inputs, and must leave what the oracle leaves: its results within
 /// [`Tolerance`], all other memory untouched.
 pub fn every_op_equals_the_oracle(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 10, wild_cases(), |backend, case| op_by_op(backend, &case))?;
-    for_cases(backend, 4, cases(), |backend, case| op_by_op(backend, &case))
+    for_cases(backend, 3, wild_cases(), |backend, case| op_by_op(backend, &case))?;
+    for_cases(backend, 5, cases(), |backend, case| op_by_op(backend, &case))
 }
 
 /// The sizes at which kernels go wrong, one by one: empty prefixes, one node, page and word boundaries inside the tree.

@@ -125,13 +125,13 @@ pub fn rows_are_independent_of_their_batch(backend: &mut dyn Backend) -> Propert
 
 /// One row gives the same bits in passes compiled for any number of rows and nodes.
 pub fn the_compiled_size_changes_nothing(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 4, cases(), |backend, case| {
+    for_cases(backend, 3, cases(), |backend, case| {
         let member = &case.batch.members[0];
         let root = Member { tree: Tree::chain(&member.tree.tokens[..1]), ..member.clone() };
         let batch = Batch { members: vec![root] };
         let mut bed = Bed::new(backend, case.model.clone());
         let one = bed.verify(&batch, 1, &TreeSpec::Any(1));
-        for rows in [2, 4, 7, 16, 17, 64, 256] {
+        for rows in [2, 7, 16, 65, 256] {
             let more = bed.decode(&batch, rows, &TreeSpec::Any(rows));
             same_row(&format!("passes of 1 and {rows} rows"), (&one, 0), (&more, 0))?;
         }
@@ -141,7 +141,7 @@ pub fn the_compiled_size_changes_nothing(backend: &mut dyn Backend) -> Property 
 
 /// A pass compiled for one tree, and for a tree that this one begins, equals the pass for any tree.
 pub fn a_static_tree_equals_any_tree(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 6, cases(), |backend, case| {
+    for_cases(backend, 4, cases(), |backend, case| {
         let batch = Batch { members: case.batch.members[..1].to_vec() };
         let tree = &batch.members[0].tree;
         let parents: Vec<u32> = tree.parents.iter().map(|&p| p as u32).collect();

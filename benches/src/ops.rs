@@ -1,0 +1,105 @@
+//! Where the time of a verify pass goes: passes that hold only the ops of one kind, over the same buffers.
+
+use anyhow::{Context, Result};
+use treespark::backend::{Backend, BufferId, Extent, PassId};
+use treespark::batch::Batch;
+use treespark::devices;
+use treespark::kv::{KvCache, PagePool};
+use treespark::memory::Memory;
+use treespark::sampling::Sampling;
+use treespark_benches::{Samples, circumstances};
+use treespark_kernel_gen::{DType, MAX_NODES, Op, Pass, TreeSpec};
+use treespark_models::{Dims, Model, hub, llama};
+
+use crate::{PassArgs, bushy};
+
+const PAGE_SIZE: usize = 16;
+
+pub fn run(args: &PassArgs) -> Result<()> {
+    let model = Model::open(&hub::resolve(&args.model, &mut |_| {})?)?;
+    let mut backend = devices::open(&args.backend)?;
+    let backend = backend.as_mut();
+    eprintln!("{}", circumstances(&backend.info().name));
+    let dims = dims(args, model.dtype())?;
+    let mut memory = Memory::default();
+    for weight in model.weights(dims.context) {
+        let (desc, parts) = weight?;
+        memory.load(backend, desc, &parts)?;
+    }
+    for &rows in &args.rows {
+        let whole = llama::verify_pass(model.config(), &dims, rows)?;
+        let buffers = memory.bind(backend, &whole)?;
+        let extent = write_batch(backend, &memory, &dims, args, rows)?;
+        let mut bench = |pass: &Pass| time(backend, pass, &buffers, extent, memory.get("accepted"), args.repeats);
+        let idle = bench(&Pass { ops: vec![], ..whole.clone() })?;
+        println!("{rows} rows, {} keys; a pass without ops: {idle:.3} ms", extent.keys);
+        println!("  {:<16} {:>6} {:>10} {:>10}", "op", "times", "us each", "ms");
+        for name in kinds(&whole) {
+            let ops: Vec<Op> = whole.ops.iter().filter(|op| op.name() == name).cloned().collect();
+            let (times, pass) = (ops.len(), Pass { ops, ..whole.clone() });
+            let ms = bench(&pass)? - idle;
+            println!("  {name:<16} {times:>6} {:>10.2} {ms:>10.3}", ms * 1e3 / times as f64);
+        }
+        println!("  {:<16} {:>6} {:>10} {:>10.3}", "all", whole.ops.len(), "", bench(&whole)? - idle);
+    }
+    Ok(())
+}
+
+fn dims(args: &PassArgs, weight_dtype: DType) -> Result<Dims> {
+    let rows = args.rows.iter().copied().max().context("no rows were asked for")?;
+    let context = args.depth + MAX_NODES;
+    let pages = context.div_ceil(PAGE_SIZE);
+    Ok(Dims {
+        max_rows: MAX_NODES,
+        head_rows: rows,
+        max_requests: 1,
+        context,
+        page_size: PAGE_SIZE,
+        pages,
+        pages_per_request: pages,
+        top_k: 1,
+        cache_dtype: if weight_dtype == DType::F32 { DType::F32 } else { DType::BF16 },
+        tree: TreeSpec::Any(MAX_NODES),
+    })
+}
+
+/// A bushy tree behind a prefix whose cache rows are zeros.
+fn write_batch(backend: &mut dyn Backend, memory: &Memory, dims: &Dims, args: &PassArgs, rows: usize) -> Result<Extent> {
+    let mut kv = KvCache::default();
+    kv.reserve(&mut PagePool::new(dims.pages, PAGE_SIZE), args.depth + rows)?;
+    kv.commit(args.depth);
+    let sampling = Sampling { temperature: args.temperature, ..Sampling::default() };
+    let mut batch = Batch::new(dims.pages_per_request);
+    batch.add_tree(&kv, &bushy(rows, |i| i as u32)?, &sampling);
+    for (name, words) in batch.words() {
+        backend.write(memory.get(name), 0, words)?;
+    }
+    Ok(batch.extent())
+}
+
+fn kinds(pass: &Pass) -> Vec<&'static str> {
+    let mut names = Vec::new();
+    for op in &pass.ops {
+        if !names.contains(&op.name()) {
+            names.push(op.name());
+        }
+    }
+    names
+}
+
+/// Median milliseconds of a pass, the wait for a word of its result included.
+fn time(
+    backend: &mut dyn Backend,
+    pass: &Pass,
+    buffers: &[BufferId],
+    extent: Extent,
+    result: BufferId,
+    repeats: usize,
+) -> Result<f64> {
+    let id: PassId = backend.compile(pass, buffers)?;
+    let samples = Samples::take(repeats, || {
+        backend.run(id, extent)?;
+        backend.read(result, 0, 1).map(drop)
+    })?;
+    Ok(samples.median())
+}
