@@ -64,7 +64,13 @@ fn dims(args: &PassArgs, weight_dtype: DType) -> Result<Dims> {
 }
 
 /// A bushy tree behind a prefix whose cache rows are zeros.
-fn write_batch(backend: &mut dyn Backend, memory: &Memory, dims: &Dims, args: &PassArgs, rows: usize) -> Result<Extent> {
+fn write_batch(
+    backend: &mut dyn Backend,
+    memory: &Memory,
+    dims: &Dims,
+    args: &PassArgs,
+    rows: usize,
+) -> Result<Extent> {
     let mut kv = KvCache::default();
     kv.reserve(&mut PagePool::new(dims.pages, PAGE_SIZE), args.depth + rows)?;
     kv.commit(args.depth);

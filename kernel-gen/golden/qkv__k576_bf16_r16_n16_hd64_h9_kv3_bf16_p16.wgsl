@@ -80,7 +80,7 @@ fn fma8(a: Eight, b: Eight, sum: f32) -> f32 {
 
 // Weight rows times up to ROW_TILE rows of x: the loop that all weight kernels share.
 //
-// A workgroup is GROUPS groups of 16 lanes. A group works on OUTPUTS weight rows at a time; its lanes share the
+// A workgroup is GROUPS groups of 32 lanes. A group works on OUTPUTS weight rows at a time; its lanes share the
 // columns, eight at a step. A weight is read and widened once for all rows of the tile. The root mean square norm is
 // linear but for one factor a row, so its sum of squares is gathered on the way and applied to the result:
 //
@@ -92,7 +92,7 @@ fn fma8(a: Eight, b: Eight, sum: f32) -> f32 {
 //     weight_words(output, at) -> vec4<u32>   the at-th four words of the weight row for `output`
 //     gamma_words(at) -> vec4<f32>            elements 4 at .. 4 at + 4 of the norm's weight, or ones
 
-const LANES: u32 = 16u;
+const LANES: u32 = 32u;
 const THREADS: u32 = GROUPS * LANES;
 // One more than the lanes: rows of this length start in different memory banks.
 const STRIDE: u32 = LANES + 1u;
@@ -213,8 +213,8 @@ const K_NORM_VECTORS: u32 = 1u; // of four elements
 const ROWS: u32 = 16u; // rows of the pass
 const REQUESTS: u32 = 4u; // most requests of a pass
 const ROW_TILE: u32 = 16u; // rows that share a weight's load
-const GROUPS: u32 = 8u; // groups of lanes in a workgroup
-const PAIRS: u32 = 8u; // pairs of outputs of a workgroup, even
+const GROUPS: u32 = 2u; // groups of lanes in a workgroup
+const PAIRS: u32 = 2u; // pairs of outputs of a workgroup, even
 const BANK_BEGIN: u32 = 0u; // first head of this bank: q heads, then k heads, then v heads
 const BANK_HEADS: u32 = 15u; // heads in this bank
 // constants-end

@@ -99,7 +99,7 @@ fn cache_word(request: u32, slot: u32, head: u32) -> u32 {
 //     for each tile of 128 positions of the span:
 //         scores   = query · key                      one thread a position
 //         weights  = exp(scores - running maximum)    eight threads a query row
-//         output   = output * rescale + weights · value   one thread a pair of elements, positions dealt to key groups
+//         output   = output * rescale + weights · value   one thread four elements, positions dealt to key groups
 //
 // `merge` combines the spans. Masked scores are the SENTINEL, never multiplied; a slot outside a row's path is never
 // read, so it may hold anything.
@@ -117,8 +117,8 @@ const CACHE_BASE: u32 = 0u; // word of the cache's bindings where the layer begi
 const SCALE: f32 = 0.125f; // of the scores
 const TILE: u32 = 12u; // query rows of a workgroup
 const TILE_ROWS: u32 = 4u; // rows that a tile touches at most
-const SPAN: u32 = 256u; // positions of a workgroup, a multiple of 128
-const SPANS: u32 = 8u; // spans of the longest context
+const SPAN: u32 = 128u; // positions of a workgroup, a multiple of 128
+const SPANS: u32 = 16u; // spans of the longest context
 const ROWS_BEGIN: u32 = 0u; // rows whose partial results this dispatch writes
 const ROWS_END: u32 = 4294967295u;
 const STATIC_TREE: bool = false; // one tree for all requests, its ancestor words in TREE
@@ -129,7 +129,7 @@ const TREE: array<u32, 1> = array<u32, 1>(0x0u); // [nodes, TREE_WORDS]
 const KEYS: u32 = 128u; // positions of a tile, and threads of a workgroup
 const SENTINEL: f32 = -3.0e38;
 const SOFTMAX_LANES: u32 = 8u; // threads that share a query row's scores
-const COLUMNS: u32 = HEAD_DIM / 2u; // pairs of elements of an output
+const COLUMNS: u32 = HEAD_DIM / 4u; // fours of elements of an output
 const KEY_GROUPS: u32 = KEYS / COLUMNS;
 const PARTIAL: u32 = HEAD_DIM + 2u; // words of a partial result: output, maximum, sum
 
@@ -138,7 +138,7 @@ const PARTIAL: u32 = HEAD_DIM + 2u; // words of a partial result: output, maximu
 @group(0) @binding(2) var<storage, read> pages: array<u32>; // [requests, PAGES_PER_REQUEST]
 @group(0) @binding(3) var<storage, read> q: array<vec4<f32>>; // [rows, HEADS, HEAD_DIM]
 @group(0) @binding(4) var<storage, read> k_cache: array<vec4<u32>>; // [pages, KV_HEADS, PAGE_SIZE, HEAD_DIM]
-@group(0) @binding(5) var<storage, read> v_cache: array<u32>;
+@group(0) @binding(5) var<storage, read> v_cache: array<vec2<u32>>;
 @group(0) @binding(6) var<storage, read_write> partials: array<f32>; // [rows, SPANS, HEADS, PARTIAL]
 
 var<workgroup> queries: array<vec4<f32>, TILE * HEAD_DIM / 4u>; // scaled; at the end, the outputs
@@ -173,11 +173,12 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         maxima[t] = SENTINEL;
         sums[t] = 0.0;
     }
-    var output: array<vec2<f32>, TILE>;
+    var output: array<vec4<f32>, TILE>;
     for (var i = 0u; i < TILE; i++) {
-        output[i] = vec2<f32>(0.0);
+        output[i] = vec4<f32>(0.0);
     }
 
+    let column = t % COLUMNS;
     for (var at = begin; at < end; at += KEYS) {
         workgroupBarrier();
         score(tile, kv_head, at, t);
@@ -188,19 +189,20 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             for (var i = 0u; i < TILE; i++) {
                 output[i] *= rescales[i];
             }
-            for (var key = t / COLUMNS; key < min(KEYS, end - at); key += KEY_GROUPS) {
-                if (at + key < tile.prefix) {
-                    let value = value_pair(words[key], t % COLUMNS);
-                    for (var i = 0u; i < TILE; i++) {
-                        output[i] = fma(vec2<f32>(scores[i * KEYS + key]), value, output[i]);
-                    }
-                } else {
-                    for (var i = 0u; i < TILE; i++) {
-                        let word = words[place_of(tile, i) * KEYS + key];
-                        if (word != NONE) {
-                            let value = value_pair(word, t % COLUMNS);
-                            output[i] = fma(vec2<f32>(scores[i * KEYS + key]), value, output[i]);
-                        }
+            let keys = min(KEYS, end - at);
+            let prefix_keys = min(keys, max(tile.prefix, at) - at);
+            var key = t / COLUMNS;
+            for (; key < prefix_keys; key += KEY_GROUPS) {
+                let value = value_four(words[key], column);
+                for (var i = 0u; i < TILE; i++) {
+                    output[i] = fma(vec4<f32>(scores[i * KEYS + key]), value, output[i]);
+                }
+            }
+            for (; key < keys; key += KEY_GROUPS) {
+                for (var i = 0u; i < TILE; i++) {
+                    let word = words[place_of(tile, i) * KEYS + key];
+                    if (word != NONE) {
+                        output[i] = fma(vec4<f32>(scores[i * KEYS + key]), value_four(word, column), output[i]);
                     }
                 }
             }
@@ -212,13 +214,12 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         workgroupBarrier();
         if (t / COLUMNS == group) {
             for (var i = 0u; i < TILE; i++) {
-                let at = i * HEAD_DIM + 2u * (t % COLUMNS);
-                var total = output[i];
-                if (group > 0u) {
-                    total += vec2<f32>(queries[at / 4u][at % 4u], queries[at / 4u][at % 4u + 1u]);
+                let to = i * COLUMNS + column;
+                if (group == 0u) {
+                    queries[to] = output[i];
+                } else {
+                    queries[to] += output[i];
                 }
-                queries[at / 4u][at % 4u] = total.x;
-                queries[at / 4u][at % 4u + 1u] = total.y;
             }
         }
     }
@@ -361,12 +362,14 @@ fn key_eight(word: u32, e: u32) -> Eight {
     return widen(CACHE, k_cache[word / 4u + e]);
 }
 
-// Elements 2 column and 2 column + 1 of the value that begins at `word`.
-fn value_pair(word: u32, column: u32) -> vec2<f32> {
+// Elements 4 column .. 4 column + 4 of the value that begins at `word`.
+fn value_four(word: u32, column: u32) -> vec4<f32> {
     if (CACHE == F32) {
-        return bitcast<vec2<f32>>(vec2<u32>(v_cache[word + 2u * column], v_cache[word + 2u * column + 1u]));
+        let at = word / 2u + 2u * column;
+        return bitcast<vec4<f32>>(vec4<u32>(v_cache[at], v_cache[at + 1u]));
     }
-    return widen_pair(CACHE, v_cache[word + column]);
+    let packed = v_cache[word / 2u + column];
+    return vec4<f32>(widen_pair(CACHE, packed.x), widen_pair(CACHE, packed.y));
 }
 
 // Scores to weights; moves the running maxima and sums on.

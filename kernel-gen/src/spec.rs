@@ -77,6 +77,14 @@ impl KernelSpec {
         self.with("BANK_BEGIN", begin).with("BANK_ROWS", rows)
     }
 
+    /// `ROWS_BEGIN` and `ROWS_END`: the rows whose partial results the kernel works on, `u32::MAX` for no end.
+    pub fn turn(mut self, begin: usize, end: usize) -> KernelSpec {
+        if end != u32::MAX as usize {
+            self.tag(&format!("from{begin}to{end}"));
+        }
+        self.with("ROWS_BEGIN", begin).with("ROWS_END", end)
+    }
+
     /// The format in which 16 or 32 bit numbers lie in memory; see `shaders/wgsl/lib/formats.wgsl`.
     pub fn format(mut self, constant: &'static str, dtype: DType) -> KernelSpec {
         self.tag(dtype.name());

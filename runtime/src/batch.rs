@@ -42,8 +42,13 @@ impl Batch {
         for &node in nodes {
             let position = kv.len() + tree.shape().depth(node);
             let ancestors = tree.shape().ancestors(node);
-            let row =
-                Row { token: tree.token(node), position: position as u32, request: index, node: node as u32, ancestors };
+            let row = Row {
+                token: tree.token(node),
+                position: position as u32,
+                request: index,
+                node: node as u32,
+                ancestors,
+            };
             self.rows.extend(row.to_words());
             self.keys = self.keys.max(position + 1);
         }

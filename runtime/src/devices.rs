@@ -29,7 +29,9 @@ impl FromStr for BackendChoice {
             "wgpu" => Ok(BackendChoice::Wgpu(None)),
             _ => match text.strip_prefix("wgpu:").and_then(|index| index.parse().ok()) {
                 Some(index) => Ok(BackendChoice::Wgpu(Some(index))),
-                None => Err(format!("'{text}' is no backend; there are: auto, cpu, wgpu, wgpu:N (see treespark devices)")),
+                None => {
+                    Err(format!("'{text}' is no backend; there are: auto, cpu, wgpu, wgpu:N (see treespark devices)"))
+                }
             },
         }
     }

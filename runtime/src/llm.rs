@@ -134,7 +134,8 @@ impl Llm {
         };
 
         let mut backend = devices::open(&options.backend)?;
-        let limits = Limits { context, max_nodes: options.tree.as_ref().map_or(DEFAULT_MAX_NODES, TreeShape::len), top_k: 1 };
+        let limits =
+            Limits { context, max_nodes: options.tree.as_ref().map_or(DEFAULT_MAX_NODES, TreeShape::len), top_k: 1 };
         let mut weights = |done, total| progress(LoadProgress::Weights { done, total });
         let target = Network::load(backend.as_mut(), &model, limits, &mut weights)?;
         let drafter: Box<dyn Drafter> = match (&options.drafter, &draft) {
@@ -144,8 +145,7 @@ impl Llm {
             }
             _ => Box::new(NgramDrafter::default()),
         };
-        let scheduler =
-            Scheduler::new(options.tree.clone(), limits.max_nodes.min(MAX_NODES), backend.info().row_cost);
+        let scheduler = Scheduler::new(options.tree.clone(), limits.max_nodes.min(MAX_NODES), backend.info().row_cost);
         Ok(Llm {
             template: model.chat_template()?,
             stop_tokens: model.stop_tokens(&tokenizer),

@@ -82,7 +82,14 @@ impl Network {
             memory.load(backend, desc, &parts)?;
             progress(done, total);
         }
-        Ok(Network { config, memory, passes: HashMap::new(), pool: PagePool::new(pages, PAGE_SIZE), pass_weight_bytes: 0, dims })
+        Ok(Network {
+            config,
+            memory,
+            passes: HashMap::new(),
+            pool: PagePool::new(pages, PAGE_SIZE),
+            pass_weight_bytes: 0,
+            dims,
+        })
     }
 
     pub fn config(&self) -> &Config {

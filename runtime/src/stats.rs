@@ -171,7 +171,14 @@ impl fmt::Display for Statistics {
             let shares: Vec<String> = self.by_depth.iter().map(share).collect();
             writeln!(f, "accepted to depth 1, 2, ...: {}", shares.join(", "))?;
         }
-        writeln!(f, "time             draft {}, verify {}, accept {}, commit {}", ms(draft), ms(verify), ms(accept), ms(commit))?;
+        writeln!(
+            f,
+            "time             draft {}, verify {}, accept {}, commit {}",
+            ms(draft),
+            ms(verify),
+            ms(accept),
+            ms(commit)
+        )?;
         let MemoryUse { weights, cache, scratch } = self.memory;
         write!(
             f,

@@ -142,7 +142,12 @@ pub fn sizes() -> impl Strategy<Value = Sizes> {
         (weight_types(), weight_types(), select(vec![4usize, 16])),
     )
         .prop_map(
-            |((vocab, hidden, layers), (kv_heads, group, head_dim), (ffn, bias, qk_norm), (weights, cache, page_size))| {
+            |(
+                (vocab, hidden, layers),
+                (kv_heads, group, head_dim),
+                (ffn, bias, qk_norm),
+                (weights, cache, page_size),
+            )| {
                 Sizes {
                     vocab,
                     hidden,

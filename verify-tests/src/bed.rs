@@ -162,7 +162,9 @@ impl<'a> Bed<'a> {
         for start in (0..longest).step_by(CHUNK) {
             // A request whose prefix is complete computes its first tree node, which its verify pass overwrites.
             let chunk = |m: &Member| match m.prefix.len() {
-                len if len > start => Member::new(&m.prefix[..start], Tree::chain(&m.prefix[start..len.min(start + CHUNK)])),
+                len if len > start => {
+                    Member::new(&m.prefix[..start], Tree::chain(&m.prefix[start..len.min(start + CHUNK)]))
+                }
                 _ => Member::new(&m.prefix, Tree::chain(&m.tree.tokens[..1])),
             };
             self.run(&pass, &Batch { members: batch.members.iter().map(chunk).collect() });

@@ -70,14 +70,14 @@ pub fn check(constructor: impl FnOnce() -> Option<Box<dyn Backend>>, property: f
 }
 
 /// Runs a property on `n` cases of a strategy; the error shows the smallest failing one. The CPU backend, which has
-/// no kernels to compile, takes five times as many.
+/// no kernels to compile, takes ten times as many.
 pub fn for_cases<T: Debug>(
     backend: &mut dyn Backend,
     n: u32,
     strategy: impl Strategy<Value = T>,
     property: impl Fn(&mut dyn Backend, T) -> Property,
 ) -> Property {
-    let cases = if backend.info().backend == "cpu" { 5 * n } else { n };
+    let cases = if backend.info().backend == "cpu" { 10 * n } else { 5 * n };
     let config = Config { cases, failure_persistence: None, max_shrink_iters: 100, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
     let backend = RefCell::new(backend);

@@ -48,7 +48,11 @@ pub enum Verdict {
 impl fmt::Display for Divergence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b] = self.tokens;
-        writeln!(f, "{:?} at token {}: {a} against {b}; scaled logits differ by {:.2e}", self.verdict, self.at, self.spread)?;
+        writeln!(
+            f,
+            "{:?} at token {}: {a} against {b}; scaled logits differ by {:.2e}",
+            self.verdict, self.at, self.spread
+        )?;
         for run in 0..2 {
             let ([la, lb], [sa, sb]) = (self.logits[run], self.scores[run]);
             writeln!(f, "  run {run}: logits {la} and {lb}, scores {sa} and {sb}, margin {:.2e}", sa - sb)?;
@@ -183,7 +187,8 @@ mod tests {
         let rows: [&[f32]; 2] = [&[3.0, 1.0002, 1.0, -20.0], &[3.0, 1.0, 1.0002, -20.0]];
         let ctx = context(keep_two.clone());
         let scored = scores(&rows[0].iter().map(|&x| f64::from(x)).collect::<Vec<_>>(), &ctx.request, 3, |_| false);
-        let keeps = |shift: f64| scored.iter().map(|s| Filters::new(&scored, &ctx.request, shift).keep(s.scaled)).collect();
+        let keeps =
+            |shift: f64| scored.iter().map(|s| Filters::new(&scored, &ctx.request, shift).keep(s.scaled)).collect();
         let (lenient, strict): (Vec<bool>, Vec<bool>) = (keeps(1e-3), keeps(-1e-3));
         assert_eq!(lenient, [true, true, true, false]);
         assert_eq!(strict, [true, false, false, false]);

@@ -196,13 +196,7 @@ impl Step<'_> {
         let at = index * Row::WORDS;
         let word = |i: usize| self.word(self.batch.rows, at + i);
         let path = (0..MAX_NODES).filter(|j| word(4 + j / 32) >> (j % 32) & 1 == 1).collect();
-        RowView {
-            token: word(0),
-            position: word(1) as usize,
-            request: word(2) as usize,
-            node: word(3) as usize,
-            path,
-        }
+        RowView { token: word(0), position: word(1) as usize, request: word(2) as usize, node: word(3) as usize, path }
     }
 
     pub fn request(&self, index: usize) -> Request {

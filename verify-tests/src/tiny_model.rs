@@ -192,7 +192,7 @@ impl TinyModel {
 
     /// The weight that a buffer of a pass holds; a function of the seed and the buffer's name.
     pub fn weight(&self, desc: &BufferDesc) -> Tensor {
-        let mut rng = Rng::new(desc.name.bytes().fold(self.seed, |h, b| Rng::new(h ^ u64::from(b)).next()));
+        let mut rng = Rng::new(desc.name.bytes().fold(self.seed, |h, b| Rng::new(h ^ u64::from(b)).word()));
         let values: Vec<f64> = match desc.name.as_str() {
             "rope" => rope_table(desc.shape[0], desc.shape[1]),
             name if name.ends_with("norm") => (0..desc.len()).map(|_| 1.0 + 0.2 * rng.normal()).collect(),

@@ -7,7 +7,7 @@ use crate::op::Op;
 use crate::spec::KernelSpec;
 
 /// Positions whose scores one workgroup adds up. Part of the arithmetic: never chosen by what a pass holds.
-const SPAN: usize = 256;
+const SPAN: usize = 128;
 /// Positions that a workgroup looks at together, one a thread.
 const KEYS: usize = 128;
 /// Floats of workgroup memory that every device has.
@@ -79,8 +79,7 @@ impl Lowering<'_> {
             .with("TILE_ROWS", tile_rows)
             .with("SPAN", SPAN)
             .with("SPANS", turn.spans)
-            .with("ROWS_BEGIN", turn.rows.start)
-            .with("ROWS_END", turn.end);
+            .turn(turn.rows.start, turn.end);
         KernelCall {
             spec,
             bindings: vec![
@@ -108,8 +107,7 @@ impl Lowering<'_> {
                 .size("HEADS", "h", heads)
                 .with("SPAN", SPAN)
                 .with("SPANS", turn.spans)
-                .with("ROWS_BEGIN", turn.rows.start)
-                .with("ROWS_END", turn.end),
+                .turn(turn.rows.start, turn.end),
             bindings: vec![
                 self.read(self.batch.rows),
                 self.read(self.batch.requests),

@@ -7,10 +7,12 @@ use crate::spec::KernelSpec;
 
 /// Most rows that share one load of a weight.
 const MAX_ROW_TILE: usize = 16;
-/// Groups of 16 lanes in a workgroup.
-const GROUPS: usize = 8;
-/// The same where a workgroup owns a whole head.
-const HEAD_NORM_GROUPS: usize = 16;
+/// Lanes that share a weight row, as in `lib/matmul.wgsl`.
+const LANES: usize = 32;
+/// Threads of a workgroup, at most.
+const MAX_THREADS: usize = 256;
+/// Groups of lanes where a workgroup owns a whole head.
+const HEAD_NORM_GROUPS: usize = MAX_THREADS / LANES;
 /// Floats of the staged outputs of a workgroup that owns a whole head.
 const HEAD_NORM_FLOATS: usize = 1024;
 /// Weight rows that a group works on at a time.
@@ -43,6 +45,11 @@ impl Lowering<'_> {
         self.desc(weight).shape[1]
     }
 
+    /// Groups of lanes in a workgroup. Small workgroups finish sooner where each has little to do; chosen by timing.
+    fn groups(&self) -> usize {
+        if self.row_tile(MAX_ROW_TILE) <= 4 { 1 } else { 2 }
+    }
+
     /// Rows that share a weight's load: the pass's rows, rounded up to a power of two.
     fn row_tile(&self, most: usize) -> usize {
         self.pass.rows.next_power_of_two().min(most)
@@ -73,7 +80,7 @@ impl Lowering<'_> {
             spec: self
                 .matmul("project", weight, self.row_tile(MAX_ROW_TILE))
                 .with("WIDTH", self.desc(residual).shape[1])
-                .with("GROUPS", GROUPS)
+                .with("GROUPS", self.groups())
                 .with("OUTPUTS", PROJECT_OUTPUTS)
                 .bank(bank.first_row, bank.rows),
             bindings: vec![
@@ -82,7 +89,7 @@ impl Lowering<'_> {
                 self.bank_binding(weight, &bank),
                 self.rows(residual, Access::Write),
             ],
-            grid: self.matmul_grid(bank.rows.div_ceil(GROUPS * PROJECT_OUTPUTS), MAX_ROW_TILE),
+            grid: self.matmul_grid(bank.rows.div_ceil(self.groups() * PROJECT_OUTPUTS), MAX_ROW_TILE),
         };
         Ok(self.weight_banks(weight).into_iter().map(call).collect())
     }
@@ -94,7 +101,7 @@ impl Lowering<'_> {
                 .matmul("head", weight, self.row_tile(MAX_ROW_TILE))
                 .size("WIDTH", "v", self.desc(logits).shape[1])
                 .with("EPS", eps)
-                .with("GROUPS", GROUPS)
+                .with("GROUPS", self.groups())
                 .with("OUTPUTS", HEAD_OUTPUTS)
                 .bank(bank.first_row, bank.rows),
             bindings: vec![
@@ -104,7 +111,7 @@ impl Lowering<'_> {
                 self.bank_binding(weight, &bank),
                 self.rows(logits, Access::Write),
             ],
-            grid: self.matmul_grid(bank.rows.div_ceil(GROUPS * HEAD_OUTPUTS), MAX_ROW_TILE),
+            grid: self.matmul_grid(bank.rows.div_ceil(self.groups() * HEAD_OUTPUTS), MAX_ROW_TILE),
         };
         Ok(self.weight_banks(weight).into_iter().map(call).collect())
     }
@@ -132,7 +139,7 @@ impl Lowering<'_> {
                     .matmul("gate_up", weight, self.row_tile(MAX_ROW_TILE))
                     .with("WIDTH", width)
                     .with("EPS", eps)
-                    .with("GROUPS", GROUPS)
+                    .with("GROUPS", self.groups())
                     .with("GATE_BASE", gate_base / 16)
                     .with("UP_BASE", up_base / 16)
                     .bank(begin, end - begin),
@@ -144,7 +151,7 @@ impl Lowering<'_> {
                     up,
                     self.rows(out, Access::Write),
                 ],
-                grid: self.matmul_grid((end - begin).div_ceil(GROUPS), MAX_ROW_TILE),
+                grid: self.matmul_grid((end - begin).div_ceil(self.groups()), MAX_ROW_TILE),
             });
             begin = end;
         }
@@ -176,7 +183,8 @@ impl Lowering<'_> {
             // Outputs are staged in workgroup memory: the tile shrinks for large heads.
             (HEAD_NORM_GROUPS, head_dim / 2, (HEAD_NORM_FLOATS / head_dim).clamp(1, 8))
         } else {
-            (GROUPS, GROUPS, MAX_ROW_TILE)
+            // Two neighbouring elements of a 16-bit cache share a word: pairs come in twos.
+            (2, 2, MAX_ROW_TILE)
         };
         let spec = self
             .matmul("qkv", weight, self.row_tile(most_rows))

@@ -1,6 +1,5 @@
 //! What the command line takes.
 
-
 use anstyle::{AnsiColor, Style};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use treespark::devices::BackendChoice;
@@ -181,4 +180,3 @@ impl DecodingArgs {
         }
     }
 }
-

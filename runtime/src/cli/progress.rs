@@ -19,7 +19,11 @@ pub struct LoadBar {
 
 impl LoadBar {
     pub fn new() -> LoadBar {
-        LoadBar { bar: ProgressBar::hidden(), start: std::time::Instant::now(), quiet: !std::io::stderr().is_terminal() }
+        LoadBar {
+            bar: ProgressBar::hidden(),
+            start: std::time::Instant::now(),
+            quiet: !std::io::stderr().is_terminal(),
+        }
     }
 
     pub fn update(&mut self, progress: LoadProgress) {

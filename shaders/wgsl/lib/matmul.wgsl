@@ -1,6 +1,6 @@
 // Weight rows times up to ROW_TILE rows of x: the loop that all weight kernels share.
 //
-// A workgroup is GROUPS groups of 16 lanes. A group works on OUTPUTS weight rows at a time; its lanes share the
+// A workgroup is GROUPS groups of 32 lanes. A group works on OUTPUTS weight rows at a time; its lanes share the
 // columns, eight at a step. A weight is read and widened once for all rows of the tile. The root mean square norm is
 // linear but for one factor a row, so its sum of squares is gathered on the way and applied to the result:
 //
@@ -12,7 +12,7 @@
 //     weight_words(output, at) -> vec4<u32>   the at-th four words of the weight row for `output`
 //     gamma_words(at) -> vec4<f32>            elements 4 at .. 4 at + 4 of the norm's weight, or ones
 
-const LANES: u32 = 16u;
+const LANES: u32 = 32u;
 const THREADS: u32 = GROUPS * LANES;
 // One more than the lanes: rows of this length start in different memory banks.
 const STRIDE: u32 = LANES + 1u;

@@ -58,7 +58,7 @@ fn accept(backend: &mut dyn Backend, case: &Case, batch: &Batch, draws: &[u32], 
 /// After a commit the cache holds, bit for bit, what decoding the accepted tokens one by one would have left; slots
 /// behind the accepted ones keep what they held.
 pub fn commit_leaves_the_cache_of_plain_decoding(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 6, cases(), |backend, case| {
+    for_cases(backend, 4, cases(), |backend, case| {
         let draws = likely_draws(&case.batch, case.model.sizes.vocab, &mut case.rng());
         let requests = case.batch.members.len();
         let mut bed = Bed::new(backend, case.model.clone());
@@ -79,7 +79,11 @@ pub fn commit_leaves_the_cache_of_plain_decoding(backend: &mut dyn Backend) -> P
             for slot in 0..MAX_SLOTS {
                 let (kind, want) =
                     if slot < committed { ("committed", &plain[slot]) } else { ("rejected", &before[i][slot]) };
-                same_bits(&format!("request {i}, {kind} slot {slot} of path {:?}", accepted[i].path), &after[i][slot], want)?;
+                same_bits(
+                    &format!("request {i}, {kind} slot {slot} of path {:?}", accepted[i].path),
+                    &after[i][slot],
+                    want,
+                )?;
             }
         }
         Ok(())
@@ -100,7 +104,7 @@ fn plain_cache(backend: &mut dyn Backend, case: &Case, member: &Member, tokens: 
 
 /// A whole round in one pass emits the tokens that plain decoding draws, as far as the tree goes, and commits them.
 pub fn a_round_emits_what_plain_decoding_draws(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 8, cases(), |backend, case| {
+    for_cases(backend, 4, cases(), |backend, case| {
         let mut rng = case.rng();
         let mut members = Vec::new();
         let mut expected = Vec::new();

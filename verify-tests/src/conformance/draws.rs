@@ -185,7 +185,8 @@ pub fn a_nan_draws_no_token(backend: &mut dyn Backend) -> Property {
         let at = place.index(logits.len());
         logits[at] = if negative { -f32::NAN } else { f32::NAN };
         let draws = draw(backend, &case.model, &case.batch, &logits);
-        (0..draws.len()).try_for_each(|row| same(&format!("row {row} draws nothing"), draws[row] == NO_TOKEN, row == at / vocab))
+        (0..draws.len())
+            .try_for_each(|row| same(&format!("row {row} draws nothing"), draws[row] == NO_TOKEN, row == at / vocab))
     })
 }
 

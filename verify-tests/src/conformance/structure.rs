@@ -14,7 +14,7 @@ const ANY: TreeSpec = TreeSpec::Any(MAX_NODES);
 
 /// One token after another, each in its own pass, gives what a chain gives in one pass.
 pub fn a_chain_is_causal_attention(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 6, cases(), |backend, case| {
+    for_cases(backend, 4, cases(), |backend, case| {
         let member = &case.batch.members[0];
         let tokens = &member.tree.tokens[..member.tree.nodes().min(40)];
         let chain = Member { tree: Tree::chain(tokens), ..member.clone() };
@@ -33,7 +33,7 @@ pub fn a_chain_is_causal_attention(backend: &mut dyn Backend) -> Property {
 
 /// A node's output is that of a prompt of its prefix and root path, computed from scratch, without a tree.
 pub fn a_node_sees_exactly_its_root_path(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 6, cases(), |backend, case| {
+    for_cases(backend, 4, cases(), |backend, case| {
         let batch = Batch { members: case.batch.members[..1].to_vec() };
         let member = &batch.members[0];
         let tree = &member.tree;
@@ -43,8 +43,7 @@ pub fn a_node_sees_exactly_its_root_path(backend: &mut dyn Backend) -> Property 
             let path = tree.path_tokens(node);
             let prefix = [&member.prefix, &path[..path.len() - 1]].concat();
             let from_scratch = Member { prefix, tree: Tree::chain(&path[path.len() - 1..]), ..member.clone() };
-            let alone =
-                Bed::new(backend, case.model.clone()).verify(&Batch { members: vec![from_scratch] }, 1, &ANY);
+            let alone = Bed::new(backend, case.model.clone()).verify(&Batch { members: vec![from_scratch] }, 1, &ANY);
             same_row(&format!("node {node} against its root path alone"), (&in_tree, node), (&alone, 0))?;
         }
         Ok(())
@@ -53,7 +52,7 @@ pub fn a_node_sees_exactly_its_root_path(backend: &mut dyn Backend) -> Property 
 
 /// Renumbering the nodes (parents first) renumbers the outputs and does nothing else.
 pub fn node_order_changes_nothing(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 8, cases(), |backend, case| {
+    for_cases(backend, 4, cases(), |backend, case| {
         let mut rng = case.rng();
         let orders: Vec<Vec<usize>> = case.batch.members.iter().map(|m| random_order(&m.tree, &mut rng)).collect();
         let reordered = |(m, order): (&Member, &Vec<usize>)| Member { tree: m.tree.reordered(order), ..m.clone() };
@@ -84,7 +83,7 @@ fn random_order(tree: &Tree, rng: &mut Rng) -> Vec<usize> {
 
 /// A tree that grows, some nodes at a pass, gives what the same tree gives in one pass.
 pub fn a_tree_may_grow_over_several_passes(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 6, cases(), |backend, case| {
+    for_cases(backend, 4, cases(), |backend, case| {
         // Without a penalty: a draw takes the tokens of a path from the rows of its own pass.
         let member = Member { sampling: Sampling::greedy(), ..case.batch.members[0].clone() };
         let whole = Batch { members: vec![member.clone()] };
@@ -108,7 +107,7 @@ pub fn a_tree_may_grow_over_several_passes(backend: &mut dyn Backend) -> Propert
 
 /// A request gives the same bits alone as beside others, in a pass of exactly its rows.
 pub fn rows_are_independent_of_their_batch(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 8, cases(), |backend, case| {
+    for_cases(backend, 4, cases(), |backend, case| {
         let together = Bed::new(backend, case.model.clone()).verify(&case.batch, MAX_ROWS, &ANY);
         finite(&together)?;
         for (i, member) in case.batch.members.iter().enumerate() {
@@ -125,7 +124,7 @@ pub fn rows_are_independent_of_their_batch(backend: &mut dyn Backend) -> Propert
 
 /// One row gives the same bits in passes compiled for any number of rows and nodes.
 pub fn the_compiled_size_changes_nothing(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 3, cases(), |backend, case| {
+    for_cases(backend, 2, cases(), |backend, case| {
         let member = &case.batch.members[0];
         let root = Member { tree: Tree::chain(&member.tree.tokens[..1]), ..member.clone() };
         let batch = Batch { members: vec![root] };
@@ -166,7 +165,7 @@ pub fn a_static_tree_equals_any_tree(backend: &mut dyn Backend) -> Property {
 
 /// What unwritten memory holds (NaN or zeros, in the cache, between ops, behind the last row) changes nothing.
 pub fn unused_memory_never_leaks(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 6, cases(), |backend, case: Case| {
+    for_cases(backend, 4, cases(), |backend, case: Case| {
         let poisoned = Bed::new(backend, case.model.clone()).verify(&case.batch, MAX_ROWS, &ANY);
         finite(&poisoned)?;
         let mut bed = Bed::new(backend, case.model.clone());

@@ -53,8 +53,8 @@ impl Step<'_> {
             let queries: Vec<f64> = (0..heads).flat_map(|h| turn(&normed(head(h), q_norm))).collect();
             let keys: Vec<Vec<f64>> = (0..kv_heads).map(|h| turn(&normed(head(heads + h), k_norm))).collect();
             self.set_row(q, r, &queries);
-            for h in 0..kv_heads {
-                self.set_cached(k_cache, layer, h, slot, &keys[h]);
+            for (h, key) in keys.iter().enumerate() {
+                self.set_cached(k_cache, layer, h, slot, key);
                 self.set_cached(v_cache, layer, h, slot, head(heads + kv_heads + h));
             }
         }

@@ -52,13 +52,7 @@ pub fn scores(logits: &[f64], request: &Request, position: u32, penalised: impl 
             // Whatever the filters say, the most likely token stays.
             let kept = greedy || scaled[t] == max || in_filters;
             let noise = if greedy { 0.0 } else { gumbel(request.seed, request.sample, position, t as u32) };
-            Scored {
-                token: t as u32,
-                scaled: scaled[t],
-                relative,
-                score: scaled[t] + noise,
-                kept,
-            }
+            Scored { token: t as u32, scaled: scaled[t], relative, score: scaled[t] + noise, kept }
         })
         .collect()
 }
