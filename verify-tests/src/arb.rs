@@ -57,7 +57,6 @@ impl Topology {
     }
 }
 
-/// Few tokens are drawn on purpose: siblings with equal tokens are legal.
 fn tokens(n: usize, vocab: usize, rng: &mut Rng) -> Vec<u32> {
     (0..n).map(|_| rng.below(vocab) as u32).collect()
 }
@@ -65,6 +64,7 @@ fn tokens(n: usize, vocab: usize, rng: &mut Rng) -> Vec<u32> {
 pub fn tree(nodes: usize, topology: Topology, vocab: usize, seed: u64) -> Tree {
     let rng = &mut Rng::new(seed);
     let parents = topology.parents(nodes, rng);
+    // Sometimes few, so that siblings have equal tokens, which is legal.
     let distinct = if rng.below(3) == 0 { 3 } else { vocab };
     Tree { parents, tokens: tokens(nodes, distinct, rng) }
 }

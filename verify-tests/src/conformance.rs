@@ -77,7 +77,7 @@ pub fn for_cases<T: Debug>(
     strategy: impl Strategy<Value = T>,
     property: impl Fn(&mut dyn Backend, T) -> Property,
 ) -> Property {
-    let cases = if backend.info().backend == "cpu" { 10 * n } else { 5 * n };
+    let cases = if backend.info().backend == "cpu" { 10 * n } else { n };
     let config = Config { cases, failure_persistence: None, max_shrink_iters: 100, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
     let backend = RefCell::new(backend);

@@ -190,8 +190,8 @@ pub fn a_nan_draws_no_token(backend: &mut dyn Backend) -> Property {
     })
 }
 
-/// Tokens tied at a threshold are all kept: with equal logits no filter but top-p = 0 and top-k drops any, and then
-/// none either, as none is larger than another. So every token is drawn sooner or later.
+/// Tokens tied at a threshold are all kept: half of the vocabulary ties at the top, each filter has room for less than
+/// half, and still each of these tokens, and no other, is drawn sooner or later.
 pub fn filters_keep_ties_at_their_threshold(backend: &mut dyn Backend) -> Property {
     let model = TinyModel { sizes: HOUSE_MODELS[2], seed: 3 };
     let vocab = model.sizes.vocab;
