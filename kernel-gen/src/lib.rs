@@ -8,15 +8,16 @@
 //! [`pass`]; then how they become source: [`lower`] (an op's kernel calls), [`spec`] (one kernel), [`emit`] (its text)
 //! and [`release`] (the kernels that a build proves).
 
-pub mod draw;
-pub mod emit;
-pub mod layout;
-pub mod lower;
-pub mod op;
-pub mod pass;
-pub mod release;
 pub mod shape;
+pub mod draw;
+pub mod layout;
+pub mod op;
+mod check;
+pub mod pass;
+pub mod lower;
 pub mod spec;
+pub mod emit;
+pub mod release;
 
 pub use layout::{ANCESTOR_WORDS, MAX_NODES, Request, Row};
 pub use op::{CacheShape, Op, TreeSpec};

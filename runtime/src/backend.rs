@@ -32,8 +32,34 @@ pub struct DeviceInfo {
     pub backend: &'static str,
     /// As a person would name it, e.g. `AMD EPYC 9B14, 2 threads, AVX2` or `NVIDIA H100 (Vulkan)`.
     pub name: String,
-    /// Cost of one more row in a pass, as a fraction of a pass of one row: what a tree node must be worth.
-    pub row_cost: f32,
+    pub cost: PassCost,
+}
+
+/// What a pass costs by its rows, relative to a pass of one row: measured points, ascending, linear between them and
+/// beyond. It says what a tree node must be worth on a device; being a constant, it keeps the choice of trees repeatable.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PassCost(pub &'static [(usize, f32)]);
+
+impl PassCost {
+    pub fn of(&self, rows: usize) -> f32 {
+        let points = self.0;
+        let next = points.iter().position(|&(at, _)| at >= rows).unwrap_or(points.len() - 1).max(1);
+        let ((r0, c0), (r1, c1)) = (points[next - 1], points[next]);
+        c0 + (c1 - c0) * (rows as f32 - r0 as f32) / (r1 - r0) as f32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn costs_are_linear_between_points_and_beyond() {
+        let cost = PassCost(&[(1, 1.0), (5, 1.4), (10, 3.4)]);
+        for (rows, expected) in [(1, 1.0), (3, 1.2), (5, 1.4), (6, 1.8), (10, 3.4), (20, 7.4)] {
+            assert!((cost.of(rows) - expected).abs() < 1e-6, "{rows} rows: {}", cost.of(rows));
+        }
+    }
 }
 
 pub trait Backend {

@@ -145,7 +145,7 @@ impl Llm {
             }
             _ => Box::new(NgramDrafter::default()),
         };
-        let scheduler = Scheduler::new(options.tree.clone(), limits.max_nodes.min(MAX_NODES), backend.info().row_cost);
+        let scheduler = Scheduler::new(options.tree.clone(), limits.max_nodes.min(MAX_NODES), backend.info().cost);
         Ok(Llm {
             template: model.chat_template()?,
             stop_tokens: model.stop_tokens(&tokenizer),

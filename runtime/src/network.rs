@@ -63,7 +63,7 @@ impl Network {
         let pages = (limits.context + MAX_NODES).div_ceil(PAGE_SIZE);
         let dims = Dims {
             max_rows: MAX_NODES,
-            head_rows: limits.max_nodes.next_power_of_two().min(MAX_NODES),
+            head_rows: compiled_rows(limits.max_nodes),
             max_requests: 1,
             context: limits.context + MAX_NODES,
             page_size: PAGE_SIZE,
@@ -195,9 +195,9 @@ impl Network {
         backend.run(pass, batch.extent())
     }
 
-    /// The pass for this many rows, rounded up to a power of two; compiled when first needed.
+    /// The pass for this many rows, or a few more; compiled when first needed.
     fn pass(&mut self, backend: &mut dyn Backend, kind: Kind, rows: usize) -> Result<PassId> {
-        let rows = rows.next_power_of_two();
+        let rows = compiled_rows(rows);
         if let Some(&pass) = self.passes.get(&(kind, rows)) {
             return Ok(pass);
         }
@@ -214,5 +214,23 @@ impl Network {
         let id = backend.compile(&pass, &buffers)?;
         self.passes.insert((kind, rows), id);
         Ok(id)
+    }
+}
+
+/// Rows that a pass is compiled for: 1, 4, 16, 64 or 256. Kernels take seconds to compile where a driver does it for the
+/// first time; rows that are not there cost little.
+fn compiled_rows(rows: usize) -> usize {
+    let power = rows.next_power_of_two().ilog2();
+    1 << power.next_multiple_of(2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passes_are_compiled_for_a_few_sizes() {
+        let sizes = [(1, 1), (2, 4), (4, 4), (5, 16), (16, 16), (17, 64), (64, 64), (65, 256), (256, 256)];
+        sizes.into_iter().for_each(|(rows, size)| assert_eq!(compiled_rows(rows), size));
     }
 }

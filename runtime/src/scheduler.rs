@@ -1,11 +1,11 @@
 //! How many nodes a round verifies: as many as pay.
 //!
-//! With survival s of a node (the probability that it is accepted) and cost c of one more row, relative to a pass of
-//! one row, a tree of n nodes is worth E(n) / C(n) plain steps, E(n) = sum of the first n survivals (the root's is 1:
-//! its draw is the bonus token) and C(n) = 1 + c (n - 1). The best prefix of the draft is verified; it may be the
-//! root alone. The choice changes the speed, never the tokens (they are the target's own draws), so it may look at
-//! everything.
+//! With survival s of a node (the probability that it is accepted) and cost C(n) of a pass of n rows, relative to one
+//! row, a tree of n nodes is worth E(n) / C(n) plain steps, E(n) = sum of the first n survivals (the root's is 1: its
+//! draw is the bonus token). The best prefix of the draft is verified; it may be the root alone. The choice changes
+//! the speed, never the tokens (they are the target's own draws), so it may look at everything.
 
+use crate::backend::PassCost;
 use crate::draft::{Draft, Plan};
 use treespark_kernel_gen::TreeShape;
 
@@ -13,13 +13,13 @@ use treespark_kernel_gen::TreeShape;
 pub struct Scheduler {
     shape: Option<TreeShape>,
     max_nodes: usize,
-    row_cost: f32,
+    cost: PassCost,
 }
 
 impl Scheduler {
     /// With a shape every round verifies all of it that the drafter can fill.
-    pub fn new(shape: Option<TreeShape>, max_nodes: usize, row_cost: f32) -> Scheduler {
-        Scheduler { max_nodes: shape.as_ref().map_or(max_nodes, TreeShape::len), shape, row_cost }
+    pub fn new(shape: Option<TreeShape>, max_nodes: usize, cost: PassCost) -> Scheduler {
+        Scheduler { max_nodes: shape.as_ref().map_or(max_nodes, TreeShape::len), shape, cost }
     }
 
     /// What the next round may draft, with room for so many more tokens.
@@ -36,7 +36,7 @@ impl Scheduler {
         let (mut best, mut expected) = ((1, 0.0), 0.0);
         for (i, survival) in draft.survival.iter().enumerate() {
             expected += survival;
-            let worth = expected / (1.0 + self.row_cost * i as f32);
+            let worth = expected / self.cost.of(i + 1);
             if worth > best.1 {
                 best = (i + 1, worth);
             }
@@ -56,17 +56,17 @@ mod tests {
 
     #[test]
     fn nodes_are_verified_while_they_pay() {
-        let scheduler = Scheduler::new(None, 64, 0.25);
+        let scheduler = Scheduler::new(None, 64, PassCost(&[(1, 1.0), (2, 1.25)]));
         assert_eq!(scheduler.nodes(&chain(&[1.0])), 1);
         assert_eq!(scheduler.nodes(&chain(&[1.0, 0.2, 0.1])), 1, "0.2 of a token for a quarter of a pass");
         assert_eq!(scheduler.nodes(&chain(&[1.0, 0.9, 0.8, 0.1])), 3);
-        let cheap = Scheduler::new(None, 64, 0.01);
+        let cheap = Scheduler::new(None, 64, PassCost(&[(1, 1.0), (2, 1.01)]));
         assert_eq!(cheap.nodes(&chain(&[1.0, 0.2, 0.1])), 3);
     }
 
     #[test]
     fn a_given_shape_is_verified_whole() {
-        let scheduler = Scheduler::new(Some(TreeShape::chain(2).unwrap()), 64, 0.25);
+        let scheduler = Scheduler::new(Some(TreeShape::chain(2).unwrap()), 64, PassCost(&[(1, 1.0), (2, 1.25)]));
         assert_eq!(scheduler.nodes(&chain(&[1.0, 0.0, 0.0])), 3);
         assert_eq!(scheduler.plan(10).max_nodes, 3);
     }

@@ -35,20 +35,39 @@ fn tiny_llama() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../verify-tests/fixtures/parity/tiny-llama")
 }
 
-/// A copy of it with its weights file changed.
-fn damaged(change: impl FnOnce(Vec<u8>) -> Vec<u8>) -> tempfile::TempDir {
+/// A copy of it, made whole by a tokenizer that knows printable ASCII and a chat template.
+fn whole_model() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for name in ["config.json", "model.safetensors"] {
         std::fs::copy(tiny_llama().join(name), folder.path().join(name)).unwrap();
     }
-    let weights = folder.path().join("model.safetensors");
-    let bytes = change(std::fs::read(&weights).unwrap());
-    std::fs::write(&weights, bytes).unwrap();
+    let printable = (b'!'..=b'~').map(char::from);
+    let vocab: serde_json::Map<_, _> =
+        printable.chain(['\u{120}', '\u{10a}']).zip(0..).map(|(c, id): (_, u32)| (c.to_string(), id.into())).collect();
+    let byte_level =
+        serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null, "truncation": null,
+        "padding": null, "pre_tokenizer": byte_level, "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    });
+    std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let template = serde_json::json!({"chat_template": "{{ messages[0].content }}"});
+    std::fs::write(folder.path().join("tokenizer_config.json"), template.to_string()).unwrap();
+    folder
+}
+
+/// The whole model with one of its files changed.
+fn changed(name: &str, change: impl FnOnce(Vec<u8>) -> Vec<u8>) -> tempfile::TempDir {
+    let folder = whole_model();
+    let path = folder.path().join(name);
+    let bytes = change(std::fs::read(&path).unwrap());
+    std::fs::write(&path, bytes).unwrap();
     folder
 }
 
 fn generate<'a>(model: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
-    let mut args = vec!["generate", "--backend", "cpu", "-n", "4", "--model", model.to_str().unwrap()];
+    let mut args = vec!["generate", "--backend", "cpu", "--model", model.to_str().unwrap()];
     args.extend(more);
     args
 }
@@ -59,13 +78,101 @@ fn models_that_cannot_be_loaded() {
     refused(&["generate", "-p", "x", "--model", "no-such-name"], b"", &["no-such-name", "smollm2-135m-instruct"]);
     refused(&["generate", "-p", "x", "--model", "someone/absent-model"], b"", &["hf download someone/absent-model"]);
 
-    let truncated = damaged(|bytes| bytes[..bytes.len() / 2].to_vec());
+    let truncated = changed("model.safetensors", |bytes| bytes[..bytes.len() / 2].to_vec());
     refused(&generate(truncated.path(), &["-p", "x"]), b"", &["model.safetensors"]);
     let gguf = truncated.path().join("broken.gguf");
     std::fs::write(&gguf, b"GGUF\x03\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff").unwrap();
     refused(&generate(&gguf, &["-p", "x"]), b"", &["broken.gguf"]);
     // A whole checkpoint that lacks its tokenizer.
     refused(&generate(&tiny_llama(), &["-p", "x"]), b"", &["tokenizer"]);
+    let wrong_shape =
+        changed("config.json", |json| replace(&json, "\"intermediate_size\": 136", "\"intermediate_size\": 128"));
+    refused(&generate(wrong_shape.path(), &["-p", "x"]), b"", &["mlp", "136", "128"]);
+    let unknown = changed("config.json", |json| replace(&json, "LlamaForCausalLM", "GremlinForCausalLM"));
+    refused(&generate(unknown.path(), &["-p", "x"]), b"", &["GremlinForCausalLM", "LlamaForCausalLM"]);
+}
+
+fn replace(text: &[u8], from: &str, to: &str) -> Vec<u8> {
+    let text = std::str::from_utf8(text).unwrap();
+    assert!(text.contains(from), "no {from} in: {text}");
+    text.replace(from, to).into_bytes()
+}
+
+#[test]
+fn weights_that_are_no_numbers() {
+    // The file ends in F32 weights: the last tensor becomes NaN.
+    let nan = changed("model.safetensors", |mut bytes| {
+        let len = bytes.len();
+        bytes[len - 256..].chunks_exact_mut(4).for_each(|value| value.copy_from_slice(&f32::NAN.to_le_bytes()));
+        bytes
+    });
+    refused(&generate(nan.path(), &["-p", "x"]), b"", &["NaN"]);
+}
+
+#[test]
+fn a_draft_model_with_another_tokenizer() {
+    let target = whole_model();
+    let other = changed("tokenizer.json", |json| replace(&json, "\"a\":64,\"b\":65", "\"a\":65,\"b\":64"));
+    let drafter = format!("model:{}", other.path().display());
+    refused(&generate(target.path(), &["-p", "x", "--drafter", &drafter]), b"", &["token"]);
+}
+
+#[test]
+fn prompts_longer_than_the_context() {
+    let model = whole_model();
+    refused(&generate(model.path(), &["--context", "16", "-p", &"x".repeat(16)]), b"", &["17", "16"]);
+    refused(&generate(model.path(), &["--context", "1000000", "-p", "x"]), b"", &["context"]);
+}
+
+/// Standard output of a run that must succeed.
+fn generated(args: &[&str]) -> String {
+    let out = treespark(args, b"");
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+#[test]
+fn a_generation_is_the_same_with_any_drafter_and_ends_where_asked() {
+    let model = whole_model();
+    let run = |more: &[&str]| generated(&generate(model.path(), &[&["-p", "abc abc abc", "-n", "40"], more].concat()));
+    let plain = run(&["--drafter", "none"]);
+    assert!(plain.len() >= 20, "{plain:?}");
+    assert_eq!(run(&["--drafter", "ngram"]), plain);
+    assert_eq!(run(&["--drafter", "ngram", "--tree", "4x2"]), plain);
+    let itself = format!("model:{}", model.path().display());
+    assert_eq!(run(&["--drafter", &itself, "--show-tree"]), plain);
+    assert_eq!(run(&["--raw"]), plain, "the template adds nothing");
+
+    // A stop string ends the text before it, wherever it lies in an accepted run.
+    let stop: String = plain.chars().skip(7).take(3).collect();
+    let before = &plain[..plain.find(&stop).unwrap()];
+    assert_eq!(run(&["--drafter", &itself, "--stop", &stop]).trim_end_matches('\n'), before.trim_end_matches('\n'));
+
+    let sampled = run(&["--drafter", "none", "--temperature", "1", "--seed", "3"]);
+    assert_eq!(run(&["--drafter", &itself, "--temperature", "1", "--seed", "3"]), sampled);
+    assert_ne!(run(&["--drafter", "none", "--temperature", "1", "--seed", "4"]), sampled);
+}
+
+#[test]
+fn statistics_are_json_on_standard_error() {
+    let model = whole_model();
+    let out = treespark(&generate(model.path(), &["-p", "abc", "-n", "4", "--stats=json"]), b"");
+    let text = String::from_utf8(out.stderr).unwrap();
+    let line = text.lines().find(|line| line.starts_with('{')).unwrap_or_else(|| panic!("no JSON in {text}"));
+    let stats: serde_json::Value = serde_json::from_str(line).unwrap();
+    assert_eq!((stats["new_tokens"].as_u64(), stats["finish_reason"].as_str()), (Some(4), Some("length")), "{line}");
+    assert!(stats["tokens_per_second"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn chat_answers_line_by_line() {
+    let model = whole_model();
+    let args = ["chat", "--backend", "cpu", "-n", "5", "--model", model.path().to_str().unwrap()];
+    let out = treespark(&args, b"abc\n\n/clear\nabc\n/exit\nnever read\n");
+    let text = String::from_utf8(out.stdout).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(out.status.success() && lines.len() >= 2, "{text}");
+    assert_eq!(lines[..lines.len() / 2], lines[lines.len() / 2..], "a cleared conversation answers alike");
 }
 
 #[test]

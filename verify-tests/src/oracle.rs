@@ -11,7 +11,7 @@ mod speculation;
 
 use half::{bf16, f16};
 use treespark::Result;
-use treespark::backend::{Backend, BufferId, DeviceInfo, Extent, PassId};
+use treespark::backend::{Backend, BufferId, DeviceInfo, Extent, PassCost, PassId};
 use treespark_kernel_gen::op::Batch;
 use treespark_kernel_gen::{Buf, BufferDesc, DType, MAX_NODES, Op, Pass, Request, Row};
 use treespark_models::Tensor;
@@ -41,7 +41,11 @@ impl Default for Oracle {
 
 impl Oracle {
     pub fn new() -> Oracle {
-        let info = DeviceInfo { backend: "oracle", name: "the naive f64 oracle".into(), row_cost: 1.0 };
+        let info = DeviceInfo {
+            backend: "oracle",
+            name: "the naive f64 oracle".into(),
+            cost: PassCost(&[(1, 1.0), (2, 2.0)]),
+        };
         Oracle { info, memory: Vec::new(), passes: Vec::new() }
     }
 }

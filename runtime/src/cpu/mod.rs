@@ -26,15 +26,15 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use treespark_kernel_gen::{BufferDesc, Pass};
 use treespark_models::Tensor;
 
-use crate::backend::{Backend, BufferId, DeviceInfo, Extent, PassId};
+use crate::backend::{Backend, BufferId, DeviceInfo, Extent, PassCost, PassId};
 use crate::error::{Error, Result};
 use buffer::Buffer;
 use simd::Isa;
 
-/// Measured with SmolLM2-135M in bf16 on two cores of an AMD EPYC (Zen 5, AVX-512): passes of 1, 2, 4, 8 and 16 rows take
-/// 5.5, 5.6, 5.9, 8.7 and 16.5 ms. The first few rows are almost free, while the weights arrive from memory; then each
-/// costs what it computes.
-const ROW_COST: f32 = 0.13;
+/// Measured with SmolLM2-135M in bf16 behind 512 tokens, on two cores of an AMD EPYC, with AVX-512 and with AVX2. The
+/// first rows are almost free, while the weights arrive from memory; then each costs what it computes.
+const WIDE_COST: PassCost = PassCost(&[(1, 1.0), (4, 1.05), (8, 1.25), (16, 2.0), (32, 3.9)]);
+const NARROW_COST: PassCost = PassCost(&[(1, 1.0), (4, 1.15), (8, 1.9), (16, 3.6), (32, 7.3)]);
 
 pub struct CpuBackend {
     info: DeviceInfo,
@@ -60,7 +60,8 @@ impl CpuBackend {
             .thread_name(|i| format!("treespark-{i}"))
             .build()
             .expect("the system starts threads");
-        let info = DeviceInfo { backend: "cpu", name: name(threads, isa), row_cost: ROW_COST };
+        let cost = if isa.is_wide() { WIDE_COST } else { NARROW_COST };
+        let info = DeviceInfo { backend: "cpu", name: name(threads, isa), cost };
         CpuBackend { info, isa, pool, buffers: Vec::new(), passes: Vec::new() }
     }
 

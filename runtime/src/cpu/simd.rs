@@ -159,6 +159,14 @@ impl Isa {
         *Isa::available().last().expect("the baseline is always there")
     }
 
+    /// Whether sixteen lanes are one register.
+    pub fn is_wide(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return matches!(self.0, Set::Avx512);
+        #[cfg(not(target_arch = "x86_64"))]
+        return false;
+    }
+
     pub fn name(self) -> &'static str {
         match self.0 {
             #[cfg(target_arch = "x86_64")]

@@ -19,8 +19,8 @@ pub const MAX_CHILDREN: usize = 16;
 /// The tree when none is asked for, where rows are dear (a CPU) and where they are nearly free.
 const DEFAULT_SHAPE_DEAR: &str = "chain:4";
 const DEFAULT_SHAPE_CHEAP: &str = "3x2x2x1";
-/// A row is dear from this share of a pass of one row on.
-const DEAR_ROW: f32 = 0.1;
+/// Rows are dear where a pass of this many costs more than so many passes of one.
+const DEAR: (usize, f32) = (16, 1.6);
 /// Hit rates of the first, second, ... child before anything is measured.
 const PRIORS: [f32; MAX_CHILDREN] =
     [0.6, 0.15, 0.07, 0.04, 0.03, 0.02, 0.02, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01];
@@ -49,7 +49,7 @@ impl ModelDrafter {
         if vocab != target_vocab {
             return Err(Error::Vocabulary { draft: vocab, target: target_vocab });
         }
-        let dear = backend.info().row_cost >= DEAR_ROW;
+        let dear = backend.info().cost.of(DEAR.0) > DEAR.1;
         let limits = Limits { top_k: MAX_CHILDREN.min(vocab), ..limits };
         Ok(ModelDrafter {
             network: Network::load(backend, model, limits, progress)?,

@@ -13,22 +13,21 @@ use crate::backend::Backend;
 use crate::error::Result;
 use crate::tree::Accepted;
 
-/// Shortest match that is followed.
-const MIN_MATCH: usize = 2;
 /// Longest match that is told apart from longer ones.
 const MAX_MATCH: usize = 12;
-/// Earlier occurrences that are looked at, the latest first.
-const MAX_OCCURRENCES: usize = 32;
+/// Earlier occurrences of the last token that are looked at, the latest first, and how many are followed.
+const MAX_OCCURRENCES: usize = 512;
+const MAX_FOLLOWED: usize = 32;
 /// Tokens taken from one occurrence.
 const MAX_DEPTH: usize = 24;
 /// Hit rates before anything is measured, by match class: first continuations, then further siblings.
-const PRIORS: [f32; 2 * MATCH_CLASSES] = [0.2, 0.35, 0.55, 0.7, 0.85, 0.08, 0.12, 0.15, 0.15, 0.1];
-const MATCH_CLASSES: usize = 5;
+const PRIORS: [f32; 2 * MATCH_CLASSES] = [0.08, 0.2, 0.35, 0.55, 0.7, 0.85, 0.04, 0.08, 0.12, 0.15, 0.15, 0.1];
+const MATCH_CLASSES: usize = 6;
 
 #[derive(Debug)]
 pub struct NgramDrafter {
-    /// Where each pair of tokens was followed by something: index of that something, ascending.
-    follows: HashMap<[u32; MIN_MATCH], Vec<usize>>,
+    /// Where each token was followed by something: index of that something, ascending.
+    follows: HashMap<u32, Vec<usize>>,
     /// Tokens that are in the index.
     indexed: usize,
     rates: HitRates,
@@ -57,37 +56,34 @@ struct TrieNode {
 /// Class of a node whose context, the path included, matches over `matched` tokens.
 fn class(matched: usize, first: bool) -> usize {
     let by_length = match matched {
-        0..=2 => 0,
-        3 => 1,
-        4..=5 => 2,
-        6..=8 => 3,
-        _ => 4,
+        0..=1 => 0,
+        2 => 1,
+        3 => 2,
+        4..=5 => 3,
+        6..=8 => 4,
+        _ => 5,
     };
     if first { by_length } else { by_length + MATCH_CLASSES }
 }
 
 impl NgramDrafter {
     fn index(&mut self, context: &[u32]) {
-        for at in self.indexed.max(MIN_MATCH)..context.len() {
-            let pair = [context[at - 2], context[at - 1]];
-            self.follows.entry(pair).or_default().push(at);
+        for at in self.indexed.max(1)..context.len() {
+            self.follows.entry(context[at - 1]).or_default().push(at);
         }
         self.indexed = context.len();
     }
 
     /// Earlier occurrences of the context's end: (match length, index of what followed), longest and latest first.
     fn matches(&self, context: &[u32]) -> Vec<(usize, usize)> {
-        let n = context.len();
-        if n < MIN_MATCH {
-            return Vec::new();
-        }
-        let found = self.follows.get(&[context[n - 2], context[n - 1]]).map_or(&[][..], Vec::as_slice);
+        let found = self.follows.get(&context[context.len() - 1]).map_or(&[][..], Vec::as_slice);
         let length = |at: usize| {
             let pairs = context[..at].iter().rev().zip(context.iter().rev());
             pairs.take(MAX_MATCH).take_while(|(a, b)| a == b).count()
         };
         let mut list: Vec<_> = found.iter().rev().take(MAX_OCCURRENCES).map(|&at| (length(at), at)).collect();
-        list.sort_by_key(|&(length, at)| std::cmp::Reverse((length, at)));
+        list.sort_unstable_by_key(|&(length, at)| std::cmp::Reverse((length, at)));
+        list.truncate(MAX_FOLLOWED);
         list
     }
 
