@@ -49,19 +49,6 @@ impl PassCost {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn costs_are_linear_between_points_and_beyond() {
-        let cost = PassCost(&[(1, 1.0), (5, 1.4), (10, 3.4)]);
-        for (rows, expected) in [(1, 1.0), (3, 1.2), (5, 1.4), (6, 1.8), (10, 3.4), (20, 7.4)] {
-            assert!((cost.of(rows) - expected).abs() < 1e-6, "{rows} rows: {}", cost.of(rows));
-        }
-    }
-}
-
 pub trait Backend {
     fn info(&self) -> &DeviceInfo;
 
@@ -85,4 +72,17 @@ pub trait Backend {
 
     /// Enqueues a pass.
     fn run(&mut self, pass: PassId, extent: Extent) -> Result<()>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn costs_are_linear_between_points_and_beyond() {
+        let cost = PassCost(&[(1, 1.0), (5, 1.4), (10, 3.4)]);
+        for (rows, expected) in [(1, 1.0), (3, 1.2), (5, 1.4), (6, 1.8), (10, 3.4), (20, 7.4)] {
+            assert!((cost.of(rows) - expected).abs() < 1e-6, "{rows} rows: {}", cost.of(rows));
+        }
+    }
 }

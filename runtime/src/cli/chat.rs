@@ -13,7 +13,7 @@ pub fn run(args: &ChatArgs, interrupt: &Interrupt) -> Result<Outcome> {
     let options = args.decoding.options();
     options.sampling.check()?;
     let mut llm = load(&args.model)?;
-    let system: Vec<Message> = args.system.iter().map(|text| Message::system(text)).collect();
+    let system: Vec<Message> = args.system.iter().map(Message::system).collect();
     let mut messages = system.clone();
     let watched = std::io::stdin().is_terminal();
     if watched {
