@@ -8,6 +8,7 @@ use treespark::kv::{KvCache, PagePool};
 use treespark::memory::Memory;
 use treespark::sampling::Sampling;
 use treespark_benches::{Samples, circumstances};
+use treespark_kernel_gen::release::PORTABLE;
 use treespark_kernel_gen::{DType, MAX_NODES, Op, Pass, TreeSpec};
 use treespark_models::{Dims, Model, hub, llama};
 
@@ -32,7 +33,9 @@ pub fn run(args: &PassArgs) -> Result<()> {
         let extent = write_batch(backend, &memory, &dims, args, rows)?;
         let mut bench = |pass: &Pass| time(backend, pass, &buffers, extent, memory.get("accepted"), args.repeats);
         let idle = bench(&Pass { ops: vec![], ..whole.clone() })?;
-        println!("{rows} rows, {} keys; a pass without ops: {idle:.3} ms", extent.keys);
+        let (ops, kernels, mb) = (whole.ops.len(), whole.kernels(&PORTABLE)?, whole.weight_bytes() as f64 / 1e6);
+        println!("{rows} rows, {} keys: {ops} ops, {kernels} GPU kernels, {mb:.1} MB of weights", extent.keys);
+        println!("  a pass without ops: {idle:.3} ms");
         println!("  {:<16} {:>6} {:>10} {:>10}", "op", "times", "us each", "ms");
         for name in kinds(&whole) {
             let ops: Vec<Op> = whole.ops.iter().filter(|op| op.name() == name).cloned().collect();

@@ -138,6 +138,13 @@ impl Limits {
     }
 }
 
+impl Pass {
+    /// Kernels that a run of the pass launches on a device with these limits.
+    pub fn kernels(&self, limits: &Limits) -> Result<usize, LowerError> {
+        self.ops.iter().map(|op| Ok(lower(op, self, limits)?.len())).sum()
+    }
+}
+
 /// The calls that carry out `op`, an op of `pass` that `Op::check` accepted.
 pub fn lower(op: &Op, pass: &Pass, limits: &Limits) -> Result<Vec<KernelCall>, LowerError> {
     let lowering = Lowering { op, pass, limits, batch: op.batch() };

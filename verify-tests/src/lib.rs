@@ -2,14 +2,15 @@
 //!
 //! In reading order: [`oracle`] (every op in plain f64 loops, the definition of right), [`rng`], [`batch`] and
 //! [`tiny_model`] (inputs), [`arb`] (their generators), [`bed`] (runs a pass of a tiny model on any backend),
-//! [`conformance`] (the properties, stamped onto a backend by [`conformance!`]), [`near_tie`] (are two differing
-//! tokens excusable?).
+//! [`conformance`] (the properties, stamped onto a backend by [`conformance!`]), [`logits`] and [`near_tie`] (are two
+//! differing tokens excusable?), [`cases`] (what the losslessness tests run over).
 
 pub mod arb;
 pub mod batch;
 pub mod bed;
 pub mod cases;
 pub mod conformance;
+pub mod logits;
 pub mod near_tie;
 pub mod oracle;
 pub mod rng;

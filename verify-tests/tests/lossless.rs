@@ -15,8 +15,15 @@ use treespark::scheduler::Scheduler;
 use treespark::tree::Accepted;
 use treespark::{Engine, Sampling, Sequence, Statistics};
 use treespark_kernel_gen::TreeShape;
+#[cfg(feature = "wgpu")]
+use treespark_kernel_gen::{DType, Request};
 use treespark_models::Model;
 use treespark_verify_tests::cases::{SHAPES, samplings};
+#[cfg(feature = "wgpu")]
+use treespark_verify_tests::{
+    logits::logits,
+    near_tie::{DrawContext, Verdict, first_divergence},
+};
 
 const CONTEXT: usize = 160;
 const NEW_TOKENS: usize = 60;
@@ -155,4 +162,46 @@ fn speculative_equals_plain_on_wgpu() {
         return;
     }
     check_all(|| treespark_verify_tests::cases::gpu().expect("found before"), &SHAPES[3..6]);
+}
+
+/// Backends sum in different orders: tokens may differ at a near-tie, and nowhere else.
+#[cfg(feature = "wgpu")]
+#[test]
+fn backends_agree_up_to_near_ties() {
+    // Of scaled logits; at temperature 0.2 they are five times the logits.
+    const TOLERANCE: f64 = 1e-3;
+    let Some(mut gpu) = treespark_verify_tests::cases::gpu() else { return };
+    for path in tiny_models() {
+        let model = Model::open(&path).unwrap();
+        let open_gpu: OpenBackend = || treespark_verify_tests::cases::gpu().expect("found before");
+        for (name, sampling) in samplings() {
+            let plain =
+                |open: OpenBackend| Setup { model: &model, open }.run(|_| Box::new(NoDrafter), None, &sampling).0;
+            let runs = [plain(|| Box::new(CpuBackend::new(None))), plain(open_gpu)];
+            let divergence = first_divergence([&runs[0], &runs[1]], TOLERANCE, |at| {
+                let text = [runs[0][..at].to_vec()];
+                let mut last_row = |backend: &mut dyn Backend| {
+                    let mut rows = logits(backend, &model, DType::F32, &text).remove(0);
+                    rows.pop().expect("the prompt is not empty")
+                };
+                let rows = [last_row(&mut CpuBackend::new(None)), last_row(gpu.as_mut())];
+                (rows, draw_context(&sampling, &runs[0][..at]))
+            });
+            if let Some(divergence) = divergence {
+                println!("{}, {name}: {divergence}", path.display());
+                assert_eq!(divergence.verdict, Verdict::NearTie, "{}, {name}: {divergence}", path.display());
+            }
+        }
+    }
+}
+
+/// How the token behind this text was drawn.
+#[cfg(feature = "wgpu")]
+fn draw_context(sampling: &Sampling, text: &[u32]) -> DrawContext {
+    let &Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed, sample } = sampling;
+    let seed = [seed as u32, (seed >> 32) as u32];
+    let (prefix, first_row, n_rows) = (text.len() as u32 - 1, 0, 1);
+    let request =
+        Request { prefix, first_row, n_rows, sample, seed, temperature, top_k, top_p, min_p, repetition_penalty };
+    DrawContext { request, position: prefix, seen: text.to_vec() }
 }

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use serde_json::Value;
-use treespark::backend::{Backend, Extent};
+use treespark::backend::Backend;
 use treespark::cpu::CpuBackend;
-use treespark_kernel_gen::{DType, MAX_NODES, Role, TreeSpec};
-use treespark_models::{Dims, Model, llama};
-use treespark_verify_tests::batch::{Batch, Member, Tree};
+use treespark_kernel_gen::DType;
+use treespark_models::Model;
 use treespark_verify_tests::cases;
+use treespark_verify_tests::logits::logits;
 use treespark_verify_tests::oracle::Oracle;
 
 /// Errors are relative to the largest logit of a row.
@@ -20,55 +20,6 @@ const BF16_TOLERANCE: f32 = 2e-2;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity").join(name)
-}
-
-/// The logits of every position of each sequence, each computed in one pass.
-fn logits(backend: &mut dyn Backend, model: &Model, cache_dtype: DType, sequences: &[Vec<u32>]) -> Vec<Vec<Vec<f32>>> {
-    let (config, vocab) = (model.config(), model.config().vocab_size);
-    let longest = sequences.iter().map(Vec::len).max().expect("there are sequences");
-    let (page_size, pages) = (16, longest.div_ceil(16));
-    let dims = Dims {
-        max_rows: longest,
-        head_rows: longest,
-        max_requests: 1,
-        context: longest,
-        page_size,
-        pages,
-        pages_per_request: pages,
-        top_k: 1,
-        cache_dtype,
-        tree: TreeSpec::Any(MAX_NODES),
-    };
-    let mut weights = Vec::new();
-    for item in model.weights(dims.context) {
-        let (desc, parts) = item.unwrap();
-        weights.push((backend.load(&desc, &parts).unwrap(), desc));
-    }
-    let pass = llama::logits_pass(config, &dims, longest).unwrap();
-    let buffers: Vec<_> = pass
-        .buffers
-        .iter()
-        .map(|desc| match weights.iter().find(|(_, known)| known == desc) {
-            Some((id, _)) => *id,
-            None => {
-                assert_ne!(desc.role, Role::Weight, "{} was not loaded", desc.name);
-                backend.alloc(desc).unwrap()
-            }
-        })
-        .collect();
-    let buffer = |name: &str| buffers[pass.buffers.iter().position(|desc| desc.name == name).expect(name)];
-    let compiled = backend.compile(&pass, &buffers).unwrap();
-    backend.write(buffer("pages"), 0, &(0..pages as u32).collect::<Vec<_>>()).unwrap();
-    let mut all = Vec::new();
-    for tokens in sequences {
-        let batch = Batch { members: vec![Member::new(&[], Tree::chain(tokens))] };
-        backend.write(buffer("rows"), 0, &batch.row_words()).unwrap();
-        backend.write(buffer("requests"), 0, &batch.request_words()).unwrap();
-        backend.run(compiled, Extent { rows: tokens.len(), requests: 1, keys: tokens.len() }).unwrap();
-        let words = backend.read(buffer("logits"), 0, tokens.len() * vocab).unwrap();
-        all.push(words.chunks(vocab).map(|row| row.iter().map(|&w| f32::from_bits(w)).collect()).collect());
-    }
-    all
 }
 
 /// Words of a tensor of 32-bit elements.

@@ -46,11 +46,7 @@ pub struct GenerateArgs {
     #[arg(long)]
     pub raw: bool,
     #[command(flatten)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    pub decoding: DecodingArgs,
-    #[command(flatten)]
-    pub report: ReportArgs,
+    pub run: RunArgs,
 }
 
 #[derive(ClapArgs)]
@@ -58,6 +54,13 @@ pub struct ChatArgs {
     /// What the model is told before the conversation
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// What every command that generates takes.
+#[derive(ClapArgs)]
+pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]

@@ -10,9 +10,7 @@ use super::generate::{answer, load};
 use super::{Interrupt, Outcome};
 
 pub fn run(args: &ChatArgs, interrupt: &Interrupt) -> Result<Outcome> {
-    let options = args.decoding.options();
-    options.sampling.check()?;
-    let mut llm = load(&args.model)?;
+    let mut llm = load(&args.run)?;
     let system: Vec<Message> = args.system.iter().map(Message::system).collect();
     let mut messages = system.clone();
     let watched = std::io::stdin().is_terminal();
@@ -33,7 +31,7 @@ pub fn run(args: &ChatArgs, interrupt: &Interrupt) -> Result<Outcome> {
             text => {
                 messages.push(Message::user(text));
                 let prompt = llm.chat_prompt(&messages)?;
-                let (reply, outcome) = answer(&mut llm, prompt, &options, &args.report, interrupt)?;
+                let (reply, outcome) = answer(&mut llm, prompt, &args.run, interrupt)?;
                 println!();
                 messages.push(Message::assistant(reply));
                 if let Outcome::Interrupted = outcome {

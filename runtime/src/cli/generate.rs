@@ -3,21 +3,19 @@
 use std::io::{IsTerminal, Read, Write};
 
 use anyhow::{Context, Result, bail};
-use treespark::{GenerateOptions, Llm};
+use treespark::Llm;
 use treespark_models::Message;
 
-use super::args::{GenerateArgs, ModelArgs, ReportArgs, StatsFormat};
+use super::args::{GenerateArgs, RunArgs, StatsFormat};
 use super::progress::{LoadBar, PromptBar};
 use super::show_tree::show_round;
 use super::{Interrupt, Outcome};
 
 pub fn run(args: &GenerateArgs, interrupt: &Interrupt) -> Result<Outcome> {
     let prompt = prompt(args)?;
-    let options = args.decoding.options();
-    options.sampling.check()?;
-    let mut llm = load(&args.model)?;
+    let mut llm = load(&args.run)?;
     let prompt = if args.raw { llm.text_prompt(&prompt)? } else { llm.chat_prompt(&[Message::user(prompt)])? };
-    let (answer, outcome) = answer(&mut llm, prompt, &options, &args.report, interrupt)?;
+    let (answer, outcome) = answer(&mut llm, prompt, &args.run, interrupt)?;
     if !answer.ends_with('\n') {
         println!();
     }
@@ -48,24 +46,21 @@ fn prompt(args: &GenerateArgs) -> Result<String> {
     Ok(prompt)
 }
 
-pub fn load(args: &ModelArgs) -> Result<Llm> {
+/// Checks the options before the long work, and loads the model.
+pub fn load(args: &RunArgs) -> Result<Llm> {
+    args.decoding.options().sampling.check()?;
     let mut bar = LoadBar::new();
-    let llm = Llm::load_with_progress(&args.options(), &mut |progress| bar.update(progress));
+    let llm = Llm::load_with_progress(&args.model.options(), &mut |progress| bar.update(progress));
     bar.finish();
     Ok(llm?)
 }
 
 /// Streams one answer to standard output and returns it.
-pub fn answer(
-    llm: &mut Llm,
-    prompt: Vec<u32>,
-    options: &GenerateOptions,
-    report: &ReportArgs,
-    interrupt: &Interrupt,
-) -> Result<(String, Outcome)> {
-    let labels = report.show_tree.then(|| llm.tokenizer().clone());
+pub fn answer(llm: &mut Llm, prompt: Vec<u32>, args: &RunArgs, interrupt: &Interrupt) -> Result<(String, Outcome)> {
+    let labels = args.report.show_tree.then(|| llm.tokenizer().clone());
     let mut bar = PromptBar::new();
-    let mut generation = llm.generate_with_progress(prompt, options, &mut |done, total| bar.update(done, total))?;
+    let mut generation =
+        llm.generate_with_progress(prompt, &args.decoding.options(), &mut |done, total| bar.update(done, total))?;
     drop(bar);
 
     let mut stdout = std::io::stdout().lock();
@@ -91,7 +86,7 @@ pub fn answer(
     drop(stdout);
 
     let statistics = generation.statistics();
-    match report.stats {
+    match args.report.stats {
         Some(StatsFormat::Text) => eprintln!("\n{statistics}"),
         Some(StatsFormat::Json) => eprintln!("{}", statistics.to_json()),
         None if interrupt.requested() => eprintln!("\n{statistics}"),
