@@ -180,7 +180,7 @@ fn backends_agree_up_to_near_ties() {
             let runs = [plain(|| Box::new(CpuBackend::new(None))), plain(open_gpu)];
             let divergence = first_divergence([&runs[0], &runs[1]], TOLERANCE, |at| {
                 let text = [runs[0][..at].to_vec()];
-                let mut last_row = |backend: &mut dyn Backend| {
+                let last_row = |backend: &mut dyn Backend| {
                     let mut rows = logits(backend, &model, DType::F32, &text).remove(0);
                     rows.pop().expect("the prompt is not empty")
                 };

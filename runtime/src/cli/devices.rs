@@ -10,8 +10,7 @@ pub fn run() -> Result<Outcome> {
     let (taken, why) = devices::choose(&list, &BackendChoice::Auto)?;
     for (i, device) in list.iter().enumerate() {
         let mark = if i == taken { '*' } else { ' ' };
-        let software = if device.software { ", a software rasteriser" } else { "" };
-        println!("{mark} {:<8} {} ({}{software})", device.choice, device.name, device.details);
+        println!("{mark} {:<8} {} ({})", device.choice, device.name, device.details);
     }
     println!("* is taken by --backend auto: {why}");
     Ok(Outcome::Done)
