@@ -8,6 +8,7 @@
 
 use std::fmt;
 
+use treespark::Sampling;
 use treespark_kernel_gen::Request;
 
 use crate::oracle::{Scored, scores};
@@ -19,6 +20,16 @@ pub struct DrawContext {
     pub position: u32,
     /// Tokens that occurred: the prefix and the row's path.
     pub seen: Vec<u32>,
+}
+
+/// How the token behind this text was drawn by plain decoding.
+pub fn draw_context(sampling: &Sampling, text: &[u32]) -> DrawContext {
+    let &Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed, sample } = sampling;
+    let seed = [seed as u32, (seed >> 32) as u32];
+    let (prefix, first_row, n_rows) = (text.len() as u32 - 1, 0, 1);
+    let request =
+        Request { prefix, first_row, n_rows, sample, seed, temperature, top_k, top_p, min_p, repetition_penalty };
+    DrawContext { request, position: prefix, seen: text.to_vec() }
 }
 
 /// The first difference of two runs, with what each backend thought of both tokens.

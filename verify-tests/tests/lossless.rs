@@ -14,15 +14,15 @@ use treespark::network::{Limits, Network};
 use treespark::scheduler::Scheduler;
 use treespark::tree::Accepted;
 use treespark::{Engine, Sampling, Sequence, Statistics};
-use treespark_kernel_gen::TreeShape;
 #[cfg(feature = "wgpu")]
-use treespark_kernel_gen::{DType, Request};
+use treespark_kernel_gen::DType;
+use treespark_kernel_gen::TreeShape;
 use treespark_models::Model;
 use treespark_verify_tests::cases::{SHAPES, samplings};
 #[cfg(feature = "wgpu")]
 use treespark_verify_tests::{
     logits::logits,
-    near_tie::{DrawContext, Verdict, first_divergence},
+    near_tie::{Verdict, draw_context, first_divergence},
 };
 
 const CONTEXT: usize = 160;
@@ -193,15 +193,4 @@ fn backends_agree_up_to_near_ties() {
             }
         }
     }
-}
-
-/// How the token behind this text was drawn.
-#[cfg(feature = "wgpu")]
-fn draw_context(sampling: &Sampling, text: &[u32]) -> DrawContext {
-    let &Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed, sample } = sampling;
-    let seed = [seed as u32, (seed >> 32) as u32];
-    let (prefix, first_row, n_rows) = (text.len() as u32 - 1, 0, 1);
-    let request =
-        Request { prefix, first_row, n_rows, sample, seed, temperature, top_k, top_p, min_p, repetition_penalty };
-    DrawContext { request, position: prefix, seen: text.to_vec() }
 }

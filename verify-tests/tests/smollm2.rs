@@ -3,9 +3,20 @@
 use std::path::Path;
 use std::sync::Mutex;
 
+#[cfg(feature = "wgpu")]
+use treespark::cpu::CpuBackend;
 use treespark::devices::BackendChoice;
 use treespark::{DrafterChoice, GenerateOptions, Llm, LlmOptions, Message, Sampling};
+#[cfg(feature = "wgpu")]
+use treespark_kernel_gen::DType;
+#[cfg(feature = "wgpu")]
+use treespark_models::Model;
 use treespark_verify_tests::cases::{SHAPES, default_model, samplings};
+#[cfg(feature = "wgpu")]
+use treespark_verify_tests::{
+    logits::logits,
+    near_tie::{Verdict, draw_context, first_divergence},
+};
 
 /// One model at a time: each test fills memory and all cores.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -71,4 +82,52 @@ fn speculative_equals_plain_on_wgpu() {
     let mut llm = load(&path, DrafterChoice::Ngram, Some("2x2x1"), backend);
     let got = [&Sampling::default(), sampled].map(|sampling| answer(&mut llm, sampling, TOKENS).0);
     assert_eq!(got, expected);
+}
+
+/// On a real GPU long answers to many prompts, on a software rasteriser short answers to a few.
+#[cfg(feature = "wgpu")]
+#[test]
+fn backends_agree_up_to_near_ties() {
+    // Of scaled logits: keys and values are rounded to bf16, and a rounding may fall either way.
+    const TOLERANCE: f64 = 0.2;
+    const PROMPTS: [&str; 8] = [
+        "Write a Python function that reverses a list.",
+        "What is 17 times 3?",
+        "Write a haiku about rain.",
+        "Explain gravity to a child.",
+        "List five uses of a brick.",
+        "Who wrote Hamlet?",
+        "Why do cats purr?",
+        "Give me a recipe for pancakes.",
+    ];
+    let _guard = ONE_AT_A_TIME.lock();
+    let Some(path) = default_model() else { return };
+    let Some(mut gpu) = treespark_verify_tests::cases::gpu() else { return };
+    let is_software = gpu.info().cost.of(2) > 1.5;
+    let (prompts, max_new_tokens) = if is_software { (2, 16) } else { (PROMPTS.len(), 128) };
+    let mut llms =
+        [BackendChoice::Cpu, BackendChoice::Wgpu(None)].map(|choice| load(&path, DrafterChoice::Ngram, None, choice));
+    for prompt in &PROMPTS[..prompts] {
+        for sampling in [Sampling::default(), Sampling { temperature: 0.8, seed: 9, ..Sampling::default() }] {
+            let runs = llms.each_mut().map(|llm| {
+                let mut text = llm.chat_prompt(&[Message::user(*prompt)]).unwrap();
+                let options = GenerateOptions { sampling: sampling.clone(), max_new_tokens, stop: vec![] };
+                let mut generation = llm.generate(text.clone(), &options).unwrap();
+                generation.by_ref().for_each(|step| drop(step.unwrap()));
+                text.extend(generation.tokens());
+                text
+            });
+            let divergence = first_divergence([&runs[0], &runs[1]], TOLERANCE, |at| {
+                let model = Model::open(&path).unwrap();
+                let text = [runs[0][..at].to_vec()];
+                let rows: [&mut dyn treespark::backend::Backend; 2] = [&mut CpuBackend::new(None), gpu.as_mut()];
+                let rows = rows.map(|backend| logits(backend, &model, DType::BF16, &text).remove(0).pop().unwrap());
+                (rows, draw_context(&sampling, &runs[0][..at]))
+            });
+            if let Some(divergence) = divergence {
+                println!("{prompt}, temperature {}: {divergence}", sampling.temperature);
+                assert_eq!(divergence.verdict, Verdict::NearTie, "{prompt}: {divergence}");
+            }
+        }
+    }
 }

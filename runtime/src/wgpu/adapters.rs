@@ -1,5 +1,7 @@
 //! Which GPUs there are. Hardware comes before software rasterisers, in the order that the APIs report them.
 
+use std::sync::OnceLock;
+
 use ::wgpu::{Adapter, AdapterInfo, Backends, DeviceType, Instance, InstanceDescriptor};
 
 /// One way to reach one device.
@@ -61,10 +63,15 @@ pub fn adapters() -> Vec<Gpu> {
     enumerate().iter().map(Gpu::new).collect()
 }
 
+/// The one way to the graphics APIs of the process: drivers are loaded once, and survive neither hundreds of instances
+/// nor several that come and go at the same time.
+static INSTANCE: OnceLock<Instance> = OnceLock::new();
+
 pub(super) fn enumerate() -> Vec<Adapter> {
     let backends = Backends::VULKAN | Backends::METAL | Backends::DX12;
-    let descriptor = InstanceDescriptor { backends, ..InstanceDescriptor::new_without_display_handle() };
-    let mut adapters = pollster::block_on(Instance::new(descriptor).enumerate_adapters(backends));
+    let descriptor = || InstanceDescriptor { backends, ..InstanceDescriptor::new_without_display_handle() };
+    let instance = INSTANCE.get_or_init(|| Instance::new(descriptor()));
+    let mut adapters = pollster::block_on(instance.enumerate_adapters(backends));
     adapters.sort_by_key(|adapter| adapter.get_info().device_type == DeviceType::Cpu);
     adapters
 }
