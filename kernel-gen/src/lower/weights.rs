@@ -6,7 +6,7 @@ use crate::pass::{Buf, DType};
 use crate::spec::KernelSpec;
 
 /// Most rows that share one load of a weight.
-const MAX_ROW_TILE: usize = 16;
+const MAX_ROW_TILE: usize = 8;
 /// Lanes that share a weight row, as in `lib/matmul.wgsl`.
 const LANES: usize = 32;
 /// Threads of a workgroup, at most.
