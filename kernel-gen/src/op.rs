@@ -1,6 +1,6 @@
 //! The closed list of operations. An op is what one good kernel does.
 //!
-//! Every buffer an op names is a [`Buf`] of its [`Pass`]; shapes and dtypes come from the pass's buffer table.
+//! Every buffer an op names is a [`Buf`] of its [`Pass`](crate::Pass); shapes and dtypes come from the pass's buffer table.
 //! `R` = max rows, `H` = hidden, `D` = head dim, `V` = vocabulary, `B` = max requests. [`Op::check`] validates all
 //! of it once; backends assume it.
 //!

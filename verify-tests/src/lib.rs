@@ -2,7 +2,7 @@
 //!
 //! In reading order: [`oracle`] (every op in plain f64 loops, the definition of right), [`rng`], [`batch`] and
 //! [`tiny_model`] (inputs), [`arb`] (their generators), [`bed`] (runs a pass of a tiny model on any backend),
-//! [`conformance`] (the properties, stamped onto a backend by [`conformance!`]), [`logits`] and [`near_tie`] (are two
+//! [`mod@conformance`] (the properties, stamped onto a backend by [`conformance!`]), [`logits`] and [`near_tie`] (are two
 //! differing tokens excusable?), [`cases`] (what the losslessness tests run over).
 
 pub mod arb;
