@@ -1,13 +1,13 @@
 //! From a spec to kernel source: constants are generated, algorithms never.
 //!
 //! A source in `shaders/` is a readable program with example values between two marks. Only those values are replaced;
-//! every constant there must be given, and no other. WGSL has no include, so a first line `// needs: a b` names the
-//! files of `shaders/wgsl/lib/` that are put in front.
+//! every constant there must be given, and no other. WGSL has no include, and the run-time compiler of CUDA no folder to
+//! look in, so a first line `// needs: a b` names the files of `shaders/<lang>/lib/` that are put in front.
 //!
 //! ```text
 //! // needs: formats
 //! // constants-begin
-//! const HEAD_DIM: u32 = 64u; // what it means
+//! const HEAD_DIM: u32 = 64u; // what it means              (CUDA: constexpr u32 HEAD_DIM = 64; // what it means)
 //! // constants-end
 //! ```
 
@@ -19,72 +19,103 @@ use crate::spec::{KernelSpec, Value};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lang {
     Wgsl,
+    Cuda,
+}
+
+impl Lang {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Lang::Wgsl => "wgsl",
+            Lang::Cuda => "cuda",
+        }
+    }
+
+    fn kernels(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Lang::Wgsl => WGSL_KERNELS,
+            Lang::Cuda => CUDA_KERNELS,
+        }
+    }
+
+    fn library(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Lang::Wgsl => WGSL_LIBRARY,
+            Lang::Cuda => CUDA_LIBRARY,
+        }
+    }
+
+    /// What its sources are called.
+    fn file(self, stem: &str) -> String {
+        match self {
+            Lang::Wgsl => format!("shaders/wgsl/{stem}.wgsl"),
+            Lang::Cuda => format!("shaders/cuda/{stem}.cu"),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EmitError {
-    #[error("no kernel source `{stem}`; there are: {}", stems().collect::<Vec<_>>().join(", "))]
-    UnknownKernel { stem: String },
-    #[error("shaders/wgsl/{stem}.wgsl has a constant {constant} that the spec does not give")]
-    MissingConstant { stem: &'static str, constant: String },
-    #[error("shaders/wgsl/{stem}.wgsl has no constant {constant}, which the spec gives")]
-    UnknownConstant { stem: &'static str, constant: &'static str },
-    #[error("shaders/wgsl/{stem}.wgsl: {problem}")]
-    Malformed { stem: &'static str, problem: String },
+    #[error("no kernel source `{stem}` in {}; there are: {}", .lang.name(), stems(*.lang).collect::<Vec<_>>().join(", "))]
+    UnknownKernel { lang: Lang, stem: String },
+    #[error("{file} has a constant {constant} that the spec does not give")]
+    MissingConstant { file: String, constant: String },
+    #[error("{file} has no constant {constant}, which the spec gives")]
+    UnknownConstant { file: String, constant: &'static str },
+    #[error("{file}: {problem}")]
+    Malformed { file: String, problem: String },
 }
 
 const BEGIN: &str = "// constants-begin";
 const END: &str = "// constants-end";
 
-macro_rules! wgsl {
-    ($folder:literal: $($stem:literal)*) => {
-        &[$(($stem, include_str!(concat!("../../shaders/wgsl/", $folder, $stem, ".wgsl")))),*]
+macro_rules! sources {
+    ($folder:literal $extension:literal: $($stem:literal)*) => {
+        &[$(($stem, include_str!(concat!("../../shaders/", $folder, $stem, $extension)))),*]
     };
 }
 
-/// Kernel sources by stem.
-const KERNELS: &[(&str, &str)] = wgsl!("":
+/// Kernel sources by stem, and what kernels share, by name.
+const WGSL_KERNELS: &[(&str, &str)] = sources!("wgsl/" ".wgsl":
     "embed" "qkv" "tree_attention" "merge" "project" "gate_up" "head" "draw" "top_k" "accept" "commit");
-/// What kernels share, by name.
-const LIBRARY: &[(&str, &str)] = wgsl!("lib/":
+const WGSL_LIBRARY: &[(&str, &str)] = sources!("wgsl/lib/" ".wgsl":
     "layout" "formats" "matmul" "paged" "batch" "ancestors" "philox" "best");
+const CUDA_KERNELS: &[(&str, &str)] = sources!("cuda/" ".cu":
+);
+const CUDA_LIBRARY: &[(&str, &str)] = sources!("cuda/lib/" ".cuh":
+    "ptx" "layout");
 
 /// Stems of all kernel sources.
-pub fn stems() -> impl Iterator<Item = &'static str> {
-    KERNELS.iter().map(|(stem, _)| *stem)
+pub fn stems(lang: Lang) -> impl Iterator<Item = &'static str> {
+    lang.kernels().iter().map(|(stem, _)| *stem)
 }
 
 /// The source of a kernel.
 pub fn emit(spec: &KernelSpec, lang: Lang) -> Result<String, EmitError> {
-    let Lang::Wgsl = lang;
-    let source = find(KERNELS, spec.stem())?;
-    let mut out = header(spec);
+    let source = find(lang, lang.kernels(), spec.stem())?;
+    let mut out = header(spec, lang);
     let body = match source.strip_prefix("// needs:") {
         None => source,
         Some(rest) => {
             let (names, body) = rest.split_once('\n').unwrap_or((rest, ""));
             for name in names.split_whitespace() {
-                out.push_str(find(LIBRARY, name)?);
+                out.push_str(find(lang, lang.library(), name)?);
                 out.push('\n');
             }
             body
         }
     };
-    replace_constants(spec, body, &mut out)?;
+    replace_constants(spec, lang, body, &mut out)?;
     Ok(out)
 }
 
-fn find(table: &[(&str, &'static str)], stem: &str) -> Result<&'static str, EmitError> {
+fn find(lang: Lang, table: &[(&str, &'static str)], stem: &str) -> Result<&'static str, EmitError> {
     let found = table.iter().find(|(name, _)| *name == stem);
-    found.map(|(_, source)| *source).ok_or_else(|| EmitError::UnknownKernel { stem: stem.to_string() })
+    found.map(|(_, source)| *source).ok_or_else(|| EmitError::UnknownKernel { lang, stem: stem.to_string() })
 }
 
-fn header(spec: &KernelSpec) -> String {
-    let stem = spec.stem();
-    let mut out = format!(
-        "// {}\n// Generated by treespark-kernel-gen from shaders/wgsl/{stem}.wgsl: do not edit.\n",
-        spec.name()
-    );
+fn header(spec: &KernelSpec, lang: Lang) -> String {
+    let file = lang.file(spec.stem());
+    let mut out = format!("// {}\n// Generated by treespark-kernel-gen from {file}: do not edit.\n", spec.name());
     if let Some(shape) = spec.tree() {
         writeln!(out, "//\n// The tree {shape}:").expect("writing to a string");
         for line in draw(shape, |node| node.to_string()).lines() {
@@ -96,8 +127,9 @@ fn header(spec: &KernelSpec) -> String {
 }
 
 /// Copies `body` with the values between the marks replaced by those of the spec.
-fn replace_constants(spec: &KernelSpec, body: &str, out: &mut String) -> Result<(), EmitError> {
-    let malformed = |problem: String| EmitError::Malformed { stem: spec.stem(), problem };
+fn replace_constants(spec: &KernelSpec, lang: Lang, body: &str, out: &mut String) -> Result<(), EmitError> {
+    let file = || lang.file(spec.stem());
+    let malformed = |problem: String| EmitError::Malformed { file: file(), problem };
     let mut unused: Vec<&'static str> = spec.constants().iter().map(|(name, _)| *name).collect();
     let mut inside = false;
     for line in body.lines() {
@@ -105,17 +137,24 @@ fn replace_constants(spec: &KernelSpec, body: &str, out: &mut String) -> Result<
             BEGIN => inside = true,
             END => inside = false,
             text if inside && !text.is_empty() && !text.starts_with("//") => {
-                let (name, kind, comment) = declaration(text)
-                    .ok_or_else(|| malformed(format!("`{text}` is not `const NAME: type = value;`")))?;
+                let found = match lang {
+                    Lang::Wgsl => wgsl_declaration(text),
+                    Lang::Cuda => cuda_declaration(text),
+                };
+                let Declaration { name, kind, comment } =
+                    found.ok_or_else(|| malformed(format!("`{text}` declares no constant")))?;
                 let (_, value) = (spec.constants().iter().find(|(known, _)| *known == name))
-                    .ok_or_else(|| EmitError::MissingConstant { stem: spec.stem(), constant: name.to_string() })?;
-                let (value_kind, literal) = wgsl_literal(value);
-                if kind.split('<').next() != value_kind.split('<').next() {
+                    .ok_or_else(|| EmitError::MissingConstant { file: file(), constant: name.to_string() })?;
+                let (value_kind, constant) = match lang {
+                    Lang::Wgsl => wgsl_constant(name, value),
+                    Lang::Cuda => cuda_constant(name, value),
+                };
+                if kind != value_kind {
                     return Err(malformed(format!("{name} is {kind}, the spec gives {value_kind}")));
                 }
                 unused.retain(|unused| *unused != name);
-                write!(out, "const {name}: {value_kind} = {literal};").expect("writing to a string");
-                writeln!(out, "{}{comment}", if comment.is_empty() { "" } else { " " }).expect("writing to a string");
+                writeln!(out, "{constant}{}{comment}", if comment.is_empty() { "" } else { " " })
+                    .expect("writing to a string");
                 continue;
             }
             _ => {}
@@ -127,29 +166,64 @@ fn replace_constants(spec: &KernelSpec, body: &str, out: &mut String) -> Result<
         return Err(malformed(format!("needs one region between `{BEGIN}` and `{END}`")));
     }
     match unused.first() {
-        Some(constant) => Err(EmitError::UnknownConstant { stem: spec.stem(), constant }),
+        Some(constant) => Err(EmitError::UnknownConstant { file: file(), constant }),
         None => Ok(()),
     }
 }
 
-/// Name, type and trailing comment of `const NAME: type = value; // comment`.
-fn declaration(line: &str) -> Option<(&str, &str, &str)> {
+/// A constant as a source declares it. The kind leaves out how long an array is.
+#[derive(Debug, PartialEq)]
+struct Declaration<'a> {
+    name: &'a str,
+    kind: &'a str,
+    comment: &'a str,
+}
+
+/// `const NAME: type = value; // comment`
+fn wgsl_declaration(line: &str) -> Option<Declaration<'_>> {
     let (name, rest) = line.strip_prefix("const ")?.split_once(':')?;
     let (kind, rest) = rest.split_once('=')?;
     let (_, comment) = rest.split_once(';')?;
-    Some((name.trim(), kind.trim(), comment.trim()))
+    let kind = kind.split('<').next()?;
+    Some(Declaration { name: name.trim(), kind: kind.trim(), comment: comment.trim() })
 }
 
-/// Type and literal of a value.
-fn wgsl_literal(value: &Value) -> (String, String) {
+/// Kind and declaration of a value.
+fn wgsl_constant(name: &str, value: &Value) -> (&'static str, String) {
     match value {
-        Value::U32(v) => ("u32".into(), format!("{v}u")),
-        Value::F32(v) => ("f32".into(), format!("{v:?}f")),
-        Value::Bool(v) => ("bool".into(), v.to_string()),
+        Value::U32(v) => ("u32", format!("const {name}: u32 = {v}u;")),
+        Value::F32(v) => ("f32", format!("const {name}: f32 = {v:?}f;")),
+        Value::Bool(v) => ("bool", format!("const {name}: bool = {v};")),
         Value::Words(words) => {
             let kind = format!("array<u32, {}>", words.len());
             let list: Vec<String> = words.iter().map(|w| format!("{w:#x}u")).collect();
-            (kind.clone(), format!("{kind}({})", list.join(", ")))
+            ("array", format!("const {name}: {kind} = {kind}({});", list.join(", ")))
+        }
+    }
+}
+
+/// `constexpr type NAME = value; // comment`, or `__device__ constexpr u32 NAME[] = {..}; // comment`
+fn cuda_declaration(line: &str) -> Option<Declaration<'_>> {
+    let line = line.strip_prefix("__device__ ").unwrap_or(line);
+    let (kind, rest) = line.strip_prefix("constexpr ")?.split_once(' ')?;
+    let (name, rest) = rest.split_once('=')?;
+    let (_, comment) = rest.split_once(';')?;
+    let (name, kind) = match name.trim().strip_suffix("[]") {
+        Some(name) => (name, "array"),
+        None => (name.trim(), kind),
+    };
+    Some(Declaration { name, kind, comment: comment.trim() })
+}
+
+/// Kind and declaration of a value.
+fn cuda_constant(name: &str, value: &Value) -> (&'static str, String) {
+    match value {
+        Value::U32(v) => ("u32", format!("constexpr u32 {name} = {v}u;")),
+        Value::F32(v) => ("float", format!("constexpr float {name} = {v:?}f;")),
+        Value::Bool(v) => ("bool", format!("constexpr bool {name} = {v};")),
+        Value::Words(words) => {
+            let list: Vec<String> = words.iter().map(|w| format!("{w:#x}u")).collect();
+            ("array", format!("__device__ constexpr u32 {name}[] = {{{}}};", list.join(", ")))
         }
     }
 }
@@ -165,10 +239,11 @@ mod tests {
     #[test]
     fn a_constant_more_or_less_is_an_error() {
         let missing = emit(&embed(), Lang::Wgsl).unwrap_err();
-        assert!(matches!(missing, EmitError::MissingConstant { stem: "embed", .. }), "{missing}");
+        assert!(matches!(missing, EmitError::MissingConstant { .. }), "{missing}");
         let full = embed().format("WEIGHT", crate::DType::BF16).bank(0, 8);
         let unknown = emit(&full.clone().with("COLOUR", 3_usize), Lang::Wgsl).unwrap_err();
-        assert_eq!(unknown, EmitError::UnknownConstant { stem: "embed", constant: "COLOUR" });
+        let file = "shaders/wgsl/embed.wgsl".to_string();
+        assert_eq!(unknown, EmitError::UnknownConstant { file, constant: "COLOUR" });
         let source = emit(&full, Lang::Wgsl).unwrap();
         assert!(source.contains("const COLUMNS: u32 = 64u;"), "{source}");
         let wrong = KernelSpec::new("embed").with("COLUMNS", true);
@@ -178,8 +253,20 @@ mod tests {
 
     #[test]
     fn declarations_keep_their_comments() {
-        let line = "const TREE: array<u32, 1> = array<u32, 1>(0u); // [nodes, words]";
-        assert_eq!(declaration(line), Some(("TREE", "array<u32, 1>", "// [nodes, words]")));
-        assert_eq!(declaration("let x = 1;"), None);
+        let expected = |kind| Some(Declaration { name: "TREE", kind, comment: "// [nodes, words]" });
+        let wgsl = "const TREE: array<u32, 1> = array<u32, 1>(0u); // [nodes, words]";
+        assert_eq!(wgsl_declaration(wgsl), expected("array"));
+        assert_eq!(wgsl_declaration("let x = 1;"), None);
+        assert_eq!(cuda_declaration("__device__ constexpr u32 TREE[] = {0x0u}; // [nodes, words]"), expected("array"));
+        assert_eq!(cuda_declaration("constexpr float TREE = 0.5f; // [nodes, words]"), expected("float"));
+        assert_eq!(cuda_declaration("float TREE = 0.5f;"), None);
+    }
+
+    #[test]
+    fn constants_are_written_as_their_language_has_them() {
+        let words = Value::Words(vec![1, 255]);
+        assert_eq!(wgsl_constant("T", &words).1, "const T: array<u32, 2> = array<u32, 2>(0x1u, 0xffu);");
+        assert_eq!(cuda_constant("T", &words).1, "__device__ constexpr u32 T[] = {0x1u, 0xffu};");
+        assert_eq!(cuda_constant("S", &Value::F32(1e-5)).1, "constexpr float S = 1e-5f;");
     }
 }

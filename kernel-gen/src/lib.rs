@@ -15,6 +15,7 @@ pub mod op;
 mod check;
 pub mod pass;
 pub mod lower;
+pub mod cuda;
 pub mod spec;
 pub mod emit;
 pub mod release;

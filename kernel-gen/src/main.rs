@@ -81,7 +81,7 @@ fn show(shape: TreeShape, stem: &str) -> Result<String, String> {
     let calls: Result<Vec<Vec<KernelCall>>, _> =
         pass.ops.iter().map(|op| lower(op, &pass, &release::PORTABLE)).collect();
     let calls = calls.map_err(text)?.concat();
-    let known = || stems().collect::<Vec<_>>().join(", ");
+    let known = || stems(Lang::Wgsl).collect::<Vec<_>>().join(", ");
     let found = calls.iter().find(|call| call.spec.stem() == stem);
     let call = found.ok_or_else(|| format!("no kernel `{stem}` in a pass over this tree; kernels: {}", known()))?;
     emit(&call.spec, Lang::Wgsl).map_err(text)
