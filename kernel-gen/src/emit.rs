@@ -82,7 +82,7 @@ const WGSL_LIBRARY: &[(&str, &str)] = sources!("wgsl/lib/" ".wgsl":
 const CUDA_KERNELS: &[(&str, &str)] = sources!("cuda/" ".cu":
     "tree_attention");
 const CUDA_LIBRARY: &[(&str, &str)] = sources!("cuda/lib/" ".cuh":
-    "ptx" "layout" "paged");
+    "ptx" "wgmma" "layout" "paged");
 
 /// Stems of all kernel sources.
 pub fn stems(lang: Lang) -> impl Iterator<Item = &'static str> {

@@ -1,4 +1,4 @@
-// needs: ptx layout paged
+// needs: ptx wgmma layout paged
 // Tree attention on tensor cores: every node of every tree attends to the committed prefix and to its own ancestors.
 //
 // The query rows of a request (node) and the query heads that share a kv head are packed: row = node row * GROUP + head of
@@ -8,10 +8,12 @@
 //
 //     schedule    units are cut into chunks of tiles so that all clusters of the grid have about the same to do
 //     producer    one warp copies the tiles of this block's share into a ring in shared memory
-//     consumers   GROUPS groups of four warps take the tiles in turn; a warp owns 16 rows and its part of the tile's keys:
-//                     scores  = q · kᵀ                    mma
+//     consumers   GROUPS groups of four warps. A group owns up to 64 rows; groups with the same rows take the tiles in
+//                 turn. A warp owns 16 rows and its part of the tile's keys:
+//                     scores  = q · kᵀ
 //                     weights = 2^(scores - running maximum)
-//                     output  = output * rescale + weights · v   mma
+//                     output  = output * rescale + weights · v
+//                 The products are the warp's own (mma), or the whole group's (wgmma)
 //     merge       the warps' partial results, over the cluster's shared memory; where a unit has several chunks, over the
 //                 workspace, by the chunk that arrives last
 //
@@ -25,10 +27,11 @@ constexpr u32 CACHE = 1; // format of the cache: 1 bf16, 2 f16
 constexpr u32 PAGES_PER_REQUEST = 128;
 constexpr bool TILED = true;
 constexpr u32 GROUP = 3; // query heads that share a kv head
-constexpr u32 M = 64; // packed rows of a unit: 16, 32 or 64
+constexpr u32 M = 64; // packed rows of a unit: 16, 32, 64 or 128
 constexpr u32 SLABS = 1; // units that a request of all the pass's rows needs for each kv head
 constexpr float SCALE = 0.125f; // of the scores
 constexpr u32 GROUPS = 2; // groups of four consumer warps
+constexpr bool WGMMA = true; // products by whole groups, of 64 rows
 constexpr u32 STAGES = 4; // tiles in the ring
 constexpr u32 CLUSTER = 8; // blocks that share a chunk
 constexpr bool BULK = true; // bulk copies, or else 16-byte ones
@@ -45,12 +48,15 @@ constexpr u32 HALVES = HEAD_DIM / 64; // a vector is read in pieces of 64 elemen
 constexpr u32 HALF_BYTES = TILE * 128; // of a tile
 constexpr u32 TILE_BYTES = HALVES * HALF_BYTES;
 constexpr u32 STAGE_BYTES = 2 * TILE_BYTES; // keys, then values
-constexpr u32 ROW_WARPS = M / 16;
+constexpr u32 ROW_GROUPS = (M + 63) / 64; // groups that share a tile
+constexpr u32 KEY_GROUPS = GROUPS / ROW_GROUPS; // that take tiles in turn
+constexpr u32 ROW_WARPS = M / ROW_GROUPS / 16;
 constexpr u32 KEY_WARPS = 4 / ROW_WARPS;
 constexpr u32 WARP_KEYS = TILE / KEY_WARPS; // of a tile
 constexpr u32 CONSUMERS = GROUPS * 128; // threads
-constexpr u32 THREADS = CONSUMERS + 32;
-constexpr u32 PARTS = GROUPS * KEY_WARPS; // partial results of a row in a block
+// Registers move between groups of four warps, from the producer's to the consumers': where they do, three warps idle.
+constexpr u32 THREADS = CONSUMERS + (WGMMA ? 128 : 32);
+constexpr u32 PARTS = KEY_GROUPS * KEY_WARPS; // partial results of a row in a block
 constexpr u32 PART_ROW = HEAD_DIM + 4; // floats of a row of a partial result: padded against bank conflicts
 constexpr u32 QUADS = HEAD_DIM / 4; // threads that finish a row, four elements each
 constexpr u32 ROWS_EACH = (M + CLUSTER - 1) / CLUSTER; // rows that a block of the cluster finishes
@@ -63,7 +69,8 @@ struct Shared {
     unsigned char ring[STAGES][STAGE_BYTES];
     float part[PARTS][M][PART_ROW]; // outputs that are not yet divided by their sums
     float2 sums[PARTS][M]; // running maximum, sum
-    u32 ancestors[GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node, by group: each loads its own
+    u32 ancestors[KEY_GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node; groups that take turns load their own
+    u64 seen[KEY_GROUPS][ROW_GROUPS * 4]; // keys of a tile that some row of the warp sees
     u64 full[STAGES];
     u64 empty[STAGES];
     u32 arrived; // chunks that came before this one
@@ -286,11 +293,47 @@ struct Accumulator {
             }
     }
 
-    // Adds this warp's keys of a tile. In a masked tile, bit j of `sees[i]` says that row i sees key j of them.
+    // Adds this warp's keys of a tile. In a masked tile, bit j of `sees[i]` says that row i sees key j of them, bit j of
+    // `any` that some row does: a value that none sees may be anything, NaN too, which zero times would not remove.
     template <bool MASKED>
     __device__ void add(const unsigned char* keys, const unsigned char* values, u32 first_key, const u64 sees[2], u64 any,
                         u32 lane) {
-        float score[WARP_KEYS / 8][4] = {};
+        float score[WARP_KEYS / 8][4];
+        score_keys(score, keys, first_key, lane);
+        if (MASKED) {
+#pragma unroll
+            for (u32 n = 0; n < WARP_KEYS / 8; n++)
+#pragma unroll
+                for (u32 i = 0; i < 4; i++)
+                    if (!(sees[i / 2] >> (n * 8 + lane % 4 * 2 + i % 2) & 1)) score[n][i] = NEVER;
+        }
+        weigh<MASKED>(score);
+        u32 weights[WARP_KEYS / 16][4];
+#pragma unroll
+        for (u32 n = 0; n < WARP_KEYS / 16; n++)
+#pragma unroll
+            for (u32 i = 0; i < 4; i++)
+                weights[n][i] = pack(score[2 * n + i / 2][i % 2 * 2], score[2 * n + i / 2][i % 2 * 2 + 1]);
+        add_values<MASKED>(weights, values, first_key, any, lane);
+    }
+
+    __device__ void score_keys(float score[WARP_KEYS / 8][4], const unsigned char* keys, u32 first_key, u32 lane) {
+        if (WGMMA) {
+            wgmma_fence();
+#pragma unroll
+            for (u32 kk = 0; kk < HEAD_DIM / 16; kk++) {
+                const u64 matrix = wgmma_matrix(keys + kk / 4 * HALF_BYTES + kk % 4 * 32, 0, 1024);
+                if (CACHE == 1) wgmma_rows64(score, q[kk], matrix, kk > 0);
+                else wgmma_rows64_f16(score, q[kk], matrix, kk > 0);
+            }
+            wgmma_commit();
+            wgmma_wait();
+            return;
+        }
+#pragma unroll
+        for (u32 n = 0; n < WARP_KEYS / 8; n++)
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) score[n][i] = 0.0f;
 #pragma unroll
         for (u32 kk = 0; kk < HEAD_DIM / 16; kk++)
 #pragma unroll
@@ -300,13 +343,11 @@ struct Accumulator {
                 mma(score[2 * n], q[kk], b[0], b[1]);
                 mma(score[2 * n + 1], q[kk], b[2], b[3]);
             }
-        if (MASKED) {
-#pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 8; n++)
-#pragma unroll
-                for (u32 i = 0; i < 4; i++)
-                    if (!(sees[i / 2] >> (n * 8 + lane % 4 * 2 + i % 2) & 1)) score[n][i] = NEVER;
-        }
+    }
+
+    // Scores become weights; what was added before is rescaled to the new maximum.
+    template <bool MASKED>
+    __device__ void weigh(float score[WARP_KEYS / 8][4]) {
 #pragma unroll
         for (u32 i = 0; i < 2; i++) {
             float most = NEVER;
@@ -330,11 +371,27 @@ struct Accumulator {
 #pragma unroll
             for (u32 d = 0; d < HEAD_DIM / 8; d++) out[d][2 * i] *= rescale, out[d][2 * i + 1] *= rescale;
         }
+    }
+
+    template <bool MASKED>
+    __device__ void add_values(const u32 weights[WARP_KEYS / 16][4], const unsigned char* values, u32 first_key, u64 any,
+                               u32 lane) {
+        if (WGMMA) {
+            wgmma_fence();
+#pragma unroll
+            for (u32 n = 0; n < WARP_KEYS / 16; n++) {
+                const u64 matrix = wgmma_matrix(values + n * 16 * 128, HALF_BYTES, 1024);
+                if (HEAD_DIM == 64 && CACHE == 1) wgmma_columns64(out, weights[n], matrix, true);
+                if (HEAD_DIM == 64 && CACHE == 2) wgmma_columns64_f16(out, weights[n], matrix, true);
+                if (HEAD_DIM == 128 && CACHE == 1) wgmma_columns128(out, weights[n], matrix, true);
+                if (HEAD_DIM == 128 && CACHE == 2) wgmma_columns128_f16(out, weights[n], matrix, true);
+            }
+            wgmma_commit();
+            wgmma_wait();
+            return;
+        }
 #pragma unroll
         for (u32 n = 0; n < WARP_KEYS / 16; n++) {
-            const float(*s)[4] = score + 2 * n;
-            const u32 a[4] = {pack(s[0][0], s[0][1]), pack(s[0][2], s[0][3]), pack(s[1][0], s[1][1]), pack(s[1][2], s[1][3])};
-            // What no row of the warp sees may hold anything, NaN too, which zero times would not remove.
             u32 keep[2] = {FULL_WARP, FULL_WARP};
             if (MASKED) {
                 for (u32 i = 0; i < 2; i++) {
@@ -347,8 +404,8 @@ struct Accumulator {
                 u32 b[4];
                 ldmatrix_x4_trans(b, place(values, first_key + n * 16 + lane / 8 % 2 * 8 + lane % 8, 2 * d + lane / 16));
                 if (MASKED) b[0] &= keep[0], b[1] &= keep[1], b[2] &= keep[0], b[3] &= keep[1];
-                mma(out[2 * d], a, b[0], b[1]);
-                mma(out[2 * d + 1], a, b[2], b[3]);
+                mma(out[2 * d], weights[n], b[0], b[1]);
+                mma(out[2 * d + 1], weights[n], b[2], b[3]);
             }
         }
     }
@@ -377,11 +434,11 @@ __device__ __forceinline__ u64 window(const u32* words, int first) {
     return shift == 0 ? low : low >> shift | (u64)word(at + 2) << (64 - shift);
 }
 
-// Ancestor words of the unit's rows, for one group.
+// Ancestor words of the unit's rows, for the groups that share its tiles.
 __device__ __forceinline__ void load_ancestors(u32 (*ancestors)[ANCESTOR_WORDS + 1], const u32* rows, const Request& request,
                                                u32 first, u32 thread) {
     const u32 last = request.n_rows * GROUP - 1;
-    for (u32 i = thread; i < M * ANCESTOR_WORDS; i += 128) {
+    for (u32 i = thread; i < M * ANCESTOR_WORDS; i += ROW_GROUPS * 128) {
         const u32 word = i % ANCESTOR_WORDS, row = request.first_row + min(first + i / ANCESTOR_WORDS, last) / GROUP;
         const u32* from = rows + row * ROW_WORDS;
         u32 bits;
@@ -389,6 +446,22 @@ __device__ __forceinline__ void load_ancestors(u32 (*ancestors)[ANCESTOR_WORDS +
         else bits = from[ROW_ANCESTORS + word];
         ancestors[i / ANCESTOR_WORDS][word] = bits;
     }
+}
+
+// Zeros the values of a tile that no row of the unit sees. The groups that share the tile do it together.
+__device__ __forceinline__ void clear_unseen(unsigned char* values, u64 seen[ROW_GROUPS * 4], u64 any, u32 key_group,
+                                             u32 thread) {
+    const u32 threads = ROW_GROUPS * 128;
+    if (thread % 32 == 0) seen[thread / 32] = any;
+    named_barrier(2 + key_group, threads);
+    u64 all = 0;
+    for (u32 i = 0; i < ROW_GROUPS * 4; i++) all |= seen[i];
+    for (u32 i = thread; i < TILE * HALVES * 8; i += threads) {
+        const u32 key = i / 8 % TILE;
+        if (!(all >> key & 1)) *(uint4*)(values + i * 16) = make_uint4(0, 0, 0, 0);
+    }
+    fence_async();
+    named_barrier(2 + key_group, threads);
 }
 
 // ---- merge
@@ -492,6 +565,107 @@ __device__ __forceinline__ void finish(Shared& shared, const Request& request, c
 
 // ---- the kernel
 
+// What all roles of a block go by.
+struct Block {
+    Shared& shared;
+    Schedule schedule;
+    const u32* rows;
+    const u32* requests;
+    u32 clusters;
+    u32 thread, lane, warp;
+
+    // The first item, or the next. Whole warps call it.
+    __device__ bool next(u32& index, Item& item) const {
+        const bool found = schedule.find(index, lane, item);
+        index += clusters;
+        if (found) share(item);
+        return found;
+    }
+};
+
+// One warp runs ahead of the consumers, into the next chunk too.
+__device__ __forceinline__ void produce(const Block& block, const u32* pages, const u16* k_cache, const u16* v_cache) {
+    Ring ring;
+    bool waited = false;
+    Item item;
+    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
+        if (block.warp == CONSUMERS / 32) {
+            const Request request = read_request(block.rows, block.requests, item.request);
+            const u32* table = pages + item.request * PAGES_PER_REQUEST;
+            const u32 n_pages = divide_up(request.keys, PAGE_SIZE);
+            u32 known = 0;
+            for (u32 tile = item.tile; tile < item.end; tile++, ring.advance()) {
+                const u32 nth = (tile - item.tile) % KNOWN_TILES, first = tile * PAGES;
+                if (nth == 0) known = table[min(first + block.lane, n_pages - 1)];
+                // The kernel before this one writes the tree's keys, and none of the prefix.
+                if (!waited && (tile + 1) * TILE > request.prefix) {
+                    wait_for_previous();
+                    waited = true;
+                }
+                mbarrier_wait(&block.shared.empty[ring.stage], ring.phase ^ 1);
+                copy_tile(block.shared.ring[ring.stage], &block.shared.full[ring.stage], min(PAGES, n_pages - first),
+                          nth * PAGES, known, item.head, k_cache, v_cache, block.lane);
+            }
+        }
+        if (CLUSTER > 1) cluster_sync(), cluster_sync();
+    }
+}
+
+__device__ __forceinline__ void consume(const Block& block, const float* q, float* partials, u32* counters, float* out) {
+    Shared& shared = block.shared;
+    const u32 thread = block.thread, lane = block.lane, warp = block.warp;
+    const u32 row_group = warp / 4 % ROW_GROUPS, key_group = warp / 4 / ROW_GROUPS;
+    const u32 first_row = row_group * 64 + warp % ROW_WARPS * 16, key_warp = warp / ROW_WARPS % KEY_WARPS;
+    const u32 first_key = key_warp * WARP_KEYS, team_thread = thread % (ROW_GROUPS * 128);
+    u32 turn = 0; // tiles of this block so far
+    bool waited = false;
+    Ring ring;
+    Item item;
+    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
+        const Request request = read_request(block.rows, block.requests, item.request);
+        const u32 first_packed = item.slab * M;
+        load_ancestors(shared.ancestors[key_group], block.rows, request, first_packed, team_thread);
+        if (!waited) {
+            wait_for_previous();
+            release_next();
+            waited = true;
+        }
+        Accumulator acc;
+        acc.clear();
+        // Without a row of its own a warp has nothing to do; a group that multiplies together needs all its warps.
+        const bool has_rows = first_packed + (WGMMA ? row_group * 64 : first_row) < request.n_rows * GROUP;
+        if (has_rows) acc.load_queries(q, request, item.head, first_packed + first_row, lane);
+        named_barrier(2 + key_group, ROW_GROUPS * 128); // the ancestors are there
+        for (u32 tile = item.tile; tile < item.end; tile++, turn++, ring.advance()) {
+            if (turn % KEY_GROUPS != key_group) continue;
+            unsigned char *keys = shared.ring[ring.stage], *values = keys + TILE_BYTES;
+            mbarrier_wait(&shared.full[ring.stage], ring.phase);
+            u64 sees[2] = {}, any = 0;
+            if ((tile + 1) * TILE <= request.prefix) {
+                if (has_rows) acc.add<false>(keys, values, first_key, sees, any, lane);
+            } else {
+                const int node = (int)(tile * TILE + first_key) - (int)request.prefix;
+                for (u32 i = 0; i < 2; i++)
+                    sees[i] = window(shared.ancestors[key_group][first_row + lane / 4 + 8 * i], node);
+                any = sees[0] | sees[1];
+                for (u32 step = 4; step < 32; step *= 2) any |= __shfl_xor_sync(FULL_WARP, any, step);
+                if (WGMMA) clear_unseen(values, shared.seen[key_group], any, key_group, team_thread);
+                if (has_rows) acc.add<true>(keys, values, first_key, sees, any, lane);
+            }
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(&shared.empty[ring.stage]);
+        }
+        if (has_rows) acc.store(shared, key_group * KEY_WARPS + key_warp, first_row, lane);
+        if (CLUSTER > 1) cluster_sync();
+        else named_barrier(1, CONSUMERS);
+        finish(shared, request, item, partials, counters, out, thread);
+        // Before anyone writes to what others still read.
+        if (CLUSTER > 1) cluster_sync();
+        else named_barrier(1, CONSUMERS);
+    }
+    if (!waited) wait_for_previous();
+}
+
 // Grid: clusters * CLUSTER blocks. `q` and `out` are [rows, HEADS, HEAD_DIM]; the caches one layer.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     tree_attention(const u32* __restrict__ rows, const u32* __restrict__ requests, const u32* __restrict__ pages,
@@ -499,86 +673,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                    float* partials, u32* counters, float* __restrict__ out) {
     DYNAMIC_SHARED(memory);
     Shared& shared = *(Shared*)memory;
-    const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const u32 clusters = gridDim.x / CLUSTER;
-
+    const u32 thread = threadIdx.x, lane = thread % 32;
     if (thread == 0) {
-        for (u32 s = 0; s < STAGES; s++) mbarrier_init(&shared.full[s], BULK ? 1 : 32), mbarrier_init(&shared.empty[s], 4);
+        for (u32 s = 0; s < STAGES; s++) {
+            mbarrier_init(&shared.full[s], BULK ? 1 : 32);
+            mbarrier_init(&shared.empty[s], ROW_GROUPS * 4);
+        }
         fence_barrier_init();
     }
-    Schedule schedule = {rows, requests, min(requests[1], MAX_REQUESTS), 0};
-    schedule.plan(clusters, lane);
+    const u32 clusters = gridDim.x / CLUSTER;
+    Block block = {shared, {rows, requests, min(requests[1], MAX_REQUESTS), 0}, rows, requests, clusters, thread, lane, thread / 32};
+    block.schedule.plan(clusters, lane);
     __syncthreads();
-
-    const bool is_producer = warp == CONSUMERS / 32;
-    const u32 group = warp / 4;
-    u32 turn = 0; // tiles of this block so far
-    bool waited = false;
-    Ring ring;
-    Item item;
-    for (u32 index = blockIdx.x / CLUSTER; schedule.find(index, lane, item); index += clusters) {
-        const Request request = read_request(rows, requests, item.request);
-        share(item);
-        if (is_producer) {
-            const u32* table = pages + item.request * PAGES_PER_REQUEST;
-            const u32 n_pages = divide_up(request.keys, PAGE_SIZE);
-            u32 known = 0;
-            for (u32 tile = item.tile; tile < item.end; tile++) {
-                const u32 nth = (tile - item.tile) % KNOWN_TILES, first = tile * PAGES;
-                if (nth == 0) known = table[min(first + lane, n_pages - 1)];
-                // The kernel before this one writes the tree's keys, and none of the prefix.
-                if (!waited && (tile + 1) * TILE > request.prefix) {
-                    wait_for_previous();
-                    waited = true;
-                }
-                mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
-                copy_tile(shared.ring[ring.stage], &shared.full[ring.stage], min(PAGES, n_pages - first), nth * PAGES, known,
-                          item.head, k_cache, v_cache, lane);
-                ring.advance();
-            }
-        } else {
-            const u32 first_row = warp % ROW_WARPS * 16, key_warp = warp / ROW_WARPS % KEY_WARPS;
-            const u32 first_packed = item.slab * M;
-            load_ancestors(shared.ancestors[group], rows, request, first_packed, thread % 128);
-            if (!waited) {
-                wait_for_previous();
-                release_next();
-                waited = true;
-            }
-            Accumulator acc;
-            acc.clear();
-            const bool has_rows = first_packed + first_row < request.n_rows * GROUP;
-            if (has_rows) acc.load_queries(q, request, item.head, first_packed + first_row, lane);
-            named_barrier(2 + group, 128); // the group's ancestors are there
-            for (u32 tile = item.tile; tile < item.end; tile++, turn++, ring.advance()) {
-                if (turn % GROUPS != group) continue;
-                const unsigned char* keys = shared.ring[ring.stage];
-                mbarrier_wait(&shared.full[ring.stage], ring.phase);
-                if (has_rows) {
-                    const u32 first_key = key_warp * WARP_KEYS;
-                    u64 sees[2] = {}, any = 0;
-                    if ((tile + 1) * TILE <= request.prefix) {
-                        acc.add<false>(keys, keys + TILE_BYTES, first_key, sees, any, lane);
-                    } else {
-                        const int node = (int)(tile * TILE + first_key) - (int)request.prefix;
-                        for (u32 i = 0; i < 2; i++)
-                            sees[i] = window(shared.ancestors[group][first_row + lane / 4 + 8 * i], node);
-                        any = sees[0] | sees[1];
-                        for (u32 step = 4; step < 32; step *= 2) any |= __shfl_xor_sync(FULL_WARP, any, step);
-                        acc.add<true>(keys, keys + TILE_BYTES, first_key, sees, any, lane);
-                    }
-                }
-                __syncwarp();
-                if (lane == 0) mbarrier_arrive(&shared.empty[ring.stage]);
-            }
-            if (has_rows) acc.store(shared, group * KEY_WARPS + key_warp, first_row, lane);
-        }
-        if (CLUSTER > 1) cluster_sync();
-        else if (!is_producer) named_barrier(1, CONSUMERS);
-        if (!is_producer) finish(shared, request, item, partials, counters, out, thread);
-        // Before anyone writes to what others still read.
-        if (CLUSTER > 1) cluster_sync();
-        else if (!is_producer) named_barrier(1, CONSUMERS);
+    if (thread >= CONSUMERS) {
+        if (WGMMA) give_registers<64>();
+        produce(block, pages, k_cache, v_cache);
+    } else {
+        if (WGMMA) take_registers<224>();
+        consume(block, q, partials, counters, out);
     }
-    if (!waited) wait_for_previous();
 }

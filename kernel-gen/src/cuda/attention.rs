@@ -6,8 +6,6 @@ use crate::spec::KernelSpec;
 
 /// Keys of a tile, as in `tree_attention.cu`.
 const TILE: usize = 64;
-/// Groups of four consumer warps, each with a tile of its own.
-const GROUPS: usize = 2;
 /// Words of a row's ancestors in shared memory: padded.
 const ANCESTOR_STRIDE: usize = crate::ANCESTOR_WORDS + 1;
 
@@ -22,7 +20,7 @@ impl Lowering<'_> {
         }
         let group = heads / kv_heads;
         let packed = self.pass.rows * group;
-        let m = packed.next_power_of_two().clamp(16, 64);
+        let m = packed.next_power_of_two().clamp(16, if self.device.has_clusters() { 128 } else { 64 });
         // Each request ends at most one slab early, and no request has more rows than the pass.
         let slabs = packed.div_ceil(m);
         let requests = self.max_requests().min(self.pass.rows);
@@ -30,8 +28,12 @@ impl Lowering<'_> {
         let cluster = self.cluster(units);
         let clusters = self.device.multiprocessors / cluster;
         let tile_bytes = 2 * TILE * cache.head_dim * 2;
-        let parts = GROUPS * 4 / (m / 16);
-        let merge_bytes = parts * m * ((cache.head_dim + 4) * 4 + 8) + GROUPS * m * ANCESTOR_STRIDE * 4;
+        // Where a warp's registers hold 64 rows of a large head, two groups of warps would spill.
+        let groups = if !self.device.has_clusters() && cache.head_dim > 64 && m == 64 { 1 } else { 2 };
+        let wgmma = self.device.has_clusters() && m >= 64;
+        let key_groups = groups / m.div_ceil(64);
+        let parts = key_groups * (64 / m).max(1);
+        let merge_bytes = parts * m * ((cache.head_dim + 4) * 4 + 8) + key_groups * m * ANCESTOR_STRIDE * 4 + 64;
         let stages = ((self.device.shared_bytes - merge_bytes - 1024) / tile_bytes).min(6);
         let spec = self
             .paged(KernelSpec::new("tree_attention"), *k_cache)
@@ -42,10 +44,11 @@ impl Lowering<'_> {
             .tree_constants(tree)
             .with("SLABS", slabs)
             .with("SCALE", *scale)
-            .with("GROUPS", GROUPS)
+            .with("GROUPS", groups)
+            .with("WGMMA", wgmma)
             .with("STAGES", stages)
             .with("BULK", self.device.has_clusters())
-            .with("MIN_CHUNK", if cluster > 1 { 2 * cluster * GROUPS } else { 8 });
+            .with("MIN_CHUNK", if cluster > 1 { 2 * cluster * key_groups } else { 8 });
         // Chunks of units that are cut: at most one more than each cluster's share of tiles gives, and one a unit.
         let cut = clusters + units.min(clusters);
         vec![Launch {
@@ -62,7 +65,7 @@ impl Lowering<'_> {
                 (*out).into(),
             ],
             grid: [clusters * cluster, 1, 1],
-            threads: GROUPS * 128 + 32,
+            threads: groups * 128 + if wgmma { 128 } else { 32 },
             shared_bytes: stages * tile_bytes + merge_bytes + stages * 16 + 128,
             cluster,
         }]
@@ -87,9 +90,10 @@ mod tests {
     #[test]
     #[ignore]
     fn print() {
-        let pass = release::MODELS[0].pass(16, TreeSpec::Any(64));
+        let env = |n: &str, d: usize| std::env::var(n).map_or(d, |v| v.parse().unwrap());
+        let pass = release::MODELS[env("MODEL", 0)].pass(env("ROWS", 16), TreeSpec::Any(64));
         let op = pass.ops.iter().find(|op| op.name() == "tree_attention").unwrap();
-        let launch = lower(op, &pass, &Device::H100).unwrap().remove(0);
+        let launch = lower(op, &pass, if env("ARCH", 90) == 90 { &Device::H100 } else { &Device::A100 }).unwrap().remove(0);
         println!("{}", crate::emit::emit(&launch.spec, crate::emit::Lang::Cuda).unwrap());
         eprintln!("{launch:?}");
     }
