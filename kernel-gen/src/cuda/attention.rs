@@ -16,7 +16,7 @@ impl Lowering<'_> {
         };
         let cache = self.pass.cache_shape(*k_cache);
         if !is_tiled(&cache, self.desc(*k_cache).dtype) {
-            todo!()
+            return self.plain_attention();
         }
         let group = heads / kv_heads;
         let packed = self.pass.rows * group;
