@@ -8,7 +8,8 @@
 // constants-begin
 // constants-end
 
-constexpr u32 THREADS = MAX_NODES;
+constexpr u32 THREADS = 256;
+static_assert(THREADS == MAX_NODES, "one thread takes one node");
 
 // Blocks: [requests].
 extern "C" __global__ void __launch_bounds__(THREADS)
