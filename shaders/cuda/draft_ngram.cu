@@ -1,7 +1,7 @@
 // needs: ptx layout batch best
-// The n-gram drafter on the device: observes what the last round accepted, then proposes a tree for every request, of what
-// followed the last few tokens when they occurred before. As runtime/src/draft/ngram.rs, which explains it; what it
-// proposes changes the speed, never the tokens.
+// The n-gram drafter on the device: observes what the last round accepted, then proposes a tree for every request, of
+// what followed the last few tokens when they occurred before. As runtime/src/draft/ngram.rs, which explains it; what
+// it proposes changes the speed, never the tokens.
 //
 // One block takes the requests one after the other, for their rows are consecutive. For each:
 //
@@ -12,7 +12,7 @@
 //     choose    nodes are ranked by survival, parents before children; as many are verified as pay
 //     write     rows, and the proposal for the next round to observe, also the nodes that are not verified
 //
-// history  [requests, HISTORY]: the tokens so far. Slots 0 .. prefix hold all but the last one, which is the next root: so
+// history  [requests, HISTORY]: the tokens so far. The cache holds all but the last one, which is the next root: so
 //          prefix + 1 tokens are valid
 // state    [requests, STATE_WORDS], see below; zeros are a request that is finished and that nothing is known of
 // accepted is that of the last round. Before the first round of a request its count is 0
@@ -37,7 +37,8 @@ constexpr u32 PLACES = FOLLOWED * DEPTH; // a token of a continuation each
 static_assert(NODES <= 64 && PLACES <= THREADS && HISTORY % 4 == 0, "sizes of a draft");
 
 // Hit rates before anything is measured, and trials that they count for; trials after which the past fades.
-__device__ constexpr float PRIORS[CLASSES] = {0.08f, 0.2f, 0.35f, 0.55f, 0.7f, 0.85f, 0.04f, 0.08f, 0.12f, 0.15f, 0.15f, 0.1f};
+__device__ constexpr float PRIORS[CLASSES] = {0.08f, 0.2f,  0.35f, 0.55f, 0.7f,  0.85f,
+                                              0.04f, 0.08f, 0.12f, 0.15f, 0.15f, 0.1f};
 constexpr float PRIOR_TRIALS = 4.0f;
 constexpr float MEMORY_TRIALS = 64.0f;
 
@@ -77,7 +78,7 @@ __device__ __forceinline__ Place place_of_thread() { return {threadIdx.x / DEPTH
 
 // Class of a node whose context, the path included, matches over `matched` tokens.
 __device__ __forceinline__ u32 class_of(u32 matched, bool is_first) {
-    const u32 by_length = matched <= 1 ? 0 : matched == 2 ? 1 : matched == 3 ? 2 : matched <= 5 ? 3 : matched <= 8 ? 4 : 5;
+    const u32 by_length = (matched > 1) + (matched > 2) + (matched > 3) + (matched > 5) + (matched > 8);
     return is_first ? by_length : by_length + CLASSES / 2;
 }
 
@@ -250,7 +251,8 @@ __device__ void write(u32* rows, u32 request, u32 prefix, u32 root, u32 n_rows, 
 }
 
 // One round of one request: returns how many rows it has from `rows` on.
-__device__ u32 draft(u32* rows, u32* requests, u32 request, const u32* accepted, u32* history, u32* state, Block& block) {
+__device__ u32 draft(u32* rows, u32* requests, u32 request, const u32* accepted, u32* history, u32* state,
+                     Block& block) {
     const u32 prefix = requests[HEADER_WORDS + request * REQUEST_WORDS + REQUEST_PREFIX] + accepted[0];
     const u32 length = prefix + 1;
     observe(accepted, history + length - accepted[0], state, block);
@@ -275,7 +277,7 @@ __device__ u32 draft(u32* rows, u32* requests, u32 request, const u32* accepted,
 }
 
 // Blocks: one.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     draft_ngram(u32* rows, u32* requests, const u32* accepted, u32* history, u32* state) {
     __shared__ Block block;
 

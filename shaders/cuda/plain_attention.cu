@@ -78,7 +78,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
         float largest = score;
 #pragma unroll
-        for (u32 lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, lanes));
+        for (u32 lanes = 16; lanes > 0; lanes /= 2) {
+            largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, lanes));
+        }
         if (t % 32 == 0) parts[t / 32] = largest;
         __syncthreads();
         for (u32 warp = 0; warp < WARPS; warp++) largest = fmaxf(largest, parts[warp]);
