@@ -18,7 +18,7 @@ impl Lowering<'_> {
         };
         let cache = self.pass.cache_shape(*k_cache);
         if !is_tiled(&cache, self.desc(*k_cache).dtype) {
-            todo!()
+            return self.plain_attention();
         }
         let group = heads / kv_heads;
         let packed = self.pass.rows.min(tree.max_nodes()) * group; // rows of a request
