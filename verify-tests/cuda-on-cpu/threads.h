@@ -153,7 +153,8 @@ struct Block {
     unsigned n_warps;
     Barrier barriers[BARRIERS];
     unsigned votes; // of __syncthreads_or and the like
-    Guarded shared; // its dynamic shared memory
+    Guarded shared;               // its dynamic shared memory
+    unsigned char* static_shared; // what its static variables hold while another block of the cluster runs
 };
 
 // A copy under way that a barrier in memory counts (cp.async.bulk).
@@ -190,12 +191,15 @@ EMU_STATE uint64_t random_state;
 constexpr unsigned MAX_BULK_COPIES = 4096;
 EMU_STATE BulkCopy bulk_copies[MAX_BULK_COPIES];
 EMU_STATE unsigned n_bulk_copies;
+EMU_STATE unsigned char signal_stack[64 << 10];
 
 // Static shared memory: variables in a section of their own, whose bounds the linker knows.
 extern "C" {
 extern unsigned char __start_emu_shared[] __attribute__((weak, visibility("hidden")));
 extern unsigned char __stop_emu_shared[] __attribute__((weak, visibility("hidden")));
 }
+
+inline size_t static_shared_bytes() { return __stop_emu_shared - __start_emu_shared; }
 
 // ---- failing
 
@@ -520,6 +524,8 @@ inline void start_block(Block& block, uint3 index, unsigned rank) {
         if (current_launch.shared_bytes) block.shared = Guarded::allocate(current_launch.shared_bytes, 1024);
     }
     if (block.shared.bytes) block.shared.poison();
+    block.static_shared = (unsigned char*)realloc(block.static_shared, static_shared_bytes() + 1);
+    memset(block.static_shared, POISON, static_shared_bytes());
     for (unsigned i = 0; i < block.n_warps; i++) block.warps[i].live = block.warps[i].arrived = 0;
     for (unsigned i = 0; i < block.n_threads; i++) {
         Thread& thread = block.threads[i];
@@ -550,8 +556,16 @@ inline bool unblock() {
     return true;
 }
 
+// Puts the static variables of `next` in place of those of `last`, which may be null.
+inline void exchange_static_shared(Block* last, Block* next) {
+    if (last == next || static_shared_bytes() == 0) return;
+    if (last) memcpy(last->static_shared, __start_emu_shared, static_shared_bytes());
+    memcpy(__start_emu_shared, next->static_shared, static_shared_bytes());
+}
+
 // Runs the blocks of `cluster` to their end.
 inline void run_cluster() {
+    Block* last = nullptr;
     Warp* warps[MAX_CLUSTER * MAX_THREADS / LANES];
     unsigned n_warps = 0;
     for (unsigned rank = 0; rank < current_launch.cluster; rank++) {
@@ -564,6 +578,8 @@ inline void run_cluster() {
             current = next_lane(*warps[i]);
             if (!current) continue;
             moved = true;
+            exchange_static_shared(last, current->block);
+            last = current->block;
             scheduler.switch_to(current->context);
             current = nullptr;
             if (!warps[i]->can_run) check_divergence(*warps[i]);
@@ -588,13 +604,12 @@ inline void run(const Launch& launch) {
     n_bulk_copies = 0;
     const dim3 grid = launch.grid, block = launch.block;
     const size_t threads = (size_t)block.x * block.y * block.z, blocks = (size_t)grid.x * grid.y * grid.z;
-    const size_t static_shared = __stop_emu_shared - __start_emu_shared;
+    const size_t static_shared = static_shared_bytes();
     if (threads == 0 || threads > MAX_THREADS) fail("%zu threads in a block", threads);
     if (blocks == 0 || grid.y > 65535 || grid.z > 65535) fail("a grid of %u x %u x %u", grid.x, grid.y, grid.z);
     if (launch.cluster == 0 || launch.cluster > MAX_CLUSTER || grid.x % launch.cluster) {
         fail("clusters of %u blocks in a grid of %u", launch.cluster, grid.x);
     }
-    if (launch.cluster > 1 && static_shared) fail("static shared memory in clusters: use DYNAMIC_SHARED");
     if (launch.shared_bytes + static_shared > (227 << 10)) {
         fail("%u + %zu bytes of shared memory", launch.shared_bytes, static_shared);
     }
@@ -604,7 +619,6 @@ inline void run(const Launch& launch) {
     }
 
     // A handler with a stack of its own: a thread's may be full.
-    static unsigned char signal_stack[64 << 10];
     stack_t on_signal = {}, stack_before;
     on_signal.ss_sp = signal_stack;
     on_signal.ss_size = sizeof signal_stack;
@@ -620,7 +634,6 @@ inline void run(const Launch& launch) {
     for (unsigned i = 0; i < clusters; i++) order[i] = i;
     shuffle(order, clusters);
     for (unsigned i = 0; i < clusters; i++) {
-        if (static_shared) memset(__start_emu_shared, POISON, static_shared);
         cluster_live = (unsigned)threads * launch.cluster;
         cluster_arrived = 0;
         for (unsigned rank = 0; rank < launch.cluster; rank++) {
