@@ -12,8 +12,10 @@
 //   threads.h   threads, warps, blocks, what they wait for, and how a launch runs
 //   language.h  CUDA C++: keywords, vectors, built-in functions
 //   ptx.h       the functions of shaders/cuda/lib/ptx.cuh
+//   wgmma.h     the functions of shaders/cuda/lib/wgmma.cuh
 #pragma once
 #include "ptx.h"
+#include "wgmma.h"
 
 namespace emu {
 

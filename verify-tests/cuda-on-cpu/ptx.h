@@ -27,18 +27,14 @@ inline void check_shared(const char* what, const void* p, size_t bytes) {
     if (!in_dynamic && !in_static) fail("%s: %p is not in the block's shared memory", what, p);
 }
 
-inline void carry_out(const Copy& copy) {
-    if (copy.from) memcpy(copy.to, copy.from, 16);
-    else memset(copy.to, 0, 16);
-}
-
-// Carries out the running thread's copies of groups before `group`.
-inline void carry_out_before(unsigned group) {
+// Notes a copy or an arrival of the running thread, to be carried out later.
+inline void note(const Copy& copy) {
     Thread& self = *current;
-    unsigned done = 0;
-    while (done < self.n_copies && self.copies[done].group < group) carry_out(self.copies[done++]);
-    self.n_copies -= done;
-    memmove(self.copies, self.copies + done, self.n_copies * sizeof(Copy));
+    if (self.n_copies == self.copy_capacity) {
+        self.copy_capacity = self.copy_capacity ? 2 * self.copy_capacity : 16;
+        self.copies = (Copy*)realloc(self.copies, self.copy_capacity * sizeof(Copy));
+    }
+    self.copies[self.n_copies++] = copy;
 }
 
 } // namespace emu
@@ -47,22 +43,24 @@ inline void cp_async16(void* shared, const void* global, bool on) {
     emu::check_aligned("cp_async16", shared, 16);
     emu::check_shared("cp_async16", shared, 16);
     if (on) emu::check_aligned("cp_async16", global, 16);
-    emu::Thread& self = *emu::current;
-    const emu::Copy copy = {shared, on ? global : nullptr, self.group};
-    if (emu::chance(4)) return emu::carry_out(copy);
-    if (self.n_copies == self.copy_capacity) {
-        self.copy_capacity = self.copy_capacity ? 2 * self.copy_capacity : 16;
-        self.copies = (emu::Copy*)realloc(self.copies, self.copy_capacity * sizeof(emu::Copy));
-    }
-    self.copies[self.n_copies++] = copy;
+    emu::note({shared, on ? global : nullptr, emu::current->group, nullptr});
+    if (emu::chance(4) && !emu::current->n_arrivals) emu::carry_out(*emu::current, emu::current->n_copies);
 }
 
 inline void cp_async_commit() { emu::current->group++; }
 
 template <int PENDING>
 inline void cp_async_wait() {
-    const unsigned groups = emu::current->group;
-    if (groups > PENDING) emu::carry_out_before(groups - PENDING);
+    emu::Thread& self = *emu::current;
+    unsigned done = 0;
+    while (done < self.n_copies && self.copies[done].group + PENDING < self.group) done++;
+    emu::carry_out(self, done);
+}
+
+inline void cp_async_arrive(unsigned long long* bar) {
+    emu::note({nullptr, nullptr, emu::current->group, (uint64_t*)bar});
+    emu::current->n_arrivals++;
+    emu::n_arrivals++;
 }
 
 inline uint4 load_once(const void* global) {
@@ -214,23 +212,10 @@ inline void mbarrier_init(unsigned long long* bar, unsigned count) {
 }
 inline void fence_barrier_init() {}
 
-namespace emu {
-
-// One arrival, after which the phase also waits for `bytes` of copies.
-inline void memory_barrier_arrive(const char* name, unsigned long long* bar, unsigned bytes) {
-    MemoryBarrier barrier = MemoryBarrier::read((uint64_t*)bar);
-    if (!barrier.missing) fail("%s: more arrivals than the mbarrier counts", name);
-    barrier.missing--;
-    barrier.bytes += (int)bytes;
-    update_memory_barrier((uint64_t*)bar, barrier);
-}
-
-} // namespace emu
-
 inline void mbarrier_expect(unsigned long long* bar, unsigned bytes) {
-    emu::memory_barrier_arrive("mbarrier_expect", bar, bytes);
+    emu::arrive_at_memory_barrier("mbarrier_expect", (uint64_t*)bar, bytes);
 }
-inline void mbarrier_arrive(unsigned long long* bar) { emu::memory_barrier_arrive("mbarrier_arrive", bar, 0); }
+inline void mbarrier_arrive(unsigned long long* bar) { emu::arrive_at_memory_barrier("mbarrier_arrive", (uint64_t*)bar, 0); }
 
 // Until the phase of this parity, 0 for the first, has ended.
 inline void mbarrier_wait(unsigned long long* bar, unsigned parity) {
@@ -247,5 +232,5 @@ inline void bulk_copy(void* shared, const void* global, unsigned bytes, unsigned
     if (bytes == 0 || bytes % 16) emu::fail("bulk_copy: %u bytes", bytes);
     if (emu::n_bulk_copies == emu::MAX_BULK_COPIES) emu::fail("bulk_copy: too many copies under way");
     emu::bulk_copies[emu::n_bulk_copies++] = {shared, global, bytes, (uint64_t*)bar};
-    if (emu::chance(4)) emu::deliver(emu::n_bulk_copies - 1);
+    if (emu::chance(4)) emu::deliver_bulk(emu::n_bulk_copies - 1);
 }

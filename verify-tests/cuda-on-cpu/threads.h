@@ -98,11 +98,12 @@ constexpr unsigned ALL_THREADS = 0; // of a barrier: those of the block that hav
 struct Warp;
 struct Block;
 
-// A copy under way from global to shared memory (cp.async).
+// A copy of 16 bytes under way from global to shared memory (cp.async), or an arrival that waits for those before it.
 struct Copy {
-    void* to;
+    void* to;         // null: no copy
     const void* from; // null: zeros
     unsigned group;
+    uint64_t* barrier; // that the arrival counts at
 };
 
 enum class Wait : unsigned char { None, Collective, Barrier, Cluster, Memory };
@@ -119,6 +120,7 @@ struct Thread {
     const uint64_t* memory;   // the mbarrier that it waits for
     Copy* copies = nullptr;   // its copies under way, oldest first
     unsigned n_copies, copy_capacity = 0;
+    unsigned n_arrivals;      // among its copies
     unsigned group;           // of copies, that it is filling
 };
 
@@ -191,6 +193,7 @@ EMU_STATE uint64_t random_state;
 constexpr unsigned MAX_BULK_COPIES = 4096;
 EMU_STATE BulkCopy bulk_copies[MAX_BULK_COPIES];
 EMU_STATE unsigned n_bulk_copies;
+EMU_STATE unsigned n_arrivals; // among the copies of all threads
 EMU_STATE unsigned char signal_stack[64 << 10];
 
 // Static shared memory: variables in a section of their own, whose bounds the linker knows.
@@ -426,8 +429,52 @@ inline void update_memory_barrier(uint64_t* word, MemoryBarrier barrier) {
     });
 }
 
+// One arrival, after which the phase also waits for `bytes` of copies.
+inline void arrive_at_memory_barrier(const char* name, uint64_t* word, unsigned bytes) {
+    MemoryBarrier barrier = MemoryBarrier::read(word);
+    if (!barrier.missing) fail("%s: more arrivals than the mbarrier counts", name);
+    barrier.missing--;
+    barrier.bytes += (int)bytes;
+    update_memory_barrier(word, barrier);
+}
+
+// ---- copies under way
+
+// Carries out the oldest `n` copies of a thread.
+inline void carry_out(Thread& thread, unsigned n) {
+    for (unsigned i = 0; i < n; i++) {
+        const Copy copy = thread.copies[i];
+        if (copy.barrier) {
+            thread.n_arrivals--;
+            n_arrivals--;
+            arrive_at_memory_barrier("cp_async_arrive", copy.barrier, 0);
+        } else if (copy.from) {
+            memcpy(copy.to, copy.from, 16);
+        } else {
+            memset(copy.to, 0, 16);
+        }
+    }
+    thread.n_copies -= n;
+    memmove(thread.copies, thread.copies + n, thread.n_copies * sizeof(Copy));
+}
+
+// Carries out the copies of some thread up to the first arrival that waits for them. There must be one.
+inline void deliver_arrival() {
+    const unsigned rank = random_below(current_launch.cluster), first = random_below(cluster[0]->n_threads);
+    for (unsigned b = 0; b < current_launch.cluster; b++) {
+        Block& block = *cluster[(rank + b) % current_launch.cluster];
+        for (unsigned i = 0; i < block.n_threads; i++) {
+            Thread& thread = block.threads[(first + i) % block.n_threads];
+            if (!thread.n_arrivals) continue;
+            unsigned n = 0;
+            while (!thread.copies[n++].barrier) {}
+            return carry_out(thread, n);
+        }
+    }
+}
+
 // Carries out the bulk copy `i`.
-inline void deliver(unsigned i) {
+inline void deliver_bulk(unsigned i) {
     const BulkCopy copy = bulk_copies[i];
     for (unsigned later = i + 1; later < n_bulk_copies; later++) bulk_copies[later - 1] = bulk_copies[later];
     n_bulk_copies--;
@@ -435,6 +482,14 @@ inline void deliver(unsigned i) {
     MemoryBarrier barrier = MemoryBarrier::read(copy.barrier);
     barrier.bytes -= (int)copy.bytes;
     update_memory_barrier(copy.barrier, barrier);
+}
+
+// Carries out some copy that a barrier in memory waits for; false if there is none.
+inline bool deliver() {
+    if (!n_bulk_copies && !n_arrivals) return false;
+    if (n_arrivals && (!n_bulk_copies || chance(2))) deliver_arrival();
+    else deliver_bulk(random_below(n_bulk_copies));
+    return true;
 }
 
 // ---- a launch
@@ -533,7 +588,7 @@ inline void start_block(Block& block, uint3 index, unsigned rank) {
         thread.context.start(thread.stack.begin, STACK, thread_entry);
         thread.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
         thread.waits = Wait::None;
-        thread.n_copies = thread.group = 0;
+        thread.n_copies = thread.n_arrivals = thread.group = 0;
         thread.warp->live |= 1u << thread.lane;
         thread.warp->can_run = thread.warp->live;
     }
@@ -551,9 +606,7 @@ inline bool unblock() {
         }
     }
     if (release_cluster()) return true;
-    if (!n_bulk_copies) return false;
-    deliver(random_below(n_bulk_copies));
-    return true;
+    return deliver();
 }
 
 // Puts the static variables of `next` in place of those of `last`, which may be null.
@@ -583,7 +636,7 @@ inline void run_cluster() {
             scheduler.switch_to(current->context);
             current = nullptr;
             if (!warps[i]->can_run) check_divergence(*warps[i]);
-            if (n_bulk_copies && chance(4)) deliver(random_below(n_bulk_copies));
+            if (chance(4)) deliver();
         }
         if (!moved && cluster_live && !unblock()) deadlock();
     }
@@ -601,7 +654,7 @@ inline void run(const Launch& launch) {
     current_launch = launch;
     current = nullptr;
     random_state = launch.seed * 0x9e3779b97f4a7c15ull;
-    n_bulk_copies = 0;
+    n_bulk_copies = n_arrivals = 0;
     const dim3 grid = launch.grid, block = launch.block;
     const size_t threads = (size_t)block.x * block.y * block.z, blocks = (size_t)grid.x * grid.y * grid.z;
     const size_t static_shared = static_shared_bytes();

@@ -84,6 +84,19 @@ static void check_producer() {
     }
 }
 
+static void check_copier() {
+    const int tiles = 7;
+    std::vector<float> storage(tiles * 128 + 4), y(32);
+    float* x = (float*)(((uintptr_t)storage.data() + 15) & ~(uintptr_t)15);
+    for (int i = 0; i < tiles * 128; i++) x[i] = (float)i;
+    emu::launch(copier, 1, 64, 1, 1024 + 32, x, y.data(), tiles);
+    for (int t = 0; t < 32; t++) {
+        float sum = 0;
+        for (int i = t; i < tiles * 128; i += 32) sum += x[i];
+        expect(sum == y[t], "copier");
+    }
+}
+
 static void check_intrinsics() {
     std::vector<unsigned> out(32 * 21);
     emu::launch(intrinsics, 1, 32, 1, 0, out.data());
@@ -103,7 +116,7 @@ static int run_fault(const char* name) {
     emu::Guarded y = emu::Guarded::allocate(1024 * sizeof(float), 16);
     float* out = (float*)y.begin;
     std::vector<float> x(256, 2.0f);
-    float* in = (float*)((uintptr_t)x.data() + 15 & ~(uintptr_t)15);
+    float* in = (float*)(((uintptr_t)x.data() + 15) & ~(uintptr_t)15);
     bool right = true;
     if (is(name, "missing_barrier")) {
         emu::launch(faults::missing_barrier, 1, 256, 1, 0, out);
@@ -142,6 +155,7 @@ int main(int n, char** arguments) {
     check_matrices();
     check_cluster();
     check_producer();
+    check_copier();
     check_intrinsics();
     return 0;
 }
