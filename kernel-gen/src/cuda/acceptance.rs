@@ -31,7 +31,7 @@ impl Lowering<'_> {
         let Self { batch, pass, .. } = self;
         let arguments =
             vec![batch.rows.into(), batch.requests.into(), seen.into(), logits.into(), candidates, draws.into()];
-        plain(spec, arguments, [pass.rows, 1, 1], 1024)
+        plain(spec, arguments, [pass.rows, 1, 1], 512)
     }
 
     pub(super) fn top_k(&self) -> Vec<Launch> {
@@ -62,4 +62,33 @@ impl Lowering<'_> {
 /// A launch without clusters and dynamic shared memory.
 fn plain(spec: KernelSpec, arguments: Vec<Argument>, grid: [usize; 3], threads: usize) -> Launch {
     Launch { spec, arguments, grid, threads, shared_bytes: 0, cluster: 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::cuda::{Device, lower};
+    use crate::emit::{Lang, emit};
+    use crate::op::TreeSpec;
+    use crate::release::MODELS;
+
+    #[test]
+    fn specs_give_the_constants_that_sources_have() {
+        const STEMS: [&str; 5] = ["embed", "draw", "top_k", "accept", "commit"];
+        for model in MODELS {
+            let pass = model.pass(16, TreeSpec::Any(64));
+            for op in pass.ops.iter().filter(|op| STEMS.contains(&op.name())) {
+                for launch in lower(op, &pass, &Device::A100).unwrap() {
+                    let source = emit(&launch.spec, Lang::Cuda).unwrap();
+                    let entry = format!("    {}(const u32* ", op.name());
+                    let (_, parameters) = source.split_once(&entry).unwrap_or_else(|| panic!("no `{entry}`"));
+                    let parameters = parameters.split_once(") {").unwrap().0;
+                    assert_eq!(parameters.matches('*').count() + 1, launch.arguments.len(), "{}", op.name());
+                    assert!(
+                        source.contains(&format!("constexpr u32 THREADS = {};", launch.threads))
+                            || op.name() == "accept"
+                    );
+                }
+            }
+        }
+    }
 }

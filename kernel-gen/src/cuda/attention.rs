@@ -16,7 +16,7 @@ impl Lowering<'_> {
         };
         let cache = self.pass.cache_shape(*k_cache);
         if !is_tiled(&cache, self.desc(*k_cache).dtype) {
-            todo!()
+            return self.plain_attention();
         }
         let group = heads / kv_heads;
         let packed = self.pass.rows * group;
@@ -93,7 +93,8 @@ mod tests {
         let env = |n: &str, d: usize| std::env::var(n).map_or(d, |v| v.parse().unwrap());
         let pass = release::MODELS[env("MODEL", 0)].pass(env("ROWS", 16), TreeSpec::Any(64));
         let op = pass.ops.iter().find(|op| op.name() == "tree_attention").unwrap();
-        let launch = lower(op, &pass, if env("ARCH", 90) == 90 { &Device::H100 } else { &Device::A100 }).unwrap().remove(0);
+        let launch =
+            lower(op, &pass, if env("ARCH", 90) == 90 { &Device::H100 } else { &Device::A100 }).unwrap().remove(0);
         println!("{}", crate::emit::emit(&launch.spec, crate::emit::Lang::Cuda).unwrap());
         eprintln!("{launch:?}");
     }
