@@ -80,9 +80,9 @@ const WGSL_KERNELS: &[(&str, &str)] = sources!("wgsl/" ".wgsl":
 const WGSL_LIBRARY: &[(&str, &str)] = sources!("wgsl/lib/" ".wgsl":
     "layout" "formats" "matmul" "paged" "batch" "ancestors" "philox" "best");
 const CUDA_KERNELS: &[(&str, &str)] = sources!("cuda/" ".cu":
-    "embed" "tree_attention" "plain_attention" "draw" "top_k" "accept" "commit");
+    "embed" "qkv" "tree_attention" "plain_attention" "project" "gate_up" "head" "draw" "top_k" "accept" "commit");
 const CUDA_LIBRARY: &[(&str, &str)] = sources!("cuda/lib/" ".cuh":
-    "ptx" "wgmma" "layout" "formats" "paged" "batch" "ancestors" "philox" "best" "score");
+    "ptx" "wgmma" "layout" "formats" "paged" "matmul" "batch" "ancestors" "philox" "best" "score");
 
 /// Stems of all kernel sources.
 pub fn stems(lang: Lang) -> impl Iterator<Item = &'static str> {
