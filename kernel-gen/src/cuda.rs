@@ -12,6 +12,7 @@ use crate::spec::KernelSpec;
 
 mod acceptance;
 mod attention;
+mod plain_attention;
 mod weights;
 
 /// What kernels are chosen by.

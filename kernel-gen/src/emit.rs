@@ -2,7 +2,7 @@
 //!
 //! A source in `shaders/` is a readable program with example values between two marks. Only those values are replaced;
 //! every constant there must be given, and no other. WGSL has no include, and the run-time compiler of CUDA no folder to
-//! look in, so a first line `// needs: a b` names the files of `shaders/<lang>/lib/` that are put in front.
+//! look in, so a first line `// needs: a b` names the files of `shaders/<lang>/lib/` that are put in front of the code.
 //!
 //! ```text
 //! // needs: formats
@@ -80,9 +80,9 @@ const WGSL_KERNELS: &[(&str, &str)] = sources!("wgsl/" ".wgsl":
 const WGSL_LIBRARY: &[(&str, &str)] = sources!("wgsl/lib/" ".wgsl":
     "layout" "formats" "matmul" "paged" "batch" "ancestors" "philox" "best");
 const CUDA_KERNELS: &[(&str, &str)] = sources!("cuda/" ".cu":
-);
+    "embed" "qkv" "tree_attention" "plain_attention" "project" "gate_up" "head" "draw" "top_k" "accept" "commit");
 const CUDA_LIBRARY: &[(&str, &str)] = sources!("cuda/lib/" ".cuh":
-    "ptx" "layout");
+    "ptx" "wgmma" "layout" "formats" "paged" "matmul" "batch" "ancestors" "philox" "best" "score");
 
 /// Stems of all kernel sources.
 pub fn stems(lang: Lang) -> impl Iterator<Item = &'static str> {
@@ -93,18 +93,31 @@ pub fn stems(lang: Lang) -> impl Iterator<Item = &'static str> {
 pub fn emit(spec: &KernelSpec, lang: Lang) -> Result<String, EmitError> {
     let source = find(lang, lang.kernels(), spec.stem())?;
     let mut out = header(spec, lang);
-    let body = match source.strip_prefix("// needs:") {
-        None => source,
-        Some(rest) => {
-            let (names, body) = rest.split_once('\n').unwrap_or((rest, ""));
-            for name in names.split_whitespace() {
-                out.push_str(find(lang, lang.library(), name)?);
-                out.push('\n');
-            }
-            body
-        }
+    let (needs, body) = match source.strip_prefix("// needs:") {
+        None => ("", source),
+        Some(rest) => rest.split_once('\n').unwrap_or((rest, "")),
     };
-    replace_constants(spec, lang, body, &mut out)?;
+    let mut library = String::new();
+    for name in needs.split_whitespace() {
+        library.push_str(find(lang, lang.library(), name)?);
+        library.push('\n');
+    }
+    match lang {
+        Lang::Wgsl => {
+            out.push_str(&library);
+            replace_constants(spec, lang, body, &mut out)?;
+        }
+        // What comes first in C++ must not name what comes later: constants, what is shared, the kernel.
+        Lang::Cuda => {
+            out.push_str("typedef unsigned int u32;\n\n");
+            let mut kernel = String::new();
+            replace_constants(spec, lang, body, &mut kernel)?;
+            let (constants, kernel) = kernel.split_at(kernel.find(END).map_or(0, |at| at + END.len()));
+            for part in [constants, "\n\n", &library, kernel] {
+                out.push_str(part);
+            }
+        }
+    }
     Ok(out)
 }
 

@@ -1,21 +1,259 @@
-//! The ops that read a weight: qkv, project, gate/up, head.
+//! The ops that read a weight: qkv, project, gate/up, head; and which tiles of `lib/matmul.cuh` suit a matrix.
 
-use super::{Launch, Lowering};
+use super::{Argument, Device, Launch, Lowering};
+use crate::op::Op;
+use crate::pass::{Buf, DType};
+use crate::spec::KernelSpec;
+
+/// Columns of a step, as in `matmul.cuh`.
+const STEP: usize = 64;
+/// A matrix of fewer bytes a multiprocessor is done before the memory has reached its speed: what counts is latency.
+const SMALL_SHARE: usize = 128 << 10;
+
+/// How `lib/matmul.cuh` cuts a matrix. The order of sums is that of `cluster` and `warps_k`: they must not depend on the
+/// rows of the pass. The others may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Tiling {
+    tokens: usize,
+    m_tiles: usize,
+    warps_m: usize,
+    warps_k: usize,
+    cluster: usize,
+    stage: usize,
+    depth: usize,
+    split: bool,
+}
+
+/// The matrix of an op.
+#[derive(Debug, Clone, Copy)]
+struct Matrix {
+    rows: usize,
+    columns: usize,
+    dtype: DType,
+    /// Epsilon of the norm of the op's input, if that is normed.
+    eps: Option<f32>,
+    /// Rows of which a tile must have a whole number: heads that are normed.
+    unit: usize,
+}
+
+impl Matrix {
+    fn steps(&self) -> usize {
+        self.columns.div_ceil(STEP)
+    }
+}
+
+impl Tiling {
+    fn new(matrix: &Matrix, pass_rows: usize, device: &Device) -> Tiling {
+        let tokens = pass_rows.next_power_of_two().clamp(8, 64);
+        let share = matrix.rows * matrix.columns * matrix.dtype.size() / device.multiprocessors;
+        if matrix.dtype == DType::F32 || share < SMALL_SHARE {
+            Tiling::small(matrix, tokens, device)
+        } else {
+            Tiling::streaming(matrix, tokens, device)
+        }
+    }
+
+    /// Many narrow tiles, each warp with columns of its own: all weights are requested at once, before the kernel before
+    /// this one has ended, and no warp waits for another until the sums are added up.
+    fn small(matrix: &Matrix, tokens: usize, device: &Device) -> Tiling {
+        let rows = if matrix.unit > 1 { matrix.unit.next_multiple_of(16) } else { 16 };
+        let tiles = matrix.rows.div_ceil(rows);
+        let mut cluster = 1;
+        // More than this is slow to arrive in one multiprocessor.
+        let bytes = |cluster| rows * matrix.columns * matrix.dtype.size() / cluster;
+        while device.has_clusters() && bytes(cluster) > 64 << 10 && 2 * cluster * tiles <= device.multiprocessors {
+            cluster *= 2;
+        }
+        let steps = matrix.steps().div_ceil(cluster);
+        let warps = if rows > 16 { 8 / (rows / 16).min(8) } else { 12 };
+        let each = steps.div_ceil(warps).max(1);
+        // Where there are more tiles than multiprocessors, wider ones stage the activations less often.
+        let m_tiles = if matrix.unit == 1 && tiles > device.multiprocessors && tokens <= 32 { 2 } else { 1 };
+        Tiling {
+            tokens,
+            m_tiles,
+            warps_m: rows / 16,
+            warps_k: steps.div_ceil(each),
+            cluster,
+            stage: each.min(4),
+            depth: each.min(4),
+            split: true,
+        }
+    }
+
+    /// Wide tiles, so that activations are staged for many weight rows; columns are shared by a cluster so that the blocks
+    /// come close to a whole number a multiprocessor.
+    fn streaming(matrix: &Matrix, tokens: usize, device: &Device) -> Tiling {
+        const M_TILES: usize = 2;
+        let clusters: &[usize] = if device.has_clusters() { &[1, 2, 4, 8] } else { &[1] };
+        let split = matrix.dtype == DType::F16;
+        let mut best: Option<(usize, usize, usize)> = None;
+        for warps in [12, 8, 6, 4] {
+            let rows = 16 * M_TILES * warps;
+            for &cluster in clusters {
+                if !rows.is_multiple_of(matrix.unit) || matrix.steps() < 4 * cluster {
+                    continue;
+                }
+                // What the busiest multiprocessor moves: weights and activations (of 32 tokens), then sums.
+                let columns = matrix.steps().div_ceil(cluster) * STEP;
+                let blocks = matrix.rows.div_ceil(rows) * cluster;
+                let moved = columns * (2 * rows + 4 * 32) + if cluster > 1 { 4 * 32 * rows } else { 0 };
+                let cost = blocks.div_ceil(device.multiprocessors) * moved;
+                if best.is_none_or(|(least, ..)| cost < least) {
+                    best = Some((cost, warps, cluster));
+                }
+            }
+        }
+        let Some((_, warps_m, cluster)) = best else { return Tiling::small(matrix, tokens, device) };
+        // Sums of 64 tokens for both halves leave registers for half the rows.
+        let m_tiles = if split && tokens > 32 { 1 } else { M_TILES };
+        let tiling = Tiling { tokens, m_tiles, warps_m, warps_k: 1, cluster, stage: 1, depth: 2, split };
+        // As deep as leaves room for a block of the next kernel, which requests its weights early.
+        let depth = (2..=4).rev().find(|&depth| Tiling { depth, ..tiling }.blocks(device, matrix) == 2);
+        Tiling { depth: depth.unwrap_or(3), ..tiling }
+    }
+
+    fn threads(&self) -> usize {
+        32 * self.warps_m * self.warps_k
+    }
+
+    /// Weight rows of a tile.
+    fn rows(&self) -> usize {
+        16 * self.m_tiles * self.warps_m
+    }
+
+    /// `MATMUL_BYTES` of `matmul.cuh`.
+    fn shared_bytes(&self, matrix: &Matrix) -> usize {
+        let is_plain = matrix.dtype == DType::F32;
+        let team_steps = matrix.steps().div_ceil(self.cluster * self.warps_k);
+        let buffers = if team_steps > self.stage { 2 } else { 1 };
+        let ring = if is_plain { 0 } else { self.depth * self.m_tiles * 4 * 32 * 16 };
+        let sums = self.tokens * (16 * self.m_tiles + 4) * 4;
+        let units = if is_plain { 0 } else { buffers * self.stage * self.tokens * (STEP / 4 + 1) * 16 };
+        self.warps_k * (self.warps_m * ring.max(sums) + units + self.tokens * 4)
+    }
+
+    /// Blocks that a multiprocessor should have room for: two, if shared memory and registers allow it.
+    fn blocks(&self, device: &Device, matrix: &Matrix) -> usize {
+        // A block takes 1 KiB more than it asks for.
+        let fits = 2 * (self.shared_bytes(matrix) + PLACES_BYTES * self.tokens + 1024) <= device.shared_bytes + 1024;
+        let sums = self.m_tiles * self.tokens / 8 * 4 * if self.split { 2 } else { 1 };
+        let registers = sums + self.m_tiles * 16 + 48;
+        if fits && 2 * self.threads() * registers <= 64 << 10 { 2 } else { 1 }
+    }
+}
+
+/// Where `qkv` writes the vectors of a token, behind the shared memory of the product.
+const PLACES_BYTES: usize = 12;
 
 impl Lowering<'_> {
     pub(super) fn qkv(&self) -> Vec<Launch> {
-        todo!()
+        let &Op::Qkv { layer, heads, kv_heads, eps, x, norm, weight, bias, q_norm, k_norm, rope, q, .. } = self.op
+        else {
+            unreachable!("lowering another op")
+        };
+        let &Op::Qkv { k_cache, v_cache, .. } = self.op else { unreachable!("lowering another op") };
+        let head_dim = self.pass.cache_shape(k_cache).head_dim;
+        let owns_heads = q_norm.is_some() || k_norm.is_some();
+        let matrix = Matrix { unit: if owns_heads { head_dim } else { 1 }, ..self.matrix(weight, Some(eps)) };
+        let tiling = Tiling::new(&matrix, self.pass.rows, self.device);
+        let tile_pairs = if owns_heads { tiling.rows() / head_dim * head_dim / 2 } else { tiling.rows() / 2 };
+        let spec = self
+            .paged(KernelSpec::new("qkv"), k_cache)
+            .size("HEADS", "h", heads)
+            .flag("BIAS", "bias", bias.is_some())
+            .flag("Q_NORM", "qnorm", q_norm.is_some())
+            .flag("K_NORM", "knorm", k_norm.is_some())
+            .with("POSITIONS", self.desc(rope).shape[0])
+            .with("TILE_PAIRS", tile_pairs);
+        let arguments = vec![
+            self.batch.rows.into(),
+            self.batch.requests.into(),
+            self.batch.pages.into(),
+            x.into(),
+            norm.into(),
+            weight.into(),
+            bias.into(),
+            q_norm.into(),
+            k_norm.into(),
+            rope.into(),
+            q.into(),
+            self.layer(k_cache, layer),
+            self.layer(v_cache, layer),
+        ];
+        let tiles = ((heads + 2 * kv_heads) * head_dim / 2).div_ceil(tile_pairs);
+        let extra = PLACES_BYTES * tiling.tokens;
+        vec![self.matmul(spec, &matrix, tiling, tiles, extra, arguments)]
     }
 
     pub(super) fn project(&self) -> Vec<Launch> {
-        todo!()
+        let &Op::Project { x, weight, residual, .. } = self.op else { unreachable!("lowering another op") };
+        let matrix = self.matrix(weight, None);
+        let tiling = Tiling::new(&matrix, self.pass.rows, self.device);
+        let spec = KernelSpec::new("project").size("WIDTH", "n", matrix.rows);
+        let arguments = vec![self.batch.requests.into(), x.into(), weight.into(), residual.into()];
+        vec![self.matmul(spec, &matrix, tiling, matrix.rows.div_ceil(tiling.rows()), 0, arguments)]
     }
 
     pub(super) fn gate_up(&self) -> Vec<Launch> {
-        todo!()
+        let &Op::GateUp { eps, x, norm, weight, out, .. } = self.op else { unreachable!("lowering another op") };
+        let matrix = self.matrix(weight, Some(eps));
+        let tiling = Tiling::new(&matrix, self.pass.rows, self.device);
+        let width = matrix.rows / 2;
+        let spec = KernelSpec::new("gate_up").size("WIDTH", "n", width);
+        let arguments = vec![self.batch.requests.into(), x.into(), norm.into(), weight.into(), out.into()];
+        vec![self.matmul(spec, &matrix, tiling, width.div_ceil(tiling.rows() / 2), 0, arguments)]
     }
 
     pub(super) fn head(&self) -> Vec<Launch> {
-        todo!()
+        let &Op::Head { eps, x, norm, weight, logits, .. } = self.op else { unreachable!("lowering another op") };
+        let matrix = self.matrix(weight, Some(eps));
+        let tiling = Tiling::new(&matrix, self.pass.rows, self.device);
+        let spec = KernelSpec::new("head").size("WIDTH", "v", matrix.rows);
+        let arguments = vec![self.batch.requests.into(), x.into(), norm.into(), weight.into(), logits.into()];
+        vec![self.matmul(spec, &matrix, tiling, matrix.rows.div_ceil(tiling.rows()), 0, arguments)]
+    }
+
+    fn matrix(&self, weight: Buf, eps: Option<f32>) -> Matrix {
+        let desc = self.desc(weight);
+        Matrix { rows: desc.shape[0], columns: desc.shape[1], dtype: desc.dtype, eps, unit: 1 }
+    }
+
+    /// A launch over `tiles` tiles of weight rows; `extra` bytes of shared memory are the kernel's own.
+    fn matmul(
+        &self,
+        spec: KernelSpec,
+        matrix: &Matrix,
+        tiling: Tiling,
+        tiles: usize,
+        extra: usize,
+        arguments: Vec<Argument>,
+    ) -> Launch {
+        let token_tiles = self.pass.rows.div_ceil(tiling.tokens);
+        let shared_bytes = tiling.shared_bytes(matrix) + extra;
+        let spec = spec
+            .size("COLUMNS", "k", matrix.columns)
+            .format("WEIGHT", matrix.dtype)
+            .with("NORMED", matrix.eps.is_some())
+            .with("EPS", matrix.eps.unwrap_or(0.0))
+            .size("TOKENS", "t", tiling.tokens)
+            .with("TOKEN_TILES", token_tiles)
+            .with("M_TILES", tiling.m_tiles)
+            .with("WARPS_M", tiling.warps_m)
+            .with("WARPS_K", tiling.warps_k)
+            .with("CLUSTER", tiling.cluster)
+            .with("STAGE", tiling.stage)
+            .with("DEPTH", tiling.depth)
+            .with("SPLIT", tiling.split)
+            .with("BLOCKS", tiling.blocks(self.device, matrix))
+            .with("SHARED_BYTES", shared_bytes);
+        Launch {
+            spec,
+            arguments,
+            grid: [tiles * token_tiles * tiling.cluster, 1, 1],
+            threads: tiling.threads(),
+            shared_bytes,
+            cluster: tiling.cluster,
+        }
     }
 }

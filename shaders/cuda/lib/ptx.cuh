@@ -52,6 +52,68 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// ---- copies that a barrier in shared memory waits for
+
+// `count` arrivals complete a phase. Phases have parity 0, 1, 0, ..
+__device__ __forceinline__ void mbarrier_init(u64* bar, u32 count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
+}
+
+// After the barriers' initialisation, before the block's first barrier: copies see them too.
+__device__ __forceinline__ void fence_barrier_init() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void mbarrier_arrive(u64* bar) {
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(bar)) : "memory");
+}
+
+// Until the phase of this parity is complete.
+__device__ __forceinline__ void mbarrier_wait(u64* bar, u32 parity) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
+            shared_address(bar)),
+        "r"(parity)
+        : "memory");
+#else
+    u32 done;
+    do {
+        asm volatile(
+            "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+            : "=r"(done)
+            : "r"(shared_address(bar)), "r"(parity)
+            : "memory");
+    } while (!done);
+#endif
+}
+
+// This thread's earlier `cp_async16`, once complete, arrive on the barrier.
+__device__ __forceinline__ void cp_async_arrive(u64* bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+
+// Arrives, and makes the phase wait for so many bytes of bulk copies.
+__device__ __forceinline__ void mbarrier_expect(u64* bar, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(shared_address(bar)),
+                 "r"(bytes)
+                 : "memory");
+#endif
+}
+
+// A multiple of 16 bytes, both addresses aligned to 16; counts its bytes on the barrier when they have arrived.
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(bar))
+                 : "memory");
+#endif
+}
+
 // 16 bytes that are read once: kept out of L1.
 __device__ __forceinline__ uint4 load_once(const void* global) {
     uint4 v;

@@ -1,0 +1,54 @@
+// needs: ptx formats matmul
+// out[r, i] = silu(g[i]) * u[i], where g and u are the halves of rms_norm(x[r]) · weightᵀ
+//
+// A tile has eight gate rows, then the eight up rows that belong to them, and so on.
+
+// constants-begin
+constexpr u32 COLUMNS = 576; // elements of a row of x, columns of the weight
+constexpr u32 WIDTH = 1536; // elements of a row of the output
+constexpr u32 WEIGHT = 1; // format of the weight
+constexpr bool NORMED = true; // x by its root mean square
+constexpr float EPS = 1e-5f; // of the norm
+constexpr u32 TOKENS = 16; // of a tile
+constexpr u32 TOKEN_TILES = 1;
+constexpr u32 M_TILES = 1; // 16 weight rows each, of a warp
+constexpr u32 WARPS_M = 1; // warps along the weight rows
+constexpr u32 WARPS_K = 9; // warps along the columns
+constexpr u32 CLUSTER = 1; // blocks along the columns
+constexpr u32 STAGE = 1; // steps whose activations are staged together
+constexpr u32 DEPTH = 1; // steps whose weights are requested ahead
+constexpr bool SPLIT = true; // sums of their own for the halves of the activations
+constexpr u32 BLOCKS = 2; // that a multiprocessor has room for
+constexpr u32 SHARED_BYTES = 57344;
+// constants-end
+
+__device__ __forceinline__ float silu(float g) { return g / (1.0f + expf(-g)); }
+
+// Blocks: CLUSTER * tiles of tokens * tiles of weight rows.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    gate_up(const u32* requests, const float* x, const float* norm, const void* weight, float* out) { // out [rows, WIDTH]
+    DYNAMIC_SHARED(shared);
+    const Tile tile = tile_of_block(requests);
+    const u32 first = tile.index * (ROWS / 2);
+    const auto weight_row = [&](u32 row) {
+        const u32 output = first + row / 16 * 8 + row % 8;
+        return (output < WIDTH ? output : WIDTH - 1) + row / 8 % 2 * WIDTH;
+    };
+    Matmul matmul;
+    if (TOKEN_TILES == 1 || tile.n_tokens > 0) matmul.begin(shared, tile, weight, norm, weight_row);
+    wait_for_previous();
+    release_next();
+    if (tile.n_tokens == 0) return;
+    matmul.multiply(x, weight, norm, weight_row);
+
+    for (u32 i = threadIdx.x;; i += THREADS) {
+        const u32 token = i / (ROWS / 8) * CLUSTER + tile.rank, output = i % (ROWS / 8) * 4;
+        if (token >= tile.n_tokens) break;
+        const u32 row = output / 8 * 16 + output % 8;
+        const float factor = matmul.inv_rms(token);
+        const float4 g = mul4(matmul.total(token, row), factor), u = mul4(matmul.total(token, row + 8), factor);
+        const float4 v = make_float4(silu(g.x) * u.x, silu(g.y) * u.y, silu(g.z) * u.z, silu(g.w) * u.w);
+        store_row4<WIDTH>(out + (tile.first_token + token) * WIDTH, first + output, v);
+    }
+    matmul.finish();
+}

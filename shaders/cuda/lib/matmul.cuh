@@ -1,0 +1,444 @@
+// A tile of weight rows times a tile of tokens: the body that all weight kernels share.
+//
+//     sum[token][row] = sum over k of weight[row][k] * gamma[k] * x[token][k]
+//
+// The columns are cut into *steps* of 64, whole lines of memory, and the steps among *teams*: the blocks of a cluster, and
+// WARPS_K teams of each block. A team multiplies its steps with all rows of the tile; its WARPS_M warps have 16 * M_TILES
+// rows each. In the end the teams' sums are added, in order, by whoever needs them (`total`).
+//
+//     weights      stream through a ring in shared memory, DEPTH steps ahead. A lane copies what its own tensor-core
+//                  fragments need, 16 bytes of a row at a time, so the ring needs no barrier. They are requested before
+//                  the kernel before this one has ended: it never writes them
+//     activations  are multiplied with the norm's weight and split in two 16-bit halves, a = high + low, by the threads of
+//                  the team; both halves are multiplied, so that only the weights are as coarse as 16 bits
+//     norm         is linear but for one factor a token, so the sum of squares is gathered on the way (`inv_rms`)
+//
+// The order of a token's sums depends on the matrix alone (COLUMNS, CLUSTER, WARPS_K), never on how many tokens share the
+// pass or a tile.
+//
+// Weights in F32 take a plain path, lanes along the columns, with the same teams.
+//
+// Needs ptx, formats. Expects COLUMNS, WEIGHT, NORMED, EPS, TOKENS, TOKEN_TILES, M_TILES, WARPS_M, WARPS_K, CLUSTER,
+// STAGE, DEPTH, SPLIT, SHARED_BYTES.
+
+constexpr u32 STEP = 64; // columns
+constexpr u32 STEPS = (COLUMNS + STEP - 1) / STEP;
+constexpr u32 TEAM_STEPS = (STEPS + CLUSTER * WARPS_K - 1) / (CLUSTER * WARPS_K);
+constexpr u32 TEAM = 32 * WARPS_M; // threads
+constexpr u32 THREADS = TEAM * WARPS_K;
+constexpr u32 WARP_ROWS = 16 * M_TILES;
+constexpr u32 ROWS = WARP_ROWS * WARPS_M; // weight rows of a tile
+constexpr u32 N_TILES = TOKENS / 8;
+// High and low halves have sums of their own, or share them. F16 needs the former: its low halves are scaled up.
+constexpr u32 PARTS = SPLIT ? 2 : 1;
+constexpr bool PLAIN = WEIGHT == F32;
+
+// What the 16-bit halves are scaled by, so that those of F16 neither overflow nor vanish.
+constexpr float HIGH_SCALE = WEIGHT == F16 ? 1.0f / 256 : 1.0f;
+constexpr float LOW_SCALE = WEIGHT == F16 ? 2048.0f : 1.0f;
+static_assert(WEIGHT != F16 || SPLIT, "the halves of F16 are scaled differently");
+
+// ---- shared memory
+
+// Steps of activations are staged STAGE at a time, in units of four: high and low halves side by side, 16 bytes. The
+// padding lets eight lanes read units of two tokens without bank conflicts.
+constexpr u32 UNITS = STEP / 4;
+constexpr u32 UNIT_STRIDE = UNITS + 1;
+constexpr u32 BUFFERS = TEAM_STEPS > STAGE ? 2 : 1;
+constexpr u32 TEAM_UNITS = PLAIN ? 0 : BUFFERS * STAGE * TOKENS * UNIT_STRIDE;
+
+// A warp's ring of weights [DEPTH][M_TILES][4][32 lanes][16 bytes], later its sums [TOKENS][SUM_STRIDE].
+constexpr u32 RING_BYTES = PLAIN ? 0 : DEPTH * M_TILES * 4 * 32 * 16;
+constexpr u32 SUM_STRIDE = WARP_ROWS + 4;
+constexpr u32 SUM_BYTES = TOKENS * SUM_STRIDE * 4;
+constexpr u32 WARP_BYTES = RING_BYTES > SUM_BYTES ? RING_BYTES : SUM_BYTES;
+
+constexpr u32 UNITS_AT = WARPS_M * WARPS_K * WARP_BYTES;
+constexpr u32 SQUARES_AT = UNITS_AT + WARPS_K * TEAM_UNITS * 16;
+constexpr u32 MATMUL_BYTES = SQUARES_AT + WARPS_K * TOKENS * 4;
+static_assert(MATMUL_BYTES <= SHARED_BYTES, "the launch gives less shared memory than the tile needs");
+
+// Units of a step that a thread stages: the same unit of every TEAM / UNITS-th token.
+constexpr u32 TURNS = (TOKENS * UNITS + TEAM - 1) / TEAM;
+// Of a stage's STAGE * TURNS units, so many are loaded at a time.
+constexpr u32 BATCH = STAGE * TURNS < 8 ? STAGE * TURNS : 8;
+
+// ---- the tile of a block
+
+struct Tile {
+    u32 index; // of its weight rows
+    u32 rank; // of the block in its cluster
+    u32 first_token;
+    u32 n_tokens; // that the pass has of TOKENS
+};
+
+// Blocks of a cluster are neighbours, then clusters of the same weight rows: they find them in the cache.
+__device__ __forceinline__ Tile tile_of_block(const u32* requests) {
+    const u32 cluster = blockIdx.x / CLUSTER;
+    const u32 first_token = cluster % TOKEN_TILES * TOKENS;
+    const u32 n_rows = requests[0];
+    const u32 left = n_rows > first_token ? n_rows - first_token : 0;
+    return {cluster / TOKEN_TILES, blockIdx.x % CLUSTER, first_token, left < TOKENS ? left : TOKENS};
+}
+
+__device__ __forceinline__ float4 fma4(float4 a, float b, float4 c) {
+    return make_float4(fmaf(a.x, b, c.x), fmaf(a.y, b, c.y), fmaf(a.z, b, c.z), fmaf(a.w, b, c.w));
+}
+__device__ __forceinline__ float4 add4(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+__device__ __forceinline__ float4 mul4(float4 a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
+// a · a + sum, one product after the other.
+__device__ __forceinline__ float add_squares(float4 a, float sum) {
+    return fmaf(a.w, a.w, fmaf(a.z, a.z, fmaf(a.y, a.y, fmaf(a.x, a.x, sum))));
+}
+
+// Elements at .. at + 4 of a row of WIDTH elements, as far as it has them.
+template <u32 WIDTH>
+__device__ __forceinline__ float4 load_row4(const float* row, u32 at) {
+    if (WIDTH % 4 == 0) return at < WIDTH ? *(const float4*)(row + at) : make_float4(0, 0, 0, 0);
+    return make_float4(at < WIDTH ? row[at] : 0, at + 1 < WIDTH ? row[at + 1] : 0, at + 2 < WIDTH ? row[at + 2] : 0,
+                       at + 3 < WIDTH ? row[at + 3] : 0);
+}
+
+template <u32 WIDTH>
+__device__ __forceinline__ void store_row4(float* row, u32 at, float4 v) {
+    if (WIDTH % 4 == 0) {
+        if (at < WIDTH) *(float4*)(row + at) = v;
+        return;
+    }
+    if (at < WIDTH) row[at] = v.x;
+    if (at + 1 < WIDTH) row[at + 1] = v.y;
+    if (at + 2 < WIDTH) row[at + 2] = v.z;
+    if (at + 3 < WIDTH) row[at + 3] = v.w;
+}
+
+// ---- the product
+
+// Four activations as high and low halves: {high 01, high 23, low 01, low 23}.
+__device__ __forceinline__ uint4 split(float4 a) {
+    a = mul4(a, HIGH_SCALE);
+    const u32 high01 = narrow_pair(WEIGHT, a.x, a.y), high23 = narrow_pair(WEIGHT, a.z, a.w);
+    const float2 h01 = widen_pair(WEIGHT, high01), h23 = widen_pair(WEIGHT, high23);
+    return make_uint4(high01, high23, narrow_pair(WEIGHT, (a.x - h01.x) * LOW_SCALE, (a.y - h01.y) * LOW_SCALE),
+                      narrow_pair(WEIGHT, (a.z - h23.x) * LOW_SCALE, (a.w - h23.y) * LOW_SCALE));
+}
+
+__device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
+    if (WEIGHT == BF16) mma_bf16(d, a, b0, b1);
+    else mma_f16(d, a, b0, b1);
+}
+
+struct Matmul {
+    Tile tile;
+    unsigned char* shared;
+    u32 lane, warp, warp_m, team; // team: of the block
+    u32 step, end; // the next step that the team multiplies, and where its steps end
+    const char* rows[M_TILES][2]; // this lane's first 16 bytes of its rows of the weight
+    float4 gamma[STAGE]; // for the stage to come
+    float4 ahead[BATCH]; // of the stage to come
+    float squares[TURNS];
+    float sums[PARTS][M_TILES][N_TILES][4];
+
+    // Requests the first weights. `weight_row` says which row of the weight is which of the tile.
+    template <class WeightRow>
+    __device__ __forceinline__ void begin(unsigned char* dynamic_shared, Tile of_block, const void* weight,
+                                          const float* norm, WeightRow weight_row) {
+        shared = dynamic_shared;
+        tile = of_block;
+        lane = threadIdx.x % 32;
+        warp = threadIdx.x / 32;
+        warp_m = warp % WARPS_M;
+        team = warp / WARPS_M;
+        const u32 first = (tile.rank * WARPS_K + team) * TEAM_STEPS;
+        step = first < STEPS ? first : STEPS;
+        end = first + TEAM_STEPS < STEPS ? first + TEAM_STEPS : STEPS;
+        if (PLAIN) return;
+#pragma unroll
+        for (u32 m = 0; m < M_TILES; m++) {
+#pragma unroll
+            for (u32 half = 0; half < 2; half++) {
+                const u32 row = weight_row(warp_m * WARP_ROWS + m * 16 + half * 8 + lane / 4);
+                rows[m][half] = (const char*)weight + ((u64)row * COLUMNS + lane % 4 * 8) * 2;
+            }
+        }
+#pragma unroll
+        for (u32 slot = 0; slot < DEPTH; slot++) request_weights(step + slot, slot);
+        load_gamma(norm, step);
+    }
+
+    // All of the team's steps. Writes the warp's sums to shared memory, where `total` finds them.
+    template <class WeightRow>
+    __device__ __forceinline__ void multiply(const float* x, const void* weight, const float* norm, WeightRow weight_row) {
+        if constexpr (PLAIN) multiply_plain(x, (const float*)weight, norm, weight_row);
+        else multiply_halves(x, norm);
+        if (CLUSTER > 1) cluster_sync();
+        else __syncthreads();
+    }
+
+    // Four neighbouring rows of a token, of all teams.
+    __device__ __forceinline__ float4 total(u32 token, u32 row) const {
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (u32 rank = 0; rank < CLUSTER; rank++) {
+            const float* there = of_rank(warp_sums(0, row / WARP_ROWS) + token * SUM_STRIDE + row % WARP_ROWS, rank);
+            float4 of_block = *(const float4*)there;
+#pragma unroll
+            for (u32 k = 1; k < WARPS_K; k++) {
+                of_block = add4(of_block, *(const float4*)(there + k * (WARPS_M * WARP_BYTES / 4)));
+            }
+            sum = rank == 0 ? of_block : add4(sum, of_block);
+        }
+        return sum;
+    }
+
+    // What the norm multiplies the token's sums with.
+    __device__ __forceinline__ float inv_rms(u32 token) const {
+        if (!NORMED) return 1.0f;
+        float sum = 0.0f;
+#pragma unroll
+        for (u32 rank = 0; rank < CLUSTER; rank++) {
+            const float* there = of_rank((const float*)(shared + SQUARES_AT) + token, rank);
+#pragma unroll
+            for (u32 k = 0; k < WARPS_K; k++) sum += there[k * TOKENS];
+        }
+        return 1.0f / sqrtf(sum / COLUMNS + EPS);
+    }
+
+    // To be called when the block no longer reads sums: others of the cluster may still read its own.
+    __device__ __forceinline__ void finish() const {
+        if (CLUSTER > 1) cluster_sync();
+    }
+
+  private:
+    __device__ __forceinline__ float* warp_sums(u32 of_team, u32 of_warp_m) const {
+        return (float*)(shared + (of_team * WARPS_M + of_warp_m) * WARP_BYTES);
+    }
+
+    template <class T>
+    __device__ __forceinline__ static T* of_rank(T* here, u32 rank) {
+        return CLUSTER > 1 ? cluster_map(here, rank) : here;
+    }
+
+    // This lane's part of a slot of the ring: [M_TILES][half of the rows][half of the columns], each 32 lanes apart.
+    __device__ __forceinline__ uint4* ring(u32 slot) const {
+        return (uint4*)(shared + warp * WARP_BYTES) + slot * (M_TILES * 4 * 32) + lane;
+    }
+
+    __device__ __forceinline__ void request_weights(u32 of_step, u32 slot) const {
+        if (of_step < end) {
+#pragma unroll
+            for (u32 i = 0; i < M_TILES * 4; i++) {
+                const u32 column = of_step * STEP + i % 2 * 32;
+                const bool on = COLUMNS % STEP == 0 || column + lane % 4 * 8 < COLUMNS;
+                cp_async16(ring(slot) + i * 32, rows[i / 4][i / 2 % 2] + column * 2, on);
+            }
+        }
+        cp_async_commit();
+    }
+
+    // The unit of a step that this thread stages, and the first of its tokens.
+    __device__ __forceinline__ static u32 unit() { return threadIdx.x % UNITS; }
+    __device__ __forceinline__ static u32 token_of_turn(u32 turn) { return (turn * TEAM + threadIdx.x % TEAM) / UNITS; }
+
+    __device__ __forceinline__ void load_gamma(const float* norm, u32 first) {
+        if (!NORMED) return;
+#pragma unroll
+        for (u32 i = 0; i < STAGE; i++) {
+            const u32 column = (first + i) * STEP + unit() * 4;
+            gamma[i] = column < COLUMNS ? *(const float4*)(norm + column) : make_float4(0, 0, 0, 0);
+        }
+    }
+
+    __device__ __forceinline__ void load_ahead(const float* x, u32 first, u32 from) {
+#pragma unroll
+        for (u32 i = 0; i < BATCH; i++) {
+            const u32 token = token_of_turn((from + i) % TURNS), at = first + (from + i) / TURNS;
+            const u32 column = at * STEP + unit() * 4;
+            const bool on = from + i < STAGE * TURNS && token < tile.n_tokens && at < end && column < COLUMNS;
+            ahead[i] = on ? *(const float4*)(x + (tile.first_token + token) * COLUMNS + column) : make_float4(0, 0, 0, 0);
+        }
+    }
+
+    __device__ __forceinline__ void store_ahead(uint4* units, u32 from) {
+#pragma unroll
+        for (u32 i = 0; i < BATCH; i++) {
+            const u32 turn = (from + i) % TURNS, token = token_of_turn(turn), at = (from + i) / TURNS;
+            if (from + i >= STAGE * TURNS || token >= tile.n_tokens) continue;
+            float4 a = ahead[i];
+            if (NORMED) {
+                squares[turn] = add_squares(a, squares[turn]);
+                const float4 g = gamma[at];
+                a = make_float4(a.x * g.x, a.y * g.y, a.z * g.z, a.w * g.w);
+            }
+            units[(at * TOKENS + token) * UNIT_STRIDE + unit()] = split(a);
+        }
+    }
+
+    __device__ __forceinline__ static void team_barrier() {
+        if (WARPS_M == 1) __syncwarp();
+        else if (WARPS_K == 1) __syncthreads();
+        else named_barrier(1 + threadIdx.x / TEAM, TEAM);
+    }
+
+    __device__ __forceinline__ void multiply_halves(const float* x, const float* norm) {
+#pragma unroll
+        for (u32 i = 0; i < PARTS * M_TILES * N_TILES * 4; i++) (&sums[0][0][0][0])[i] = 0.0f;
+#pragma unroll
+        for (u32 i = 0; i < TURNS; i++) squares[i] = 0.0f;
+
+        load_ahead(x, step, 0);
+        u32 slot = 0;
+        u32 buffer = 0;
+        for (u32 stage = 0; stage < (BUFFERS == 1 ? 1 : STEPS) && step < end; stage++) {
+            uint4* units = (uint4*)(shared + UNITS_AT) + team * TEAM_UNITS + buffer * (STAGE * TOKENS * UNIT_STRIDE);
+            store_ahead(units, 0);
+#pragma unroll
+            for (u32 from = BATCH; from < STAGE * TURNS; from += BATCH) {
+                load_ahead(x, step, from);
+                store_ahead(units, from);
+            }
+            if (BUFFERS == 2) {
+                load_gamma(norm, step + STAGE);
+                load_ahead(x, step + STAGE, 0);
+                buffer ^= 1;
+            }
+            // With two buffers, whoever passes has also seen the others leave the buffer that is written next.
+            team_barrier();
+#pragma unroll
+            for (u32 i = 0; i < STAGE; i++) {
+                if (step >= end) break;
+                multiply_step(units + (i * TOKENS + lane / 4) * UNIT_STRIDE + lane % 4 * 2, slot);
+                slot = slot + 1 < DEPTH ? slot + 1 : 0;
+                step++;
+            }
+        }
+        cp_async_wait<0>();
+        __syncwarp();
+        store_sums();
+    }
+
+    // `units`: this lane's first unit of its first token.
+    __device__ __forceinline__ void multiply_step(const uint4* units, u32 slot) {
+        cp_async_wait<DEPTH - 1>();
+        uint4 weights[M_TILES * 4];
+#pragma unroll
+        for (u32 i = 0; i < M_TILES * 4; i++) weights[i] = ring(slot)[i * 32];
+        request_weights(step + DEPTH, slot);
+        multiply_tokens<N_TILES>(units, weights);
+    }
+
+    // A lane's 16 bytes of a row are eight elements k: their first four are what it holds of 16 columns of the tensor
+    // core's operands, their last four of the next 16. Which columns these are does not matter, as long as weights and
+    // activations agree.
+    template <u32 N>
+    __device__ __forceinline__ void multiply_tokens(const uint4* units, const uint4 weights[M_TILES * 4]) {
+        if constexpr (N > 1) {
+            if (tile.n_tokens <= N / 2 * 8) return multiply_tokens<N / 2>(units, weights);
+        }
+#pragma unroll
+        for (u32 k = 0; k < 4; k++) {
+            u32 a[M_TILES][4];
+#pragma unroll
+            for (u32 m = 0; m < M_TILES; m++) {
+                const uint4 upper = weights[m * 4 + k / 2], lower = weights[m * 4 + 2 + k / 2];
+                a[m][0] = k % 2 ? upper.z : upper.x;
+                a[m][1] = k % 2 ? lower.z : lower.x;
+                a[m][2] = k % 2 ? upper.w : upper.y;
+                a[m][3] = k % 2 ? lower.w : lower.y;
+            }
+#pragma unroll
+            for (u32 n = 0; n < N; n++) {
+                const uint4 b = units[n * 8 * UNIT_STRIDE + k / 2 * 8 + k % 2];
+#pragma unroll
+                for (u32 m = 0; m < M_TILES; m++) mma(sums[0][m][n], a[m], b.x, b.y);
+#pragma unroll
+                for (u32 m = 0; m < M_TILES; m++) mma(sums[PARTS - 1][m][n], a[m], b.z, b.w);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store_sums() const {
+        float* to = warp_sums(team, warp_m) + lane % 4 * 2 * SUM_STRIDE + lane / 4;
+#pragma unroll
+        for (u32 n = 0; n < N_TILES; n++) {
+            if (n * 8 >= tile.n_tokens) break;
+#pragma unroll
+            for (u32 m = 0; m < M_TILES; m++) {
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    float sum = sums[0][m][n][i];
+                    if (SPLIT) sum = fmaf(sums[PARTS - 1][m][n][i], 1.0f / LOW_SCALE, sum);
+                    to[(n * 8 + i % 2) * SUM_STRIDE + m * 16 + i / 2 * 8] = sum * (1.0f / HIGH_SCALE);
+                }
+            }
+        }
+        if (!NORMED) return;
+#pragma unroll
+        for (u32 turn = 0; turn < TURNS; turn++) {
+            float sum = squares[turn];
+#pragma unroll
+            for (u32 lanes = UNITS / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, lanes);
+            store_squares(token_of_turn(turn), sum, unit() == 0);
+        }
+    }
+
+    __device__ __forceinline__ void store_squares(u32 token, float sum, bool mine) const {
+        if (mine && token < TOKENS) ((float*)(shared + SQUARES_AT))[team * TOKENS + token] = sum;
+    }
+
+    // Four rows and eight tokens at a time; a lane has every 32nd four columns.
+    template <class WeightRow>
+    __device__ __forceinline__ void multiply_plain(const float* x, const float* weight, const float* norm,
+                                                   WeightRow weight_row) const {
+        const u32 begin = step * STEP + lane * 4;
+        const u32 stop = end * STEP < COLUMNS ? end * STEP : COLUMNS;
+        x += tile.first_token * COLUMNS;
+        for (u32 row = 0; row < WARP_ROWS; row += 4) {
+            const float* weights[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) weights[i] = weight + (u64)weight_row(warp_m * WARP_ROWS + row + i) * COLUMNS;
+            for (u32 token = 0; token < tile.n_tokens; token += 8) {
+                float of_lane[4][8] = {};
+                for (u32 k = begin; k < stop; k += 128) {
+                    float4 w[4];
+#pragma unroll
+                    for (u32 i = 0; i < 4; i++) w[i] = *(const float4*)(weights[i] + k);
+                    const float4 g = NORMED ? *(const float4*)(norm + k) : make_float4(1, 1, 1, 1);
+#pragma unroll
+                    for (u32 n = 0; n < 8; n++) {
+                        if (token + n >= tile.n_tokens) break;
+                        const float4 a = *(const float4*)(x + (token + n) * COLUMNS + k);
+#pragma unroll
+                        for (u32 i = 0; i < 4; i++) {
+                            float sum = of_lane[i][n];
+                            sum = fmaf(w[i].x, a.x * g.x, sum);
+                            sum = fmaf(w[i].y, a.y * g.y, sum);
+                            sum = fmaf(w[i].z, a.z * g.z, sum);
+                            of_lane[i][n] = fmaf(w[i].w, a.w * g.w, sum);
+                        }
+                    }
+                }
+#pragma unroll
+                for (u32 i = 0; i < 32; i++) {
+                    const float sum = sum_of_warp(of_lane[i / 8][i % 8]);
+                    if (lane == i && token + i % 8 < tile.n_tokens) {
+                        warp_sums(team, warp_m)[(token + i % 8) * SUM_STRIDE + row + i / 8] = sum;
+                    }
+                }
+            }
+        }
+        if (!NORMED) return;
+        for (u32 token = warp_m; token < tile.n_tokens; token += WARPS_M) {
+            float sum = 0.0f;
+            for (u32 k = begin; k < stop; k += 128) sum = add_squares(*(const float4*)(x + token * COLUMNS + k), sum);
+            store_squares(token, sum_of_warp(sum), lane == 0);
+        }
+    }
+
+    __device__ __forceinline__ static float sum_of_warp(float sum) {
+#pragma unroll
+        for (u32 lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, lanes);
+        return sum;
+    }
+};

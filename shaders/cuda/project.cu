@@ -1,0 +1,44 @@
+// needs: ptx formats matmul
+// residual[r] += x[r] · weightᵀ
+
+// constants-begin
+constexpr u32 COLUMNS = 576; // elements of a row of x, columns of the weight
+constexpr u32 WIDTH = 576; // elements of a row of the residual, rows of the weight
+constexpr u32 WEIGHT = 1; // format of the weight
+constexpr bool NORMED = false; // x by its root mean square
+constexpr float EPS = 0.0f; // of the norm
+constexpr u32 TOKENS = 16; // of a tile
+constexpr u32 TOKEN_TILES = 1;
+constexpr u32 M_TILES = 1; // 16 weight rows each, of a warp
+constexpr u32 WARPS_M = 1; // warps along the weight rows
+constexpr u32 WARPS_K = 9; // warps along the columns
+constexpr u32 CLUSTER = 1; // blocks along the columns
+constexpr u32 STAGE = 1; // steps whose activations are staged together
+constexpr u32 DEPTH = 1; // steps whose weights are requested ahead
+constexpr bool SPLIT = true; // sums of their own for the halves of the activations
+constexpr u32 BLOCKS = 2; // that a multiprocessor has room for
+constexpr u32 SHARED_BYTES = 57344;
+// constants-end
+
+// Blocks: CLUSTER * tiles of tokens * tiles of weight rows.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    project(const u32* requests, const float* x, const void* weight, float* residual) { // residual [rows, WIDTH]
+    DYNAMIC_SHARED(shared);
+    const Tile tile = tile_of_block(requests);
+    const auto weight_row = [&](u32 row) { return min(tile.index * ROWS + row, WIDTH - 1); };
+    Matmul matmul;
+    if (TOKEN_TILES == 1 || tile.n_tokens > 0) matmul.begin(shared, tile, weight, nullptr, weight_row);
+    wait_for_previous();
+    release_next();
+    if (tile.n_tokens == 0) return;
+    matmul.multiply(x, weight, nullptr, weight_row);
+
+    for (u32 i = threadIdx.x;; i += THREADS) {
+        const u32 token = i / (ROWS / 4) * CLUSTER + tile.rank, row = i % (ROWS / 4) * 4;
+        if (token >= tile.n_tokens) break;
+        float* to = residual + (tile.first_token + token) * WIDTH;
+        const u32 at = tile.index * ROWS + row;
+        store_row4<WIDTH>(to, at, add4(load_row4<WIDTH>(to, at), matmul.total(token, row)));
+    }
+    matmul.finish();
+}

@@ -1,0 +1,163 @@
+// needs: ptx layout formats paged matmul
+// q, k, v = rms_norm(x[r]) · weightᵀ + bias; q and k heads normed and turned by their position; k and v cached.
+//
+// Rope turns elements i and i + D/2 of a head together: such a *pair* of outputs. A tile has the first elements of eight
+// pairs, then their second ones, and so on; where heads are normed, all pairs of whole heads. Pairs are finished four
+// neighbours at a time.
+
+// constants-begin
+constexpr u32 COLUMNS = 576; // elements of a row of x, columns of the weight
+constexpr u32 HEAD_DIM = 64;
+constexpr u32 HEADS = 9; // query heads
+constexpr u32 KV_HEADS = 3;
+constexpr u32 POSITIONS = 2048; // that the rope table has
+constexpr u32 WEIGHT = 1; // format of the weight
+constexpr bool NORMED = true; // x by its root mean square
+constexpr float EPS = 1e-5f; // of the norms
+constexpr u32 CACHE = 1; // format of the cache
+constexpr u32 PAGE_SIZE = 16;
+constexpr u32 PAGES_PER_REQUEST = 128;
+constexpr bool TILED = true;
+constexpr bool BIAS = false;
+constexpr bool Q_NORM = false;
+constexpr bool K_NORM = false;
+constexpr u32 TILE_PAIRS = 8; // of a tile
+constexpr u32 TOKENS = 16; // of a tile
+constexpr u32 TOKEN_TILES = 1;
+constexpr u32 M_TILES = 1; // 16 weight rows each, of a warp
+constexpr u32 WARPS_M = 1; // warps along the weight rows
+constexpr u32 WARPS_K = 9; // warps along the columns
+constexpr u32 CLUSTER = 1; // blocks along the columns
+constexpr u32 STAGE = 1; // steps whose activations are staged together
+constexpr u32 DEPTH = 1; // steps whose weights are requested ahead
+constexpr bool SPLIT = true; // sums of their own for the halves of the activations
+constexpr u32 BLOCKS = 2; // that a multiprocessor has room for
+constexpr u32 SHARED_BYTES = 57344;
+// constants-end
+
+constexpr u32 HALF = HEAD_DIM / 2;
+constexpr u32 PAIRS = (HEADS + 2 * KV_HEADS) * HALF;
+
+// A head that is normed is finished by neighbouring lanes of one warp, a power of two.
+constexpr bool HEAD_NORM = Q_NORM || K_NORM;
+constexpr u32 power_of_two(u32 n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+constexpr u32 GROUP = HEAD_NORM ? HALF / 4 : TILE_PAIRS / 4; // fours that are finished together
+constexpr u32 GROUP_LANES = HEAD_NORM ? power_of_two(GROUP) : GROUP;
+constexpr u32 GROUPS = TILE_PAIRS / 4 / GROUP; // of a tile
+
+__device__ __forceinline__ float4 scale(float4 v, float4 gamma, float factor) {
+    return make_float4(v.x * (factor * gamma.x), v.y * (factor * gamma.y), v.z * (factor * gamma.z), v.w * (factor * gamma.w));
+}
+
+// Where the vectors of a token go.
+struct Place {
+    u32 position;
+    u32 page;
+    u32 slot;
+};
+
+// Four neighbouring pairs.
+struct Pairs {
+    float4 first;
+    float4 second;
+};
+
+__device__ __forceinline__ Pairs load_pairs(const float* at) {
+    return {*(const float4*)at, *(const float4*)(at + HALF)};
+}
+
+__device__ __forceinline__ void store_pairs(float* at, Pairs pairs) {
+    *(float4*)at = pairs.first;
+    *(float4*)(at + HALF) = pairs.second;
+}
+
+// Cosines and sines of four neighbours at a position.
+__device__ __forceinline__ Pairs turn(Pairs v, const float* rope, u32 position, u32 i) {
+    const u32 row = position < POSITIONS ? position : POSITIONS - 1;
+    const float4* table = (const float4*)(rope + (u64)(row * HALF + i) * 2);
+    const float4 a = table[0], b = table[1]; // cos, sin, cos, sin
+    const float4 x = v.first, y = v.second;
+    return {make_float4(x.x * a.x - y.x * a.y, x.y * a.z - y.y * a.w, x.z * b.x - y.z * b.y, x.w * b.z - y.w * b.w),
+            make_float4(y.x * a.x + x.x * a.y, y.y * a.z + x.y * a.w, y.z * b.x + x.z * b.y, y.w * b.z + x.w * b.w)};
+}
+
+__device__ __forceinline__ void store_cached(void* cache, u64 block, u32 slot, u32 d, float4 v) {
+    const u64 at = block + cache_place(slot, d);
+    if (CACHE == F32) *(float4*)((float*)cache + at) = v;
+    else *(uint2*)((u16*)cache + at) = make_uint2(narrow_pair(CACHE, v.x, v.y), narrow_pair(CACHE, v.z, v.w));
+}
+
+// Blocks: CLUSTER * tiles of tokens * tiles of weight rows.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    qkv(const u32* rows, // [rows, ROW_WORDS]
+        const u32* requests, const u32* pages,
+        const float* x, // [rows, COLUMNS]
+        const float* norm, // [COLUMNS]
+        const void* weight, // [HEADS + 2 KV_HEADS, HEAD_DIM, COLUMNS]
+        const float* bias, // [HEADS + 2 KV_HEADS, HEAD_DIM]
+        const float* q_norm, const float* k_norm, // [HEAD_DIM]
+        const float* rope, // [POSITIONS, HALF, 2]: cos, sin
+        float* q, // [rows, HEADS, HEAD_DIM]
+        void* k_cache, void* v_cache) { // one layer
+    DYNAMIC_SHARED(shared);
+    const Tile tile = tile_of_block(requests);
+    const u32 first_pair = tile.index * TILE_PAIRS;
+    const auto weight_row = [&](u32 row) {
+        const u32 pair = min(first_pair + row / 16 * 8 + row % 8, PAIRS - 1);
+        return pair / HALF * HEAD_DIM + pair % HALF + row / 8 % 2 * HALF;
+    };
+    Matmul matmul;
+    if (TOKEN_TILES == 1 || tile.n_tokens > 0) matmul.begin(shared, tile, weight, norm, weight_row);
+    Place* places = (Place*)(shared + MATMUL_BYTES);
+    for (u32 token = threadIdx.x; token < tile.n_tokens; token += THREADS) {
+        const u32* row = rows + (tile.first_token + token) * ROW_WORDS;
+        const u32 request = row[ROW_REQUEST];
+        const u32 slot = requests[HEADER_WORDS + request * REQUEST_WORDS + REQUEST_PREFIX] + row[ROW_NODE];
+        const u32 page = pages[request * PAGES_PER_REQUEST + slot / PAGE_SIZE];
+        places[token] = {row[ROW_POSITION], page, slot % PAGE_SIZE};
+    }
+    wait_for_previous();
+    release_next();
+    if (tile.n_tokens == 0) return;
+    matmul.multiply(x, weight, norm, weight_row);
+
+    // Lanes of a warp stay together, because they add up the squares of a head.
+    for (u32 i = threadIdx.x; i / 32 * 32 / (GROUPS * GROUP_LANES) * CLUSTER + tile.rank < tile.n_tokens; i += THREADS) {
+        const u32 token = min(i / (GROUPS * GROUP_LANES) * CLUSTER + tile.rank, tile.n_tokens - 1);
+        const u32 four = min(i % GROUP_LANES, GROUP - 1);
+        const u32 pair_of_tile = (i / GROUP_LANES % GROUPS * GROUP + four) * 4;
+        const u32 pair = first_pair + pair_of_tile, head = pair / HALF, d = pair % HALF;
+        const bool mine = i / (GROUPS * GROUP_LANES) * CLUSTER + tile.rank < tile.n_tokens && i % GROUP_LANES < GROUP && pair < PAIRS;
+
+        const u32 row = pair_of_tile / 8 * 16 + pair_of_tile % 8;
+        const float factor = matmul.inv_rms(token);
+        Pairs v = {mul4(matmul.total(token, row), factor), mul4(matmul.total(token, row + 8), factor)};
+        if (BIAS && mine) {
+            const Pairs b = load_pairs(bias + head * HEAD_DIM + d);
+            v = {add4(v.first, b.first), add4(v.second, b.second)};
+        }
+        if (HEAD_NORM) {
+            float squares = i % GROUP_LANES < GROUP ? add_squares(v.second, add_squares(v.first, 0.0f)) : 0.0f;
+#pragma unroll
+            for (u32 lanes = GROUP_LANES / 2; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(FULL_WARP, squares, lanes);
+            const float* gamma = head < HEADS ? q_norm : k_norm;
+            if (head < HEADS ? Q_NORM : K_NORM && head < HEADS + KV_HEADS) {
+                const float factor = 1.0f / sqrtf(squares / HEAD_DIM + EPS);
+                const Pairs g = load_pairs(gamma + d);
+                v = {scale(v.first, g.first, factor), scale(v.second, g.second, factor)};
+            }
+        }
+        if (!mine) continue;
+        const Place place = places[token];
+        if (head < HEADS + KV_HEADS) v = turn(v, rope, place.position, d);
+        if (head < HEADS) {
+            store_pairs(q + ((tile.first_token + token) * HEADS + head) * HEAD_DIM + d, v);
+        } else {
+            void* cache = head < HEADS + KV_HEADS ? k_cache : v_cache;
+            const u64 block = cache_block(place.page, (head - HEADS) % KV_HEADS);
+            store_cached(cache, block, place.slot, d, v.first);
+            store_cached(cache, block, place.slot, d + HALF, v.second);
+        }
+    }
+    matmul.finish();
+}

@@ -1,0 +1,695 @@
+// needs: ptx wgmma layout paged
+// Tree attention on tensor cores: every node of every tree attends to the committed prefix and to its own ancestors.
+//
+// The query rows of a request (node) and the query heads that share a kv head are packed: row = node row * GROUP + head of
+// the group, up to M of them a *unit* (request, kv head, slab of M rows), so that a key is loaded once for all of them.
+// The keys of a unit are its slots 0 .. prefix + nodes, in tiles of 64. The long prefix knows nothing of trees; only tiles
+// that reach past it test the ancestor words.
+//
+//     schedule    units are cut into chunks of tiles so that all clusters of the grid have about the same to do
+//     producer    one warp copies the tiles of this block's share into a ring in shared memory
+//     consumers   GROUPS groups of four warps. A group owns up to 64 rows; groups with the same rows take the tiles in
+//                 turn. A warp owns 16 rows and its part of the tile's keys:
+//                     scores  = q · kᵀ
+//                     weights = 2^(scores - running maximum)
+//                     output  = output * rescale + weights · v
+//                 The products are the warp's own (mma), or the whole group's (wgmma)
+//     merge       the warps' partial results, over the cluster's shared memory; where a unit has several chunks, over the
+//                 workspace, by the chunk that arrives last
+//
+// Scores and sums are f32; q and the weights are rounded to the cache's format for the tensor cores.
+
+// constants-begin
+constexpr u32 HEAD_DIM = 64;
+constexpr u32 KV_HEADS = 3;
+constexpr u32 PAGE_SIZE = 16;
+constexpr u32 CACHE = 1; // format of the cache: 1 bf16, 2 f16
+constexpr u32 PAGES_PER_REQUEST = 128;
+constexpr bool TILED = true;
+constexpr u32 GROUP = 3; // query heads that share a kv head
+constexpr u32 M = 64; // packed rows of a unit: 16, 32, 64 or 128
+constexpr u32 SLABS = 1; // units that a request of all the pass's rows needs for each kv head
+constexpr float SCALE = 0.125f; // of the scores
+constexpr u32 GROUPS = 2; // groups of four consumer warps
+constexpr bool WGMMA = true; // products by whole groups, of 64 rows
+constexpr u32 STAGES = 4; // tiles in the ring
+constexpr u32 CLUSTER = 8; // blocks that share a chunk
+constexpr bool BULK = true; // bulk copies, or else 16-byte ones
+constexpr u32 MIN_CHUNK = 32; // fewer tiles are not worth a merge through the workspace
+constexpr u32 MAX_REQUESTS = 1;
+constexpr bool STATIC_TREE = false; // one tree for all requests, its ancestor words in TREE
+constexpr u32 TREE_WORDS = 8;
+__device__ constexpr u32 TREE[] = {0x0}; // [nodes, TREE_WORDS]
+// constants-end
+
+constexpr u32 HEADS = KV_HEADS * GROUP;
+constexpr u32 TILE = 64; // keys
+constexpr u32 HALVES = HEAD_DIM / 64; // a vector is read in pieces of 64 elements
+constexpr u32 HALF_BYTES = TILE * 128; // of a tile
+constexpr u32 TILE_BYTES = HALVES * HALF_BYTES;
+constexpr u32 STAGE_BYTES = 2 * TILE_BYTES; // keys, then values
+constexpr u32 ROW_GROUPS = (M + 63) / 64; // groups that share a tile
+constexpr u32 KEY_GROUPS = GROUPS / ROW_GROUPS; // that take tiles in turn
+constexpr u32 ROW_WARPS = M / ROW_GROUPS / 16;
+constexpr u32 KEY_WARPS = 4 / ROW_WARPS;
+constexpr u32 WARP_KEYS = TILE / KEY_WARPS; // of a tile
+constexpr u32 CONSUMERS = GROUPS * 128; // threads
+// Registers move between groups of four warps, from the producer's to the consumers': where they do, three warps idle.
+constexpr u32 THREADS = CONSUMERS + (WGMMA ? 128 : 32);
+constexpr u32 PARTS = KEY_GROUPS * KEY_WARPS; // partial results of a row in a block
+constexpr u32 PART_ROW = HEAD_DIM + 4; // floats of a row of a partial result: padded against bank conflicts
+constexpr u32 QUADS = HEAD_DIM / 4; // threads that finish a row, four elements each
+constexpr u32 ROWS_EACH = (M + CLUSTER - 1) / CLUSTER; // rows that a block of the cluster finishes
+constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float NEVER = -__builtin_huge_valf();
+
+// Shared memory, in this order.
+struct Shared {
+    unsigned char ring[STAGES][STAGE_BYTES];
+    float part[PARTS][M][PART_ROW]; // outputs that are not yet divided by their sums
+    float2 sums[PARTS][M]; // running maximum, sum
+    u32 ancestors[KEY_GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node; groups that take turns load their own
+    u64 seen[KEY_GROUPS][ROW_GROUPS * 4]; // keys of a tile that some row of the warp sees
+    u64 full[STAGES];
+    u64 empty[STAGES];
+    u32 arrived; // chunks that came before this one
+};
+
+// What a cluster has to do next: a chunk of a unit.
+struct Item {
+    u32 request;
+    u32 head;
+    u32 slab;
+    u32 chunk, chunks;
+    u32 tile, end; // tiles of the chunk
+    u32 cut; // index among the chunks of units that have several
+};
+
+__device__ __forceinline__ u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }
+
+struct Request {
+    u32 prefix, first_row, n_rows;
+    u32 keys; // slots that some row may see
+};
+
+__device__ __forceinline__ Request read_request(const u32* rows, const u32* requests, u32 index) {
+    const u32* words = requests + HEADER_WORDS + index * REQUEST_WORDS;
+    Request r = {words[REQUEST_PREFIX], words[REQUEST_FIRST_ROW], words[REQUEST_ROWS], 0};
+    // Rows come in node order: the last one has the highest slot.
+    if (r.n_rows > 0) r.keys = r.prefix + rows[(r.first_row + r.n_rows - 1) * ROW_WORDS + ROW_NODE] + 1;
+    return r;
+}
+
+// The same in every thread that asks: how long chunks are, and which chunk comes at a place in the order of all.
+struct Schedule {
+    const u32* rows;
+    const u32* requests;
+    u32 n_requests;
+    u32 chunk; // most tiles of a chunk
+
+    // Units of a request and tiles of each. A lane past the last request has none.
+    __device__ void size(u32 request, u32& units, u32& tiles) const {
+        units = tiles = 0;
+        if (request >= n_requests) return;
+        const Request r = read_request(rows, requests, request);
+        if (r.n_rows == 0) return;
+        units = divide_up(r.n_rows * GROUP, M) * KV_HEADS;
+        tiles = divide_up(r.keys, TILE);
+    }
+
+    __device__ static u32 sum(u32 value) {
+#pragma unroll
+        for (u32 step = 16; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
+        return value;
+    }
+
+    // Chunks of all units if a chunk has at most `most` tiles.
+    __device__ u32 count(u32 most, u32 lane) const {
+        u32 n = 0;
+        for (u32 first = 0; first < n_requests; first += 32) {
+            u32 units, tiles;
+            size(first + lane, units, tiles);
+            n += sum(units * divide_up(tiles, most));
+        }
+        return n;
+    }
+
+    // Whole warps call it.
+    __device__ void plan(u32 clusters, u32 lane) {
+        u32 all_units = 0, all_tiles = 0, longest = 1;
+        for (u32 first = 0; first < n_requests; first += 32) {
+            u32 units, tiles;
+            size(first + lane, units, tiles);
+            all_units += sum(units);
+            all_tiles += sum(units * tiles);
+#pragma unroll
+            for (u32 step = 16; step > 0; step /= 2) tiles = max(tiles, __shfl_xor_sync(FULL_WARP, tiles, step));
+            longest = max(longest, tiles);
+        }
+        u32 low = max(divide_up(all_tiles, clusters), MIN_CHUNK);
+        chunk = low;
+        // Fewer units than clusters: the shortest chunks with which one round of clusters does all.
+        if (all_units <= clusters && low < longest) {
+            u32 high = longest;
+            while (low < high) {
+                const u32 middle = (low + high) / 2;
+                if (count(middle, lane) <= clusters) high = middle;
+                else low = middle + 1;
+            }
+            chunk = low;
+        }
+    }
+
+    // False past the last chunk. Whole warps call it.
+    __device__ bool find(u32 index, u32 lane, Item& item) const {
+        u32 before = 0, cuts = 0;
+        for (u32 first = 0; first < n_requests; first += 32) {
+            u32 units, tiles;
+            size(first + lane, units, tiles);
+            const u32 chunks = divide_up(tiles, chunk), mine = units * chunks;
+            u32 upto = mine, cut_upto = chunks > 1 ? mine : 0;
+#pragma unroll
+            for (u32 step = 1; step < 32; step *= 2) {
+                const u32 other = __shfl_up_sync(FULL_WARP, upto, step), cut = __shfl_up_sync(FULL_WARP, cut_upto, step);
+                if (lane >= step) upto += other, cut_upto += cut;
+            }
+            const u32 here = __ballot_sync(FULL_WARP, index < before + upto);
+            if (here != 0) {
+                const u32 owner = __ffs(here) - 1;
+                const u32 n = __shfl_sync(FULL_WARP, chunks, owner), all = __shfl_sync(FULL_WARP, tiles, owner);
+                const u32 at = index - before - __shfl_sync(FULL_WARP, upto - mine, owner);
+                const u32 unit = at / n;
+                item.request = first + owner;
+                item.head = unit % KV_HEADS;
+                item.slab = unit / KV_HEADS;
+                item.chunk = at % n;
+                item.chunks = n;
+                item.tile = all * item.chunk / n;
+                item.end = all * (item.chunk + 1) / n;
+                item.cut = cuts + __shfl_sync(FULL_WARP, cut_upto - (chunks > 1 ? mine : 0), owner) + at;
+                return true;
+            }
+            before += __shfl_sync(FULL_WARP, upto, 31);
+            cuts += __shfl_sync(FULL_WARP, cut_upto, 31);
+        }
+        return false;
+    }
+};
+
+// This block's share of a chunk's tiles.
+__device__ __forceinline__ void share(Item& item) {
+    if (CLUSTER == 1) return;
+    const u32 rank = cluster_rank(), n = item.end - item.tile, begin = item.tile;
+    item.tile = begin + n * rank / CLUSTER;
+    item.end = begin + n * (rank + 1) / CLUSTER;
+}
+
+// Where in the ring the next tile is, and in which phase.
+struct Ring {
+    u32 stage = 0;
+    u32 phase = 0;
+
+    __device__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// ---- producer
+
+constexpr u32 PAGES = TILE / PAGE_SIZE; // of a tile
+constexpr u32 KNOWN_TILES = 32 / PAGES; // tiles whose pages a warp knows, one a lane
+
+// One warp copies a tile: the blocks of its pages lie as the tile wants them. Lane l knows page `first_known + l`.
+__device__ __forceinline__ void copy_tile(unsigned char* stage, u64* full, u32 n_pages, u32 first_known, u32 known, u32 head,
+                                          const u16* k_cache, const u16* v_cache, u32 lane) {
+    constexpr u32 PIECE = PAGE_SIZE * 128; // bytes that are contiguous in cache and tile
+    constexpr u32 CHUNKS = BULK ? 1 : PIECE / 16; // copies of a piece
+    constexpr u32 COPIES = PAGES * HALVES * 2 * CHUNKS;
+    if (BULK && lane == 0) mbarrier_expect(full, n_pages * HALVES * 2 * PIECE);
+    __syncwarp();
+#pragma unroll(COPIES < 32 ? 1 : 4)
+    for (u32 first = 0; first < COPIES; first += 32) {
+        const u32 piece = (first + lane) / CHUNKS, at = (first + lane) % CHUNKS;
+        const u32 page = piece / (2 * HALVES), half = piece / 2 % HALVES, of_v = piece % 2;
+        const u64 block = cache_block(__shfl_sync(FULL_WARP, known, (first_known + page) % 32), head);
+        if (page >= n_pages) continue;
+        const u16* from = (of_v ? v_cache : k_cache) + block + half * (PAGE_SIZE * 64) + at * 8;
+        unsigned char* to = stage + of_v * TILE_BYTES + half * HALF_BYTES + page * PIECE + at * 16;
+        if (BULK) bulk_copy(to, from, PIECE, full);
+        else cp_async16(to, from, true);
+    }
+    if (!BULK) cp_async_arrive(full);
+    __syncwarp();
+}
+
+// ---- consumers
+
+__device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
+    if (CACHE == 1) mma_bf16(d, a, b0, b1);
+    else mma_f16(d, a, b0, b1);
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+    return CACHE == 1 ? pack_bf16(low, high) : pack_f16(low, high);
+}
+
+// The row of a tile of keys or values and the 16-byte chunk of its vector.
+__device__ __forceinline__ const unsigned char* place(const unsigned char* tile, u32 row, u32 chunk) {
+    return tile + chunk / 8 * HALF_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;
+}
+
+// A warp's 16 rows of a unit, two a lane: rows lane / 4 and lane / 4 + 8.
+struct Accumulator {
+    u32 q[HEAD_DIM / 16][4];
+    float out[HEAD_DIM / 8][4];
+    float largest[2];
+    float sum[2]; // this lane's columns only
+
+    __device__ void clear() {
+#pragma unroll
+        for (u32 d = 0; d < HEAD_DIM / 8; d++)
+            for (u32 i = 0; i < 4; i++) out[d][i] = 0.0f;
+        for (u32 i = 0; i < 2; i++) largest[i] = NEVER, sum[i] = 0.0f;
+    }
+
+    // Rows past the end are computed like the last one, and not written.
+    __device__ void load_queries(const float* q_rows, const Request& request, u32 head, u32 first, u32 lane) {
+        const u32 last = request.n_rows * GROUP - 1;
+        const float* from[2];
+        for (u32 i = 0; i < 2; i++) {
+            const u32 row = min(first + lane / 4 + 8 * i, last);
+            from[i] = q_rows + ((u64)(request.first_row + row / GROUP) * HEADS + head * GROUP + row % GROUP) * HEAD_DIM;
+        }
+#pragma unroll
+        for (u32 kk = 0; kk < HEAD_DIM / 16; kk++)
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                const float2 pair = *(const float2*)(from[i % 2] + kk * 16 + lane % 4 * 2 + i / 2 * 8);
+                q[kk][i] = pack(pair.x, pair.y);
+            }
+    }
+
+    // Adds this warp's keys of a tile. In a masked tile, bit j of `sees[i]` says that row i sees key j of them, bit j of
+    // `any` that some row does: a value that none sees may be anything, NaN too, which zero times would not remove.
+    template <bool MASKED>
+    __device__ void add(const unsigned char* keys, const unsigned char* values, u32 first_key, const u64 sees[2], u64 any,
+                        u32 lane) {
+        float score[WARP_KEYS / 8][4];
+        score_keys(score, keys, first_key, lane);
+        if (MASKED) {
+#pragma unroll
+            for (u32 n = 0; n < WARP_KEYS / 8; n++)
+#pragma unroll
+                for (u32 i = 0; i < 4; i++)
+                    if (!(sees[i / 2] >> (n * 8 + lane % 4 * 2 + i % 2) & 1)) score[n][i] = NEVER;
+        }
+        weigh<MASKED>(score);
+        u32 weights[WARP_KEYS / 16][4];
+#pragma unroll
+        for (u32 n = 0; n < WARP_KEYS / 16; n++)
+#pragma unroll
+            for (u32 i = 0; i < 4; i++)
+                weights[n][i] = pack(score[2 * n + i / 2][i % 2 * 2], score[2 * n + i / 2][i % 2 * 2 + 1]);
+        add_values<MASKED>(weights, values, first_key, any, lane);
+    }
+
+    __device__ void score_keys(float score[WARP_KEYS / 8][4], const unsigned char* keys, u32 first_key, u32 lane) {
+        if (WGMMA) {
+            wgmma_fence();
+#pragma unroll
+            for (u32 kk = 0; kk < HEAD_DIM / 16; kk++) {
+                const u64 matrix = wgmma_matrix(keys + kk / 4 * HALF_BYTES + kk % 4 * 32, 0, 1024);
+                if (CACHE == 1) wgmma_rows64(score, q[kk], matrix, kk > 0);
+                else wgmma_rows64_f16(score, q[kk], matrix, kk > 0);
+            }
+            wgmma_commit();
+            wgmma_wait();
+            return;
+        }
+#pragma unroll
+        for (u32 n = 0; n < WARP_KEYS / 8; n++)
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) score[n][i] = 0.0f;
+#pragma unroll
+        for (u32 kk = 0; kk < HEAD_DIM / 16; kk++)
+#pragma unroll
+            for (u32 n = 0; n < WARP_KEYS / 16; n++) {
+                u32 b[4];
+                ldmatrix_x4(b, place(keys, first_key + n * 16 + lane / 16 * 8 + lane % 8, 2 * kk + lane / 8 % 2));
+                mma(score[2 * n], q[kk], b[0], b[1]);
+                mma(score[2 * n + 1], q[kk], b[2], b[3]);
+            }
+    }
+
+    // Scores become weights; what was added before is rescaled to the new maximum.
+    template <bool MASKED>
+    __device__ void weigh(float score[WARP_KEYS / 8][4]) {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            float most = NEVER;
+#pragma unroll
+            for (u32 n = 0; n < WARP_KEYS / 8; n++) most = fmaxf(most, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
+            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2));
+            most = fmaxf(largest[i], most * (SCALE * LOG2_E));
+            // A row that has seen no key yet keeps its zeros.
+            const float base = MASKED && most == NEVER ? 0.0f : most;
+            const float rescale = exp2_approx(largest[i] - base);
+            largest[i] = most;
+            sum[i] *= rescale;
+#pragma unroll
+            for (u32 n = 0; n < WARP_KEYS / 8; n++)
+#pragma unroll
+                for (u32 j = 2 * i; j < 2 * i + 2; j++) {
+                    score[n][j] = exp2_approx(fmaf(score[n][j], SCALE * LOG2_E, -base));
+                    sum[i] += score[n][j];
+                }
+#pragma unroll
+            for (u32 d = 0; d < HEAD_DIM / 8; d++) out[d][2 * i] *= rescale, out[d][2 * i + 1] *= rescale;
+        }
+    }
+
+    template <bool MASKED>
+    __device__ void add_values(const u32 weights[WARP_KEYS / 16][4], const unsigned char* values, u32 first_key, u64 any,
+                               u32 lane) {
+        if (WGMMA) {
+            wgmma_fence();
+#pragma unroll
+            for (u32 n = 0; n < WARP_KEYS / 16; n++) {
+                const u64 matrix = wgmma_matrix(values + n * 16 * 128, HALF_BYTES, 1024);
+                if (HEAD_DIM == 64 && CACHE == 1) wgmma_columns64(out, weights[n], matrix, true);
+                if (HEAD_DIM == 64 && CACHE == 2) wgmma_columns64_f16(out, weights[n], matrix, true);
+                if (HEAD_DIM == 128 && CACHE == 1) wgmma_columns128(out, weights[n], matrix, true);
+                if (HEAD_DIM == 128 && CACHE == 2) wgmma_columns128_f16(out, weights[n], matrix, true);
+            }
+            wgmma_commit();
+            wgmma_wait();
+            return;
+        }
+#pragma unroll
+        for (u32 n = 0; n < WARP_KEYS / 16; n++) {
+            u32 keep[2] = {FULL_WARP, FULL_WARP};
+            if (MASKED) {
+                for (u32 i = 0; i < 2; i++) {
+                    const u32 pair = (u32)(any >> (n * 16 + i * 8 + lane % 4 * 2)) & 3;
+                    keep[i] = (pair & 1 ? 0xffffu : 0u) | (pair & 2 ? 0xffff0000u : 0u);
+                }
+            }
+#pragma unroll
+            for (u32 d = 0; d < HEAD_DIM / 16; d++) {
+                u32 b[4];
+                ldmatrix_x4_trans(b, place(values, first_key + n * 16 + lane / 8 % 2 * 8 + lane % 8, 2 * d + lane / 16));
+                if (MASKED) b[0] &= keep[0], b[1] &= keep[1], b[2] &= keep[0], b[3] &= keep[1];
+                mma(out[2 * d], weights[n], b[0], b[1]);
+                mma(out[2 * d + 1], weights[n], b[2], b[3]);
+            }
+        }
+    }
+
+    // Leaves the partial result in shared memory.
+    __device__ void store(Shared& shared, u32 part, u32 first, u32 lane) {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            const u32 row = first + lane / 4 + 8 * i;
+            sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 1);
+            sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 2);
+            if (lane % 4 == 0) shared.sums[part][row] = make_float2(largest[i], sum[i]);
+#pragma unroll
+            for (u32 d = 0; d < HEAD_DIM / 8; d++)
+                *(float2*)&shared.part[part][row][d * 8 + lane % 4 * 2] = make_float2(out[d][2 * i], out[d][2 * i + 1]);
+        }
+    }
+};
+
+// 64 bits of a row's ancestor words from node `first` on; nodes before 0 are prefix, and seen.
+__device__ __forceinline__ u64 window(const u32* words, int first) {
+    auto word = [&](int i) { return i >= 0 && i < (int)ANCESTOR_WORDS ? words[i] : i < 0 ? 0xffffffffu : 0u; };
+    const int at = first >> 5; // rounds down
+    const u32 shift = first & 31;
+    const u64 low = word(at) | (u64)word(at + 1) << 32;
+    return shift == 0 ? low : low >> shift | (u64)word(at + 2) << (64 - shift);
+}
+
+// Ancestor words of the unit's rows, for the groups that share its tiles.
+__device__ __forceinline__ void load_ancestors(u32 (*ancestors)[ANCESTOR_WORDS + 1], const u32* rows, const Request& request,
+                                               u32 first, u32 thread) {
+    const u32 last = request.n_rows * GROUP - 1;
+    for (u32 i = thread; i < M * ANCESTOR_WORDS; i += ROW_GROUPS * 128) {
+        const u32 word = i % ANCESTOR_WORDS, row = request.first_row + min(first + i / ANCESTOR_WORDS, last) / GROUP;
+        const u32* from = rows + row * ROW_WORDS;
+        u32 bits;
+        if (STATIC_TREE) bits = word < TREE_WORDS ? TREE[from[ROW_NODE] * TREE_WORDS + word] : 0;
+        else bits = from[ROW_ANCESTORS + word];
+        ancestors[i / ANCESTOR_WORDS][word] = bits;
+    }
+}
+
+// Zeros the values of a tile that no row of the unit sees. The groups that share the tile do it together.
+__device__ __forceinline__ void clear_unseen(unsigned char* values, u64 seen[ROW_GROUPS * 4], u64 any, u32 key_group,
+                                             u32 thread) {
+    const u32 threads = ROW_GROUPS * 128;
+    if (thread % 32 == 0) seen[thread / 32] = any;
+    named_barrier(2 + key_group, threads);
+    u64 all = 0;
+    for (u32 i = 0; i < ROW_GROUPS * 4; i++) all |= seen[i];
+    for (u32 i = thread; i < TILE * HALVES * 8; i += threads) {
+        const u32 key = i / 8 % TILE;
+        if (!(all >> key & 1)) *(uint4*)(values + i * 16) = make_uint4(0, 0, 0, 0);
+    }
+    fence_async();
+    named_barrier(2 + key_group, threads);
+}
+
+// ---- merge
+
+// A row's partial results, added up: four elements that are not yet divided by the sum.
+struct Merged {
+    float largest = NEVER;
+    float sum = 0.0f;
+    float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+
+    __device__ void add(float2 sums, float4 part) {
+        const float most = fmaxf(largest, sums.x);
+        const float base = most == NEVER ? 0.0f : most;
+        const float mine = exp2_approx(largest - base), theirs = exp2_approx(sums.x - base);
+        largest = most;
+        sum = sum * mine + sums.y * theirs;
+        out.x = out.x * mine + part.x * theirs;
+        out.y = out.y * mine + part.y * theirs;
+        out.z = out.z * mine + part.z * theirs;
+        out.w = out.w * mine + part.w * theirs;
+    }
+};
+
+// All blocks' and warps' results of a row. Many reads are under way before the first is used.
+__device__ __forceinline__ Merged merge_cluster(Shared& shared, u32 row, u32 quad) {
+    constexpr u32 ALL = CLUSTER * PARTS, BATCH = ALL < 16 ? ALL : 16;
+    Merged merged;
+    for (u32 first = 0; first < ALL; first += BATCH) {
+        float2 sums[BATCH];
+        float4 part[BATCH];
+#pragma unroll
+        for (u32 i = 0; i < BATCH; i++) {
+            const u32 block = (first + i) / PARTS, p = (first + i) % PARTS;
+            const Shared* there = CLUSTER == 1 ? &shared : cluster_map(&shared, block);
+            sums[i] = there->sums[p][row];
+            part[i] = *(const float4*)&there->part[p][row][quad * 4];
+        }
+#pragma unroll
+        for (u32 i = 0; i < BATCH; i++) merged.add(sums[i], part[i]);
+    }
+    return merged;
+}
+
+// What a chunk leaves in the workspace: [ROWS_EACH * CLUSTER, HEAD_DIM] outputs, then a maximum and a sum a row.
+constexpr u32 PARTIAL = M * (HEAD_DIM + 2);
+
+__device__ __forceinline__ void write_row(float* out, const Request& request, const Item& item, u32 row, u32 quad,
+                                          const Merged& merged) {
+    const u32 packed = item.slab * M + row;
+    const u64 at = (u64)(request.first_row + packed / GROUP) * HEADS + item.head * GROUP + packed % GROUP;
+    const float inverse = 1.0f / merged.sum;
+    float4 y = merged.out;
+    y.x *= inverse, y.y *= inverse, y.z *= inverse, y.w *= inverse;
+    *(float4*)(out + at * HEAD_DIM + quad * 4) = y;
+}
+
+// The consumers' threads finish the rows of this block.
+__device__ __forceinline__ void finish(Shared& shared, const Request& request, const Item& item, float* partials,
+                                       u32* counters, float* out, u32 thread) {
+    const u32 n_rows = min(M, request.n_rows * GROUP - item.slab * M);
+    const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
+    const u32 first = rank * ROWS_EACH, end = min(n_rows, first + ROWS_EACH);
+    float* mine = partials + (u64)item.cut * PARTIAL;
+    for (u32 i = thread; i < ROWS_EACH * QUADS; i += CONSUMERS) {
+        const u32 row = first + i / QUADS, quad = i % QUADS;
+        if (row >= end) continue;
+        const Merged merged = merge_cluster(shared, row, quad);
+        if (item.chunks == 1) {
+            write_row(out, request, item, row, quad, merged);
+        } else {
+            *(float4*)(mine + row * HEAD_DIM + quad * 4) = merged.out;
+            if (quad == 0) *(float2*)(mine + M * HEAD_DIM + row * 2) = make_float2(merged.largest, merged.sum);
+        }
+    }
+    if (item.chunks == 1) return;
+
+    // The last of the unit's chunks adds them up. The counter is left at zero for the next launch.
+    u32* counter = counters + ((item.request * KV_HEADS + item.head) * SLABS + item.slab) * CLUSTER + rank;
+    named_barrier(1, CONSUMERS);
+    if (thread == 0) {
+        __threadfence();
+        shared.arrived = arrive(counter);
+        __threadfence();
+        if (shared.arrived == item.chunks - 1) *counter = 0;
+    }
+    named_barrier(1, CONSUMERS);
+    if (shared.arrived != item.chunks - 1) return;
+    const float* all = partials + (u64)(item.cut - item.chunk) * PARTIAL;
+    for (u32 i = thread; i < ROWS_EACH * QUADS; i += CONSUMERS) {
+        const u32 row = first + i / QUADS, quad = i % QUADS;
+        if (row >= end) continue;
+        Merged merged;
+        for (u32 chunk = 0; chunk < item.chunks; chunk++) {
+            const float* theirs = all + (u64)chunk * PARTIAL;
+            const float2 sums = __ldcg((const float2*)(theirs + M * HEAD_DIM + row * 2));
+            merged.add(sums, __ldcg((const float4*)(theirs + row * HEAD_DIM + quad * 4)));
+        }
+        write_row(out, request, item, row, quad, merged);
+    }
+}
+
+// ---- the kernel
+
+// What all roles of a block go by.
+struct Block {
+    Shared& shared;
+    Schedule schedule;
+    const u32* rows;
+    const u32* requests;
+    u32 clusters;
+    u32 thread, lane, warp;
+
+    // The first item, or the next. Whole warps call it.
+    __device__ bool next(u32& index, Item& item) const {
+        const bool found = schedule.find(index, lane, item);
+        index += clusters;
+        if (found) share(item);
+        return found;
+    }
+};
+
+// One warp runs ahead of the consumers, into the next chunk too.
+__device__ __forceinline__ void produce(const Block& block, const u32* pages, const u16* k_cache, const u16* v_cache) {
+    Ring ring;
+    bool waited = false;
+    Item item;
+    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
+        if (block.warp == CONSUMERS / 32) {
+            const Request request = read_request(block.rows, block.requests, item.request);
+            const u32* table = pages + item.request * PAGES_PER_REQUEST;
+            const u32 n_pages = divide_up(request.keys, PAGE_SIZE);
+            u32 known = 0;
+            for (u32 tile = item.tile; tile < item.end; tile++, ring.advance()) {
+                const u32 nth = (tile - item.tile) % KNOWN_TILES, first = tile * PAGES;
+                if (nth == 0) known = table[min(first + block.lane, n_pages - 1)];
+                // The kernel before this one writes the tree's keys, and none of the prefix.
+                if (!waited && (tile + 1) * TILE > request.prefix) {
+                    wait_for_previous();
+                    waited = true;
+                }
+                mbarrier_wait(&block.shared.empty[ring.stage], ring.phase ^ 1);
+                copy_tile(block.shared.ring[ring.stage], &block.shared.full[ring.stage], min(PAGES, n_pages - first),
+                          nth * PAGES, known, item.head, k_cache, v_cache, block.lane);
+            }
+        }
+        if (CLUSTER > 1) cluster_sync(), cluster_sync();
+    }
+}
+
+__device__ __forceinline__ void consume(const Block& block, const float* q, float* partials, u32* counters, float* out) {
+    Shared& shared = block.shared;
+    const u32 thread = block.thread, lane = block.lane, warp = block.warp;
+    const u32 row_group = warp / 4 % ROW_GROUPS, key_group = warp / 4 / ROW_GROUPS;
+    const u32 first_row = row_group * 64 + warp % ROW_WARPS * 16, key_warp = warp / ROW_WARPS % KEY_WARPS;
+    const u32 first_key = key_warp * WARP_KEYS, team_thread = thread % (ROW_GROUPS * 128);
+    u32 turn = 0; // tiles of this block so far
+    bool waited = false;
+    Ring ring;
+    Item item;
+    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
+        const Request request = read_request(block.rows, block.requests, item.request);
+        const u32 first_packed = item.slab * M;
+        load_ancestors(shared.ancestors[key_group], block.rows, request, first_packed, team_thread);
+        if (!waited) {
+            wait_for_previous();
+            release_next();
+            waited = true;
+        }
+        Accumulator acc;
+        acc.clear();
+        // Without a row of its own a warp has nothing to do; a group that multiplies together needs all its warps.
+        const bool has_rows = first_packed + (WGMMA ? row_group * 64 : first_row) < request.n_rows * GROUP;
+        if (has_rows) acc.load_queries(q, request, item.head, first_packed + first_row, lane);
+        named_barrier(2 + key_group, ROW_GROUPS * 128); // the ancestors are there
+        for (u32 tile = item.tile; tile < item.end; tile++, turn++, ring.advance()) {
+            if (turn % KEY_GROUPS != key_group) continue;
+            unsigned char *keys = shared.ring[ring.stage], *values = keys + TILE_BYTES;
+            mbarrier_wait(&shared.full[ring.stage], ring.phase);
+            u64 sees[2] = {}, any = 0;
+            if ((tile + 1) * TILE <= request.prefix) {
+                if (has_rows) acc.add<false>(keys, values, first_key, sees, any, lane);
+            } else {
+                const int node = (int)(tile * TILE + first_key) - (int)request.prefix;
+                for (u32 i = 0; i < 2; i++)
+                    sees[i] = window(shared.ancestors[key_group][first_row + lane / 4 + 8 * i], node);
+                any = sees[0] | sees[1];
+                for (u32 step = 4; step < 32; step *= 2) any |= __shfl_xor_sync(FULL_WARP, any, step);
+                if (WGMMA) clear_unseen(values, shared.seen[key_group], any, key_group, team_thread);
+                if (has_rows) acc.add<true>(keys, values, first_key, sees, any, lane);
+            }
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(&shared.empty[ring.stage]);
+        }
+        if (has_rows) acc.store(shared, key_group * KEY_WARPS + key_warp, first_row, lane);
+        if (CLUSTER > 1) cluster_sync();
+        else named_barrier(1, CONSUMERS);
+        finish(shared, request, item, partials, counters, out, thread);
+        // Before anyone writes to what others still read.
+        if (CLUSTER > 1) cluster_sync();
+        else named_barrier(1, CONSUMERS);
+    }
+    if (!waited) wait_for_previous();
+}
+
+// Grid: clusters * CLUSTER blocks. `q` and `out` are [rows, HEADS, HEAD_DIM]; the caches one layer.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    tree_attention(const u32* __restrict__ rows, const u32* __restrict__ requests, const u32* __restrict__ pages,
+                   const float* __restrict__ q, const u16* __restrict__ k_cache, const u16* __restrict__ v_cache,
+                   float* partials, u32* counters, float* __restrict__ out) {
+    DYNAMIC_SHARED(memory);
+    Shared& shared = *(Shared*)memory;
+    const u32 thread = threadIdx.x, lane = thread % 32;
+    if (thread == 0) {
+        for (u32 s = 0; s < STAGES; s++) {
+            mbarrier_init(&shared.full[s], BULK ? 1 : 32);
+            mbarrier_init(&shared.empty[s], ROW_GROUPS * 4);
+        }
+        fence_barrier_init();
+    }
+    const u32 clusters = gridDim.x / CLUSTER;
+    Block block = {shared, {rows, requests, min(requests[1], MAX_REQUESTS), 0}, rows, requests, clusters, thread, lane, thread / 32};
+    block.schedule.plan(clusters, lane);
+    __syncthreads();
+    if (thread >= CONSUMERS) {
+        if (WGMMA) give_registers<64>();
+        produce(block, pages, k_cache, v_cache);
+    } else {
+        if (WGMMA) take_registers<224>();
+        consume(block, q, partials, counters, out);
+    }
+}
