@@ -60,9 +60,15 @@ impl Kernels {
         let compiler = &self.compiler;
         let cubins = missing.par_iter().map(|spec| compiler.cubin(spec)).collect::<Result<Vec<_>>>()?;
         for (spec, cubin) in missing.into_iter().zip(cubins) {
-            self.loaded.push(Kernel::load(spec, &cubin)?);
+            self.know(spec, &cubin)?;
         }
         launches.iter().map(|launch| self.allowed(launch)).collect()
+    }
+
+    /// Loads a kernel, so that launches of its spec find it.
+    pub fn know(&mut self, spec: &KernelSpec, cubin: &[u8]) -> Result<()> {
+        self.loaded.push(Kernel::load(spec, cubin)?);
+        Ok(())
     }
 
     fn allowed(&mut self, launch: &Launch) -> Result<FunctionHandle> {

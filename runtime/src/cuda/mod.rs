@@ -120,7 +120,20 @@ impl CudaBackend {
         self.uploads.enqueue(&self.device, to, bytemuck::cast_slice(words))
     }
 
-    /// Device addresses of a launch's arguments; `buffers[i]` is the pass's buffer i.
+    /// Makes launches ready to run as a pass; `buffers[i]` is the pass's buffer i.
+    fn prepare(&mut self, launches: &[Launch], buffers: &[BufferId]) -> Result<PassId> {
+        let functions = self.kernels.functions(launches)?;
+        let mut ready = Vec::with_capacity(launches.len());
+        for (launch, function) in launches.iter().zip(functions) {
+            let arguments = self.addresses(launch, buffers)?;
+            ready.push(ReadyLaunch::new(launch, function, arguments));
+        }
+        let graph = Graph::capture(&self.device, &ready.iter().collect::<Vec<_>>())?;
+        self.passes.push(CompiledPass { graph, launches: ready });
+        Ok(PassId(self.passes.len() - 1))
+    }
+
+    /// Device addresses of a launch's arguments.
     fn addresses(&mut self, launch: &Launch, buffers: &[BufferId]) -> Result<Vec<u64>> {
         let address = |&Argument { source, offset }: &Argument| {
             let base = match source {
@@ -225,15 +238,7 @@ impl Backend for CudaBackend {
         self.device.enter()?;
         let launches =
             lower_pass(pass, &self.device.gpu.device).map_err(|e| Error::Device(format!("pass {}: {e}", pass.name)))?;
-        let functions = self.kernels.functions(&launches)?;
-        let mut ready = Vec::with_capacity(launches.len());
-        for (launch, function) in launches.iter().zip(functions) {
-            let arguments = self.addresses(launch, buffers)?;
-            ready.push(ReadyLaunch::new(launch, function, arguments));
-        }
-        let graph = Graph::capture(&self.device, &ready.iter().collect::<Vec<_>>())?;
-        self.passes.push(CompiledPass { graph, launches: ready });
-        Ok(PassId(self.passes.len() - 1))
+        self.prepare(&launches, buffers)
     }
 
     /// The graph is for all rows that the pass is compiled for: blocks without work return.
@@ -249,3 +254,6 @@ impl Drop for CudaBackend {
         drop(self.device.enter().and_then(|()| self.device.wait()));
     }
 }
+
+#[cfg(test)]
+mod tests;
