@@ -7,6 +7,7 @@
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
+template <unsigned PENDING>
 inline void wgmma_wait() {}
 inline void fence_async() {}
 template <unsigned REGISTERS>
