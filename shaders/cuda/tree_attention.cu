@@ -30,10 +30,11 @@ constexpr u32 GROUP = 3; // query heads that share a kv head
 constexpr u32 M = 64; // packed rows of a unit: 16, 32, 64 or 128
 constexpr u32 SLABS = 1; // units that a request of all the pass's rows needs for each kv head
 constexpr float SCALE = 0.125f; // of the scores
-constexpr u32 GROUPS = 2; // groups of four consumer warps
+constexpr u32 GROUPS = 1; // groups of four consumer warps
 constexpr bool WGMMA = true; // products by whole groups, of 64 rows
-constexpr u32 STAGES = 4; // tiles in the ring
-constexpr u32 CLUSTER = 8; // blocks that share a chunk
+constexpr u32 STAGES = 6; // tiles in the ring, a multiple of the groups that take turns
+constexpr u32 CLUSTER = 16; // blocks that share a chunk
+constexpr u32 BLOCKS = 2; // of a multiprocessor: this kernel's and the next one's
 constexpr bool BULK = true; // bulk copies, or else 16-byte ones
 constexpr u32 MIN_CHUNK = 32; // fewer tiles are not worth a merge through the workspace
 constexpr u32 MAX_REQUESTS = 1;
@@ -64,15 +65,42 @@ constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float NEVER = -__builtin_huge_valf();
 
+// A warp's results, before they are merged.
+struct Parts {
+    float out[PARTS][M][PART_ROW]; // not yet divided by the sums
+    float2 sums[PARTS][M]; // running maximum, sum
+};
+
+struct Tiles {
+    unsigned char ring[STAGES][STAGE_BYTES];
+};
+
+// In a cluster the producer waits for the merge, and the parts may lie where the tiles were. A smaller block leaves room
+// for one of the next kernel beside it.
+union TilesOrParts {
+    Tiles tiles;
+    Parts parts;
+};
+struct TilesAndParts {
+    Tiles tiles;
+    Parts parts;
+};
+template <bool OVERLAID>
+struct Choice {
+    typedef TilesOrParts Type;
+};
+template <>
+struct Choice<false> {
+    typedef TilesAndParts Type;
+};
+
 // Shared memory, in this order.
 struct Shared {
-    unsigned char ring[STAGES][STAGE_BYTES];
-    float part[PARTS][M][PART_ROW]; // outputs that are not yet divided by their sums
-    float2 sums[PARTS][M]; // running maximum, sum
-    u32 ancestors[KEY_GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node; groups that take turns load their own
-    u64 seen[KEY_GROUPS][ROW_GROUPS * 4]; // keys of a tile that some row of the warp sees
+    Choice<(CLUSTER > 1)>::Type memory;
     u64 full[STAGES];
     u64 empty[STAGES];
+    u64 seen[KEY_GROUPS][ROW_GROUPS * 4]; // keys of a tile that some row of the warp sees
+    u32 ancestors[KEY_GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node; groups that take turns load their own
     u32 arrived; // chunks that came before this one
 };
 
@@ -205,18 +233,11 @@ __device__ __forceinline__ void share(Item& item) {
     item.end = begin + n * (rank + 1) / CLUSTER;
 }
 
-// Where in the ring the next tile is, and in which phase.
-struct Ring {
-    u32 stage = 0;
-    u32 phase = 0;
-
-    __device__ void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
+// Where in the ring a block's tile is, and in which phase, by how many tiles came before it. Groups that take turns never
+// see each other's phases: each stage belongs to one of them.
+static_assert(STAGES % KEY_GROUPS == 0, "a stage belongs to one group");
+__device__ __forceinline__ u32 stage_of(u32 turn) { return turn % STAGES; }
+__device__ __forceinline__ u32 phase_of(u32 turn) { return turn / STAGES & 1; }
 
 // ---- producer
 
@@ -268,6 +289,7 @@ struct Accumulator {
     float out[HEAD_DIM / 8][4];
     float largest[2];
     float sum[2]; // this lane's columns only
+    float rescale[2]; // of what was added before the latest tile
 
     __device__ void clear() {
 #pragma unroll
@@ -300,36 +322,12 @@ struct Accumulator {
                         u32 lane) {
         float score[WARP_KEYS / 8][4];
         score_keys(score, keys, first_key, lane);
-        if (MASKED) {
-#pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 8; n++)
-#pragma unroll
-                for (u32 i = 0; i < 4; i++)
-                    if (!(sees[i / 2] >> (n * 8 + lane % 4 * 2 + i % 2) & 1)) score[n][i] = NEVER;
-        }
-        weigh<MASKED>(score);
-        u32 weights[WARP_KEYS / 16][4];
-#pragma unroll
-        for (u32 n = 0; n < WARP_KEYS / 16; n++)
-#pragma unroll
-            for (u32 i = 0; i < 4; i++)
-                weights[n][i] = pack(score[2 * n + i / 2][i % 2 * 2], score[2 * n + i / 2][i % 2 * 2 + 1]);
-        add_values<MASKED>(weights, values, first_key, any, lane);
+        weigh<MASKED>(score, sees, lane);
+        rescale_out();
+        add_values<MASKED>(score, values, first_key, any, lane);
     }
 
     __device__ void score_keys(float score[WARP_KEYS / 8][4], const unsigned char* keys, u32 first_key, u32 lane) {
-        if (WGMMA) {
-            wgmma_fence();
-#pragma unroll
-            for (u32 kk = 0; kk < HEAD_DIM / 16; kk++) {
-                const u64 matrix = wgmma_matrix(keys + kk / 4 * HALF_BYTES + kk % 4 * 32, 0, 1024);
-                if (CACHE == 1) wgmma_rows64(score, q[kk], matrix, kk > 0);
-                else wgmma_rows64_f16(score, q[kk], matrix, kk > 0);
-            }
-            wgmma_commit();
-            wgmma_wait();
-            return;
-        }
 #pragma unroll
         for (u32 n = 0; n < WARP_KEYS / 8; n++)
 #pragma unroll
@@ -345,9 +343,28 @@ struct Accumulator {
             }
     }
 
-    // Scores become weights; what was added before is rescaled to the new maximum.
+    // The same by the whole group, under way when it returns.
+    __device__ void start_scores(float score[WARP_KEYS / 8][4], const unsigned char* keys) {
+        wgmma_fence();
+#pragma unroll
+        for (u32 kk = 0; kk < HEAD_DIM / 16; kk++) {
+            const u64 matrix = wgmma_matrix(keys + kk / 4 * HALF_BYTES + kk % 4 * 32, 0, 1024);
+            if (CACHE == 1) wgmma_rows64(score, q[kk], matrix, kk > 0);
+            else wgmma_rows64_f16(score, q[kk], matrix, kk > 0);
+        }
+        wgmma_commit();
+    }
+
+    // Scores become weights. What was added before must be rescaled to the new maximum before more is added.
     template <bool MASKED>
-    __device__ void weigh(float score[WARP_KEYS / 8][4]) {
+    __device__ void weigh(float score[WARP_KEYS / 8][4], const u64 sees[2], u32 lane) {
+        if (MASKED) {
+#pragma unroll
+            for (u32 n = 0; n < WARP_KEYS / 8; n++)
+#pragma unroll
+                for (u32 i = 0; i < 4; i++)
+                    if (!(sees[i / 2] >> (n * 8 + lane % 4 * 2 + i % 2) & 1)) score[n][i] = NEVER;
+        }
 #pragma unroll
         for (u32 i = 0; i < 2; i++) {
             float most = NEVER;
@@ -358,9 +375,9 @@ struct Accumulator {
             most = fmaxf(largest[i], most * (SCALE * LOG2_E));
             // A row that has seen no key yet keeps its zeros.
             const float base = MASKED && most == NEVER ? 0.0f : most;
-            const float rescale = exp2_approx(largest[i] - base);
+            rescale[i] = exp2_approx(largest[i] - base);
             largest[i] = most;
-            sum[i] *= rescale;
+            sum[i] *= rescale[i];
 #pragma unroll
             for (u32 n = 0; n < WARP_KEYS / 8; n++)
 #pragma unroll
@@ -368,31 +385,29 @@ struct Accumulator {
                     score[n][j] = exp2_approx(fmaf(score[n][j], SCALE * LOG2_E, -base));
                     sum[i] += score[n][j];
                 }
-#pragma unroll
-            for (u32 d = 0; d < HEAD_DIM / 8; d++) out[d][2 * i] *= rescale, out[d][2 * i + 1] *= rescale;
         }
     }
 
-    template <bool MASKED>
-    __device__ void add_values(const u32 weights[WARP_KEYS / 16][4], const unsigned char* values, u32 first_key, u64 any,
-                               u32 lane) {
-        if (WGMMA) {
-            wgmma_fence();
+    __device__ void rescale_out() {
 #pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 16; n++) {
-                const u64 matrix = wgmma_matrix(values + n * 16 * 128, HALF_BYTES, 1024);
-                if (HEAD_DIM == 64 && CACHE == 1) wgmma_columns64(out, weights[n], matrix, true);
-                if (HEAD_DIM == 64 && CACHE == 2) wgmma_columns64_f16(out, weights[n], matrix, true);
-                if (HEAD_DIM == 128 && CACHE == 1) wgmma_columns128(out, weights[n], matrix, true);
-                if (HEAD_DIM == 128 && CACHE == 2) wgmma_columns128_f16(out, weights[n], matrix, true);
-            }
-            wgmma_commit();
-            wgmma_wait();
-            return;
-        }
+        for (u32 d = 0; d < HEAD_DIM / 8; d++)
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) out[d][i] *= rescale[i / 2];
+    }
+
+    // Weights of 16 keys as the products take them.
+    __device__ static void narrow(u32 a[4], const float (*weight)[4]) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) a[i] = pack(weight[i / 2][i % 2 * 2], weight[i / 2][i % 2 * 2 + 1]);
+    }
+
+    template <bool MASKED>
+    __device__ void add_values(const float weight[WARP_KEYS / 8][4], const unsigned char* values, u32 first_key, u64 any,
+                               u32 lane) {
 #pragma unroll
         for (u32 n = 0; n < WARP_KEYS / 16; n++) {
-            u32 keep[2] = {FULL_WARP, FULL_WARP};
+            u32 a[4], keep[2] = {FULL_WARP, FULL_WARP};
+            narrow(a, weight + 2 * n);
             if (MASKED) {
                 for (u32 i = 0; i < 2; i++) {
                     const u32 pair = (u32)(any >> (n * 16 + i * 8 + lane % 4 * 2)) & 3;
@@ -404,10 +419,24 @@ struct Accumulator {
                 u32 b[4];
                 ldmatrix_x4_trans(b, place(values, first_key + n * 16 + lane / 8 % 2 * 8 + lane % 8, 2 * d + lane / 16));
                 if (MASKED) b[0] &= keep[0], b[1] &= keep[1], b[2] &= keep[0], b[3] &= keep[1];
-                mma(out[2 * d], weights[n], b[0], b[1]);
-                mma(out[2 * d + 1], weights[n], b[2], b[3]);
+                mma(out[2 * d], a, b[0], b[1]);
+                mma(out[2 * d + 1], a, b[2], b[3]);
             }
         }
+    }
+
+    // The same by the whole group, under way when it returns.
+    __device__ void start_values(const u32 weights[TILE / 16][4], const unsigned char* values) {
+        wgmma_fence();
+#pragma unroll
+        for (u32 n = 0; n < TILE / 16; n++) {
+            const u64 matrix = wgmma_matrix(values + n * 16 * 128, HALF_BYTES, 1024);
+            if (HEAD_DIM == 64 && CACHE == 1) wgmma_columns64(out, weights[n], matrix, true);
+            if (HEAD_DIM == 64 && CACHE == 2) wgmma_columns64_f16(out, weights[n], matrix, true);
+            if (HEAD_DIM == 128 && CACHE == 1) wgmma_columns128(out, weights[n], matrix, true);
+            if (HEAD_DIM == 128 && CACHE == 2) wgmma_columns128_f16(out, weights[n], matrix, true);
+        }
+        wgmma_commit();
     }
 
     // Leaves the partial result in shared memory.
@@ -417,10 +446,10 @@ struct Accumulator {
             const u32 row = first + lane / 4 + 8 * i;
             sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 1);
             sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 2);
-            if (lane % 4 == 0) shared.sums[part][row] = make_float2(largest[i], sum[i]);
+            if (lane % 4 == 0) shared.memory.parts.sums[part][row] = make_float2(largest[i], sum[i]);
 #pragma unroll
             for (u32 d = 0; d < HEAD_DIM / 8; d++)
-                *(float2*)&shared.part[part][row][d * 8 + lane % 4 * 2] = make_float2(out[d][2 * i], out[d][2 * i + 1]);
+                *(float2*)&shared.memory.parts.out[part][row][d * 8 + lane % 4 * 2] = make_float2(out[d][2 * i], out[d][2 * i + 1]);
         }
     }
 };
@@ -496,8 +525,8 @@ __device__ __forceinline__ Merged merge_cluster(Shared& shared, u32 row, u32 qua
         for (u32 i = 0; i < BATCH; i++) {
             const u32 block = (first + i) / PARTS, p = (first + i) % PARTS;
             const Shared* there = CLUSTER == 1 ? &shared : cluster_map(&shared, block);
-            sums[i] = there->sums[p][row];
-            part[i] = *(const float4*)&there->part[p][row][quad * 4];
+            sums[i] = there->memory.parts.sums[p][row];
+            part[i] = *(const float4*)&there->memory.parts.out[p][row][quad * 4];
         }
 #pragma unroll
         for (u32 i = 0; i < BATCH; i++) merged.add(sums[i], part[i]);
@@ -585,7 +614,7 @@ struct Block {
 
 // One warp runs ahead of the consumers, into the next chunk too.
 __device__ __forceinline__ void produce(const Block& block, const u32* pages, const u16* k_cache, const u16* v_cache) {
-    Ring ring;
+    u32 turn = 0; // tiles of this block so far
     bool waited = false;
     Item item;
     for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
@@ -594,7 +623,7 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
             const u32* table = pages + item.request * PAGES_PER_REQUEST;
             const u32 n_pages = divide_up(request.keys, PAGE_SIZE);
             u32 known = 0;
-            for (u32 tile = item.tile; tile < item.end; tile++, ring.advance()) {
+            for (u32 tile = item.tile; tile < item.end; tile++, turn++) {
                 const u32 nth = (tile - item.tile) % KNOWN_TILES, first = tile * PAGES;
                 if (nth == 0) known = table[min(first + block.lane, n_pages - 1)];
                 // The kernel before this one writes the tree's keys, and none of the prefix.
@@ -602,8 +631,9 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
                     wait_for_previous();
                     waited = true;
                 }
-                mbarrier_wait(&block.shared.empty[ring.stage], ring.phase ^ 1);
-                copy_tile(block.shared.ring[ring.stage], &block.shared.full[ring.stage], min(PAGES, n_pages - first),
+                const u32 stage = stage_of(turn);
+                mbarrier_wait(&block.shared.empty[stage], phase_of(turn) ^ 1);
+                copy_tile(block.shared.memory.tiles.ring[stage], &block.shared.full[stage], min(PAGES, n_pages - first),
                           nth * PAGES, known, item.head, k_cache, v_cache, block.lane);
             }
         }
@@ -611,15 +641,91 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
     }
 }
 
+// A consumer warp's tiles of a chunk: its group's turns among the block's.
+struct Tiled {
+    const Block& block;
+    const Request& request;
+    u32 first_tile, first_turn; // of the chunk
+    u32 key_group, first_row, first_key, team_thread;
+
+    __device__ unsigned char* keys(u32 turn) const { return block.shared.memory.tiles.ring[stage_of(turn)]; }
+    __device__ unsigned char* values(u32 turn) const { return keys(turn) + TILE_BYTES; }
+    __device__ u32 tile(u32 turn) const { return first_tile + turn - first_turn; }
+    __device__ bool is_masked(u32 turn) const { return (tile(turn) + 1) * TILE > request.prefix; }
+
+    // Waits for the tile. If it is masked, says what the lane's rows see, and what all rows do.
+    __device__ void open(u32 turn, u64 sees[2], u64& any) const {
+        mbarrier_wait(&block.shared.full[stage_of(turn)], phase_of(turn));
+        if (!is_masked(turn)) return;
+        const int node = (int)(tile(turn) * TILE + first_key) - (int)request.prefix;
+        for (u32 i = 0; i < 2; i++)
+            sees[i] = window(block.shared.ancestors[key_group][first_row + block.lane / 4 + 8 * i], node);
+        any = sees[0] | sees[1];
+        for (u32 step = 4; step < 32; step *= 2) any |= __shfl_xor_sync(FULL_WARP, any, step);
+        if (WGMMA) clear_unseen(values(turn), block.shared.seen[key_group], any, key_group, team_thread);
+    }
+
+    // The producer may overwrite the tile.
+    __device__ void close(u32 turn) const {
+        __syncwarp();
+        if (block.lane == 0) mbarrier_arrive(&block.shared.empty[stage_of(turn)]);
+    }
+};
+
+// Products by the warp itself, one tile after the other. Without rows of its own it passes the tiles on.
+__device__ __forceinline__ void add_tiles(Accumulator& acc, const Tiled& tiles, u32 turn, u32 end, bool has_rows) {
+    const u32 first_key = tiles.first_key, lane = tiles.block.lane;
+    for (; turn < end; turn += KEY_GROUPS) {
+        u64 sees[2] = {}, any = 0;
+        tiles.open(turn, sees, any);
+        if (has_rows) {
+            if (tiles.is_masked(turn)) acc.add<true>(tiles.keys(turn), tiles.values(turn), first_key, sees, any, lane);
+            else acc.add<false>(tiles.keys(turn), tiles.values(turn), first_key, sees, any, lane);
+        }
+        tiles.close(turn);
+    }
+}
+
+// Products by the group: a tile's scores are under way while the values of the one before it are added.
+__device__ __forceinline__ void add_tiles_together(Accumulator& acc, const Tiled& tiles, u32 turn, u32 end) {
+    if (turn >= end) return;
+    const u32 lane = tiles.block.lane;
+    float score[TILE / 8][4];
+    u32 weights[TILE / 16][4];
+    u64 sees[2] = {}, any = 0;
+    tiles.open(turn, sees, any);
+    acc.start_scores(score, tiles.keys(turn));
+    wgmma_wait<0>();
+    if (tiles.is_masked(turn)) acc.weigh<true>(score, sees, lane);
+    else acc.weigh<false>(score, sees, lane);
+#pragma unroll
+    for (u32 n = 0; n < TILE / 16; n++) Accumulator::narrow(weights[n], score + 2 * n);
+    for (u32 next = turn + KEY_GROUPS; next < end; turn = next, next += KEY_GROUPS) {
+        tiles.open(next, sees, any);
+        acc.start_scores(score, tiles.keys(next));
+        acc.start_values(weights, tiles.values(turn));
+        wgmma_wait<1>();
+        if (tiles.is_masked(next)) acc.weigh<true>(score, sees, lane);
+        else acc.weigh<false>(score, sees, lane);
+        wgmma_wait<0>();
+        tiles.close(turn);
+        acc.rescale_out();
+#pragma unroll
+        for (u32 n = 0; n < TILE / 16; n++) Accumulator::narrow(weights[n], score + 2 * n);
+    }
+    acc.start_values(weights, tiles.values(turn));
+    wgmma_wait<0>();
+    tiles.close(turn);
+}
+
 __device__ __forceinline__ void consume(const Block& block, const float* q, float* partials, u32* counters, float* out) {
     Shared& shared = block.shared;
     const u32 thread = block.thread, lane = block.lane, warp = block.warp;
     const u32 row_group = warp / 4 % ROW_GROUPS, key_group = warp / 4 / ROW_GROUPS;
     const u32 first_row = row_group * 64 + warp % ROW_WARPS * 16, key_warp = warp / ROW_WARPS % KEY_WARPS;
-    const u32 first_key = key_warp * WARP_KEYS, team_thread = thread % (ROW_GROUPS * 128);
+    const u32 team_thread = thread % (ROW_GROUPS * 128);
     u32 turn = 0; // tiles of this block so far
     bool waited = false;
-    Ring ring;
     Item item;
     for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
         const Request request = read_request(block.rows, block.requests, item.request);
@@ -636,38 +742,25 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
         const bool has_rows = first_packed + (WGMMA ? row_group * 64 : first_row) < request.n_rows * GROUP;
         if (has_rows) acc.load_queries(q, request, item.head, first_packed + first_row, lane);
         named_barrier(2 + key_group, ROW_GROUPS * 128); // the ancestors are there
-        for (u32 tile = item.tile; tile < item.end; tile++, turn++, ring.advance()) {
-            if (turn % KEY_GROUPS != key_group) continue;
-            unsigned char *keys = shared.ring[ring.stage], *values = keys + TILE_BYTES;
-            mbarrier_wait(&shared.full[ring.stage], ring.phase);
-            u64 sees[2] = {}, any = 0;
-            if ((tile + 1) * TILE <= request.prefix) {
-                if (has_rows) acc.add<false>(keys, values, first_key, sees, any, lane);
-            } else {
-                const int node = (int)(tile * TILE + first_key) - (int)request.prefix;
-                for (u32 i = 0; i < 2; i++)
-                    sees[i] = window(shared.ancestors[key_group][first_row + lane / 4 + 8 * i], node);
-                any = sees[0] | sees[1];
-                for (u32 step = 4; step < 32; step *= 2) any |= __shfl_xor_sync(FULL_WARP, any, step);
-                if (WGMMA) clear_unseen(values, shared.seen[key_group], any, key_group, team_thread);
-                if (has_rows) acc.add<true>(keys, values, first_key, sees, any, lane);
-            }
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(&shared.empty[ring.stage]);
-        }
+        const Tiled tiles = {block, request, item.tile, turn, key_group, first_row, key_warp * WARP_KEYS, team_thread};
+        const u32 mine = turn + (key_group + KEY_GROUPS - turn % KEY_GROUPS) % KEY_GROUPS;
+        turn += item.end - item.tile;
+        if (WGMMA && has_rows) add_tiles_together(acc, tiles, mine, turn);
+        else add_tiles(acc, tiles, mine, turn, has_rows);
+        if (CLUSTER > 1) named_barrier(1, CONSUMERS); // all tiles are read: the parts come in their place
         if (has_rows) acc.store(shared, key_group * KEY_WARPS + key_warp, first_row, lane);
         if (CLUSTER > 1) cluster_sync();
         else named_barrier(1, CONSUMERS);
         finish(shared, request, item, partials, counters, out, thread);
         // Before anyone writes to what others still read.
-        if (CLUSTER > 1) cluster_sync();
+        if (CLUSTER > 1) fence_async(), cluster_sync();
         else named_barrier(1, CONSUMERS);
     }
     if (!waited) wait_for_previous();
 }
 
 // Grid: clusters * CLUSTER blocks. `q` and `out` are [rows, HEADS, HEAD_DIM]; the caches one layer.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     tree_attention(const u32* __restrict__ rows, const u32* __restrict__ requests, const u32* __restrict__ pages,
                    const float* __restrict__ q, const u16* __restrict__ k_cache, const u16* __restrict__ v_cache,
                    float* partials, u32* counters, float* __restrict__ out) {
@@ -686,10 +779,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     block.schedule.plan(clusters, lane);
     __syncthreads();
     if (thread >= CONSUMERS) {
-        if (WGMMA) give_registers<64>();
+        if (WGMMA) give_registers<GROUPS == 1 ? 24 : 56>();
         produce(block, pages, k_cache, v_cache);
     } else {
-        if (WGMMA) take_registers<224>();
+        if (WGMMA) take_registers<GROUPS == 1 ? 232 : 224>();
         consume(block, q, partials, counters, out);
     }
 }
