@@ -80,7 +80,8 @@ const WGSL_KERNELS: &[(&str, &str)] = sources!("wgsl/" ".wgsl":
 const WGSL_LIBRARY: &[(&str, &str)] = sources!("wgsl/lib/" ".wgsl":
     "layout" "formats" "matmul" "paged" "batch" "ancestors" "philox" "best");
 const CUDA_KERNELS: &[(&str, &str)] = sources!("cuda/" ".cu":
-    "embed" "qkv" "tree_attention" "plain_attention" "project" "gate_up" "head" "draw" "top_k" "accept" "commit");
+    "embed" "qkv" "tree_attention" "plain_attention" "project" "gate_up" "head" "draw" "top_k" "accept" "commit"
+    "draft_ngram" "grow");
 const CUDA_LIBRARY: &[(&str, &str)] = sources!("cuda/lib/" ".cuh":
     "ptx" "wgmma" "layout" "formats" "paged" "matmul" "batch" "ancestors" "philox" "best" "score");
 

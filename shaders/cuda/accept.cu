@@ -8,11 +8,13 @@
 // constants-begin
 // constants-end
 
-constexpr u32 THREADS = MAX_NODES;
+constexpr u32 THREADS = 256;
+static_assert(THREADS == MAX_NODES, "one thread takes one node");
 
 // Blocks: [requests].
 extern "C" __global__ void __launch_bounds__(THREADS)
-    accept(const u32* rows, const u32* requests, const u32* draws, u32* accepted) { // accepted [requests, ACCEPTED_WORDS]
+    accept(const u32* rows, const u32* requests, const u32* draws, // draws [rows]
+           u32* accepted) { // [requests, ACCEPTED_WORDS]
     __shared__ u32 matched[THREADS / 32];
     __shared__ u32 deepest[THREADS / 32]; // path length, then 255 - node
 

@@ -1,16 +1,16 @@
 // needs: ptx layout batch ancestors philox best score
 // draws[r] = the target's own token at row r: repetition penalty, temperature, top-k, top-p, min-p, then Gumbel-max.
 //
-// One block draws one row. Where a request has neither filters nor a penalty, and the head has left its best candidates,
-// the best of those is drawn. Else, as in runtime/src/draw.rs:
+// One block draws one row. Where a request has neither filters nor a penalty, and the head has left its best
+// candidates, the best of those is drawn. Else, as in runtime/src/draw.rs:
 //
 //     top   = the largest logit
 //     floor = the smallest key that the filters keep: all three keep a token by its logit alone
 //     drawn = the argmax of logit / temperature + gumbel among keys of at least the floor
 //
-// Top-k and top-p find their floor bit by bit, as the largest key for which the tokens of at least that key have a given
-// weight. That is exact, and costs 32 looks at a shortlist: the tokens that are no smaller than the RANK-th of the
-// threads' largest. It holds the RANK largest tokens, and nearly always enough; if not, the whole row is looked at.
+// Top-k and top-p find their floor bit by bit, as the largest key for which the tokens of at least that key have a
+// given weight. That is exact, and costs 32 looks at a shortlist: the tokens that are no smaller than the RANK-th of
+// the threads' largest. It holds the RANK largest tokens, and nearly always enough; if not, the whole row is looked at.
 // Masses are whole numbers, so their sums depend on no order.
 
 // constants-begin
@@ -177,7 +177,9 @@ __device__ __forceinline__ u64 weight_of(float x, u32 key, const Weigh& weigh) {
 __device__ u64 weight_at_least(u32 key, bool of_shortlist, const Weigh& weigh, Block& block) {
     u64 mine = 0;
     if (of_shortlist) {
-        for (u32 i = threadIdx.x; i < block.n_shortlist; i += THREADS) mine += weight_of(block.shortlist[i], key, weigh);
+        for (u32 i = threadIdx.x; i < block.n_shortlist; i += THREADS) {
+            mine += weight_of(block.shortlist[i], key, weigh);
+        }
     } else {
         each_group(block, [&](u32, float4 x) {
             mine += weight_of(x.x, key, weigh) + weight_of(x.y, key, weigh);
@@ -270,7 +272,7 @@ __device__ u64 draw_from_candidates(const u64* candidates, Block& block) {
 }
 
 // Blocks: [rows].
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     draw(const u32* rows, const u32* requests, const u32* seen, // seen [requests, SEEN_WORDS]
          const float* logits, const u64* candidates, u32* draws) { // [rows, VOCAB], [rows, CANDIDATES], [rows]
     __shared__ Block block;

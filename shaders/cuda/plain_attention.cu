@@ -27,7 +27,6 @@ constexpr u32 THREADS = 256;
 constexpr u32 WARPS = THREADS / 32;
 constexpr u32 COLUMNS = HEAD_DIM / 8; // eights of elements of an output
 constexpr u32 KEY_GROUPS = THREADS / COLUMNS;
-constexpr float NEVER = -__builtin_huge_valf();
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= THREADS, "one thread finishes an element");
 
 // Blocks: [heads, rows].
@@ -58,12 +57,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const auto element_of = [&](u32 place, u32 d) {
         return cache_block(place / PAGE_SIZE, kv_head) + cache_place(place % PAGE_SIZE, d);
     };
+    const float never = __uint_as_float(0xff800000u); // -infinity
     const u32 column = t % COLUMNS, key_group = t / COLUMNS;
     Eight output = {};
-    float maximum = NEVER, sum = 0.0f; // the sum of this thread's weights
+    float maximum = never, sum = 0.0f; // the sum of this thread's weights
     for (u32 begin = 0; begin < keys; begin += THREADS) {
         const u32 position = begin + t;
-        float score = NEVER;
+        float score = never;
         if (position < keys) {
             const u32 slot = position < prefix ? position : prefix + node_on_path(ancestors, position - prefix);
             const u32 place = pages[request * PAGES_PER_REQUEST + slot / PAGE_SIZE] * PAGE_SIZE + slot % PAGE_SIZE;
@@ -78,7 +78,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
         float largest = score;
 #pragma unroll
-        for (u32 lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, lanes));
+        for (u32 lanes = 16; lanes > 0; lanes /= 2) {
+            largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, lanes));
+        }
         if (t % 32 == 0) parts[t / 32] = largest;
         __syncthreads();
         for (u32 warp = 0; warp < WARPS; warp++) largest = fmaxf(largest, parts[warp]);

@@ -1,10 +1,10 @@
 // needs: ptx layout best
 // ids[r], values[r] = the K largest logits of row r, descending, ties to the lowest id.
 //
-// One block ranks one row. Thread t owns the tokens of groups t, t + THREADS, .. and finds its best. The TURN best tokens
-// are among those of the TURN threads with the best bests, and no worse than the worst of these: they alone are looked at
-// again, by the thread's whole warp, and what is found is ranked by counting what is better. Beyond TURN tokens, all this
-// is done again for what comes after the last one taken.
+// One block ranks one row. Thread t owns the tokens of groups t, t + THREADS, .. and finds its best. The TURN best
+// tokens are among those of the TURN threads with the best bests, and no worse than the worst of these: they alone are
+// looked at again, by the thread's whole warp, and what is found is ranked by counting what is better. Beyond TURN
+// tokens, all this is done again for what comes after the last one taken.
 
 // constants-begin
 constexpr u32 VOCAB = 49152;
@@ -31,7 +31,7 @@ __device__ __forceinline__ void each_token(const float* row, u32 group, const Se
 }
 
 // Blocks: [rows].
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     top_k(const u32* requests, const float* logits, u32* ids, float* values) { // [rows, VOCAB], [rows, K], [rows, K]
     __shared__ u64 list[TURN * OWNED];
     __shared__ u32 n_list;

@@ -1,7 +1,7 @@
 // What a token's logit is worth in a draw: logit / temperature + noise, as a number whose largest wins.
 //
-// The head kernel has the logits in registers; it ranks them here and leaves the best of each block to `draw`, which then
-// need not read the vocabulary again. A request with filters or a penalty looks at all logits instead.
+// The head kernel has the logits in registers; it ranks them here and leaves the best of each block to `draw`, which
+// then need not read the vocabulary again. A request with filters or a penalty looks at all logits instead.
 //
 // Needs ptx, layout, batch, philox, best.
 
@@ -44,7 +44,8 @@ __device__ __forceinline__ u64 candidate(float logit, u32 token, const Noise& no
     u32 word = 0;
     if (!noise.is_silent) {
         const Four four = noise_words(noise, token / 4);
-        word = token % 4 < 2 ? (token % 4 ? four.words[1] : four.words[0]) : token % 4 == 2 ? four.words[2] : four.words[3];
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) word = token % 4 == i ? four.words[i] : word;
     }
     return candidate_with_word(logit, token, noise, word);
 }
