@@ -24,24 +24,37 @@ struct Program {
 
 bool is_word(char c) { return isalnum((unsigned char)c) || c == '_'; }
 
+// Behind the parenthesis that closes the one at `open`.
+size_t behind(const std::string& source, size_t open) {
+    size_t at = open, depth = 0;
+    do {
+        depth += source[at] == '(';
+        depth -= source[at] == ')';
+        at++;
+    } while (depth && at < source.size());
+    return at;
+}
+
 // Names of the functions declared `extern "C" __global__`: of each, the word before the first parenthesis that is not
-// __launch_bounds__'s.
+// an attribute's.
 std::vector<std::string> kernels(const std::string& source) {
     std::vector<std::string> names;
     const std::string mark = "extern \"C\" __global__";
-    for (size_t at = source.find(mark); at != std::string::npos; at = source.find(mark, at + 1)) {
-        size_t open = at;
-        std::string name;
-        do {
-            open = source.find('(', open + 1);
-            if (open == std::string::npos) break;
+    for (size_t at = source.find(mark); at != std::string::npos; at = source.find(mark, at)) {
+        at += mark.size();
+        for (;;) {
+            const size_t open = source.find('(', at);
+            if (open == std::string::npos) return names;
             size_t end = open;
-            while (source[end - 1] == ' ') end--;
+            while (isspace((unsigned char)source[end - 1])) end--;
             size_t begin = end;
             while (is_word(source[begin - 1])) begin--;
-            name = source.substr(begin, end - begin);
-        } while (name == "__launch_bounds__" || name == "__cluster_dims__");
-        if (!name.empty()) names.push_back(name);
+            const std::string name = source.substr(begin, end - begin);
+            at = behind(source, open);
+            if (name == "__launch_bounds__" || name == "__cluster_dims__") continue;
+            names.push_back(name);
+            break;
+        }
     }
     return names;
 }

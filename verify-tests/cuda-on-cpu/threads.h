@@ -585,7 +585,8 @@ inline void start_block(Block& block, uint3 index, unsigned rank) {
     for (unsigned i = 0; i < block.n_threads; i++) {
         Thread& thread = block.threads[i];
         if (!thread.stack.begin) thread.stack = Guarded::allocate(STACK, 4096);
-        thread.context.start(thread.stack.begin, STACK, thread_entry);
+        // Stacks begin at different places of their pages, or they would all meet in a few lines of the cache.
+        thread.context.start(thread.stack.begin, STACK - i % LANES * 128, thread_entry);
         thread.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
         thread.waits = Wait::None;
         thread.n_copies = thread.n_arrivals = thread.group = 0;

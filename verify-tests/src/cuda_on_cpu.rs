@@ -7,7 +7,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/cuda-on-cpu");
 
@@ -42,6 +42,8 @@ pub fn set_up() -> Result<(), String> {
 
 /// Compiles a file of `cuda-on-cpu/`; the product's path.
 pub fn build(source: &str, product: &str, flags: &[&str]) -> Result<PathBuf, String> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock();
     let mut hash = fnv(FNV_START, &format!("{FLAGS:?}{flags:?}{}", machine_flags().concat()));
     for file in sources(Path::new(SOURCES))? {
         hash = fnv(hash, &fs::read_to_string(&file).map_err(|e| format!("{}: {e}", file.display()))?);

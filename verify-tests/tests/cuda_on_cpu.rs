@@ -3,18 +3,11 @@
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
-use treespark_verify_tests::cuda_on_cpu;
+use treespark_verify_tests::{cases, cuda_on_cpu};
 
 /// `None`, with a printed reason, where there is no compiler; a failure where `TREESPARK_REQUIRE_GPU` is set.
 fn self_test(name: &str, flags: &[&str]) -> Option<PathBuf> {
-    match cuda_on_cpu::build("selftest/main.cpp", name, flags) {
-        Ok(path) => Some(path),
-        Err(why) => {
-            assert!(std::env::var_os("TREESPARK_REQUIRE_GPU").is_none(), "{why}");
-            eprintln!("skipped: {why}");
-            None
-        }
-    }
+    cases::needed("TREESPARK_REQUIRE_GPU", cuda_on_cpu::build("selftest/main.cpp", name, flags))
 }
 
 fn run(program: &PathBuf, seed: u64, kernel: Option<&str>) -> Output {
