@@ -12,6 +12,8 @@ use crate::spec::KernelSpec;
 
 mod acceptance;
 mod attention;
+pub mod drafting;
+mod plain_attention;
 mod weights;
 
 /// What kernels are chosen by.

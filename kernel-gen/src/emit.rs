@@ -80,9 +80,10 @@ const WGSL_KERNELS: &[(&str, &str)] = sources!("wgsl/" ".wgsl":
 const WGSL_LIBRARY: &[(&str, &str)] = sources!("wgsl/lib/" ".wgsl":
     "layout" "formats" "matmul" "paged" "batch" "ancestors" "philox" "best");
 const CUDA_KERNELS: &[(&str, &str)] = sources!("cuda/" ".cu":
-    "qkv" "tree_attention" "project" "gate_up" "head");
+    "embed" "qkv" "tree_attention" "plain_attention" "project" "gate_up" "head" "draw" "top_k" "accept" "commit"
+    "draft_ngram" "grow");
 const CUDA_LIBRARY: &[(&str, &str)] = sources!("cuda/lib/" ".cuh":
-    "ptx" "layout" "formats" "paged" "matmul");
+    "ptx" "wgmma" "layout" "formats" "paged" "batch" "ancestors" "philox" "best" "score" "matmul");
 
 /// Stems of all kernel sources.
 pub fn stems(lang: Lang) -> impl Iterator<Item = &'static str> {

@@ -1,4 +1,4 @@
-// needs: ptx layout paged
+// needs: ptx wgmma layout paged
 // Tree attention on tensor cores: every node of every tree attends to the committed prefix and to its own ancestors.
 //
 // The query rows of a request (node) and the query heads that share a kv head are packed: row = node row * GROUP + head of
@@ -8,10 +8,12 @@
 //
 //     schedule    units are cut into chunks of tiles so that all clusters of the grid have about the same to do
 //     producer    one warp copies the tiles of this block's share into a ring in shared memory
-//     consumers   GROUPS groups of four warps take the tiles in turn; a warp owns 16 rows and its part of the tile's keys:
-//                     scores  = q · kᵀ                    mma
+//     consumers   GROUPS groups of four warps. A group owns up to 64 rows; groups with the same rows take the tiles in
+//                 turn. A warp owns 16 rows and its part of the tile's keys:
+//                     scores  = q · kᵀ
 //                     weights = 2^(scores - running maximum)
-//                     output  = output * rescale + weights · v   mma
+//                     output  = output * rescale + weights · v
+//                 The products are the warp's own (mma), or the whole group's (wgmma)
 //     merge       the warps' partial results, over the cluster's shared memory; where a unit has several chunks, over the
 //                 workspace, by the chunk that arrives last
 //
@@ -25,12 +27,14 @@ constexpr u32 CACHE = 1; // format of the cache: 1 bf16, 2 f16
 constexpr u32 PAGES_PER_REQUEST = 128;
 constexpr bool TILED = true;
 constexpr u32 GROUP = 3; // query heads that share a kv head
-constexpr u32 M = 64; // packed rows of a unit: 16, 32 or 64
+constexpr u32 M = 64; // packed rows of a unit: 16, 32, 64 or 128
 constexpr u32 SLABS = 1; // units that a request of all the pass's rows needs for each kv head
 constexpr float SCALE = 0.125f; // of the scores
-constexpr u32 GROUPS = 2; // groups of four consumer warps
-constexpr u32 STAGES = 4; // tiles in the ring
-constexpr u32 CLUSTER = 8; // blocks that share a chunk
+constexpr u32 GROUPS = 1; // groups of four consumer warps
+constexpr bool WGMMA = true; // products by whole groups, of 64 rows
+constexpr u32 STAGES = 6; // tiles in the ring, a multiple of the groups that take turns
+constexpr u32 CLUSTER = 16; // blocks that share a chunk
+constexpr u32 BLOCKS = 2; // of a multiprocessor: this kernel's and the next one's
 constexpr bool BULK = true; // bulk copies, or else 16-byte ones
 constexpr u32 MIN_CHUNK = 32; // fewer tiles are not worth a merge through the workspace
 constexpr u32 MAX_REQUESTS = 1;
@@ -45,12 +49,15 @@ constexpr u32 HALVES = HEAD_DIM / 64; // a vector is read in pieces of 64 elemen
 constexpr u32 HALF_BYTES = TILE * 128; // of a tile
 constexpr u32 TILE_BYTES = HALVES * HALF_BYTES;
 constexpr u32 STAGE_BYTES = 2 * TILE_BYTES; // keys, then values
-constexpr u32 ROW_WARPS = M / 16;
+constexpr u32 ROW_GROUPS = (M + 63) / 64; // groups that share a tile
+constexpr u32 KEY_GROUPS = GROUPS / ROW_GROUPS; // that take tiles in turn
+constexpr u32 ROW_WARPS = M / ROW_GROUPS / 16;
 constexpr u32 KEY_WARPS = 4 / ROW_WARPS;
 constexpr u32 WARP_KEYS = TILE / KEY_WARPS; // of a tile
 constexpr u32 CONSUMERS = GROUPS * 128; // threads
-constexpr u32 THREADS = CONSUMERS + 32;
-constexpr u32 PARTS = GROUPS * KEY_WARPS; // partial results of a row in a block
+// Registers move between groups of four warps, from the producer's to the consumers': where they do, three warps idle.
+constexpr u32 THREADS = CONSUMERS + (WGMMA ? 128 : 32);
+constexpr u32 PARTS = KEY_GROUPS * KEY_WARPS; // partial results of a row in a block
 constexpr u32 PART_ROW = HEAD_DIM + 4; // floats of a row of a partial result: padded against bank conflicts
 constexpr u32 QUADS = HEAD_DIM / 4; // threads that finish a row, four elements each
 constexpr u32 ROWS_EACH = (M + CLUSTER - 1) / CLUSTER; // rows that a block of the cluster finishes
@@ -58,14 +65,42 @@ constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float NEVER = -__builtin_huge_valf();
 
+// A warp's results, before they are merged.
+struct Parts {
+    float out[PARTS][M][PART_ROW]; // not yet divided by the sums
+    float2 sums[PARTS][M]; // running maximum, sum
+};
+
+struct Tiles {
+    unsigned char ring[STAGES][STAGE_BYTES];
+};
+
+// In a cluster the producer waits for the merge, and the parts may lie where the tiles were. A smaller block leaves room
+// for one of the next kernel beside it.
+union TilesOrParts {
+    Tiles tiles;
+    Parts parts;
+};
+struct TilesAndParts {
+    Tiles tiles;
+    Parts parts;
+};
+template <bool OVERLAID>
+struct Choice {
+    typedef TilesOrParts Type;
+};
+template <>
+struct Choice<false> {
+    typedef TilesAndParts Type;
+};
+
 // Shared memory, in this order.
 struct Shared {
-    unsigned char ring[STAGES][STAGE_BYTES];
-    float part[PARTS][M][PART_ROW]; // outputs that are not yet divided by their sums
-    float2 sums[PARTS][M]; // running maximum, sum
-    u32 ancestors[GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node, by group: each loads its own
+    Choice<(CLUSTER > 1)>::Type memory;
     u64 full[STAGES];
     u64 empty[STAGES];
+    u64 seen[KEY_GROUPS][ROW_GROUPS * 4]; // keys of a tile that some row of the warp sees
+    u32 ancestors[KEY_GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node; groups that take turns load their own
     u32 arrived; // chunks that came before this one
 };
 
@@ -198,18 +233,11 @@ __device__ __forceinline__ void share(Item& item) {
     item.end = begin + n * (rank + 1) / CLUSTER;
 }
 
-// Where in the ring the next tile is, and in which phase.
-struct Ring {
-    u32 stage = 0;
-    u32 phase = 0;
-
-    __device__ void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
+// Where in the ring a block's tile is, and in which phase, by how many tiles came before it. Groups that take turns never
+// see each other's phases: each stage belongs to one of them.
+static_assert(STAGES % KEY_GROUPS == 0, "a stage belongs to one group");
+__device__ __forceinline__ u32 stage_of(u32 turn) { return turn % STAGES; }
+__device__ __forceinline__ u32 phase_of(u32 turn) { return turn / STAGES & 1; }
 
 // ---- producer
 
@@ -261,6 +289,7 @@ struct Accumulator {
     float out[HEAD_DIM / 8][4];
     float largest[2];
     float sum[2]; // this lane's columns only
+    float rescale[2]; // of what was added before the latest tile
 
     __device__ void clear() {
 #pragma unroll
@@ -286,11 +315,23 @@ struct Accumulator {
             }
     }
 
-    // Adds this warp's keys of a tile. In a masked tile, bit j of `sees[i]` says that row i sees key j of them.
+    // Adds this warp's keys of a tile. In a masked tile, bit j of `sees[i]` says that row i sees key j of them, bit j of
+    // `any` that some row does: a value that none sees may be anything, NaN too, which zero times would not remove.
     template <bool MASKED>
     __device__ void add(const unsigned char* keys, const unsigned char* values, u32 first_key, const u64 sees[2], u64 any,
                         u32 lane) {
-        float score[WARP_KEYS / 8][4] = {};
+        float score[WARP_KEYS / 8][4];
+        score_keys(score, keys, first_key, lane);
+        weigh<MASKED>(score, sees, lane);
+        rescale_out();
+        add_values<MASKED>(score, values, first_key, any, lane);
+    }
+
+    __device__ void score_keys(float score[WARP_KEYS / 8][4], const unsigned char* keys, u32 first_key, u32 lane) {
+#pragma unroll
+        for (u32 n = 0; n < WARP_KEYS / 8; n++)
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) score[n][i] = 0.0f;
 #pragma unroll
         for (u32 kk = 0; kk < HEAD_DIM / 16; kk++)
 #pragma unroll
@@ -300,6 +341,23 @@ struct Accumulator {
                 mma(score[2 * n], q[kk], b[0], b[1]);
                 mma(score[2 * n + 1], q[kk], b[2], b[3]);
             }
+    }
+
+    // The same by the whole group, under way when it returns.
+    __device__ void start_scores(float score[WARP_KEYS / 8][4], const unsigned char* keys) {
+        wgmma_fence();
+#pragma unroll
+        for (u32 kk = 0; kk < HEAD_DIM / 16; kk++) {
+            const u64 matrix = wgmma_matrix(keys + kk / 4 * HALF_BYTES + kk % 4 * 32, 0, 1024);
+            if (CACHE == 1) wgmma_rows64(score, q[kk], matrix, kk > 0);
+            else wgmma_rows64_f16(score, q[kk], matrix, kk > 0);
+        }
+        wgmma_commit();
+    }
+
+    // Scores become weights. What was added before must be rescaled to the new maximum before more is added.
+    template <bool MASKED>
+    __device__ void weigh(float score[WARP_KEYS / 8][4], const u64 sees[2], u32 lane) {
         if (MASKED) {
 #pragma unroll
             for (u32 n = 0; n < WARP_KEYS / 8; n++)
@@ -317,9 +375,9 @@ struct Accumulator {
             most = fmaxf(largest[i], most * (SCALE * LOG2_E));
             // A row that has seen no key yet keeps its zeros.
             const float base = MASKED && most == NEVER ? 0.0f : most;
-            const float rescale = exp2_approx(largest[i] - base);
+            rescale[i] = exp2_approx(largest[i] - base);
             largest[i] = most;
-            sum[i] *= rescale;
+            sum[i] *= rescale[i];
 #pragma unroll
             for (u32 n = 0; n < WARP_KEYS / 8; n++)
 #pragma unroll
@@ -327,15 +385,29 @@ struct Accumulator {
                     score[n][j] = exp2_approx(fmaf(score[n][j], SCALE * LOG2_E, -base));
                     sum[i] += score[n][j];
                 }
-#pragma unroll
-            for (u32 d = 0; d < HEAD_DIM / 8; d++) out[d][2 * i] *= rescale, out[d][2 * i + 1] *= rescale;
         }
+    }
+
+    __device__ void rescale_out() {
+#pragma unroll
+        for (u32 d = 0; d < HEAD_DIM / 8; d++)
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) out[d][i] *= rescale[i / 2];
+    }
+
+    // Weights of 16 keys as the products take them.
+    __device__ static void narrow(u32 a[4], const float (*weight)[4]) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) a[i] = pack(weight[i / 2][i % 2 * 2], weight[i / 2][i % 2 * 2 + 1]);
+    }
+
+    template <bool MASKED>
+    __device__ void add_values(const float weight[WARP_KEYS / 8][4], const unsigned char* values, u32 first_key, u64 any,
+                               u32 lane) {
 #pragma unroll
         for (u32 n = 0; n < WARP_KEYS / 16; n++) {
-            const float(*s)[4] = score + 2 * n;
-            const u32 a[4] = {pack(s[0][0], s[0][1]), pack(s[0][2], s[0][3]), pack(s[1][0], s[1][1]), pack(s[1][2], s[1][3])};
-            // What no row of the warp sees may hold anything, NaN too, which zero times would not remove.
-            u32 keep[2] = {FULL_WARP, FULL_WARP};
+            u32 a[4], keep[2] = {FULL_WARP, FULL_WARP};
+            narrow(a, weight + 2 * n);
             if (MASKED) {
                 for (u32 i = 0; i < 2; i++) {
                     const u32 pair = (u32)(any >> (n * 16 + i * 8 + lane % 4 * 2)) & 3;
@@ -353,6 +425,20 @@ struct Accumulator {
         }
     }
 
+    // The same by the whole group, under way when it returns.
+    __device__ void start_values(const u32 weights[TILE / 16][4], const unsigned char* values) {
+        wgmma_fence();
+#pragma unroll
+        for (u32 n = 0; n < TILE / 16; n++) {
+            const u64 matrix = wgmma_matrix(values + n * 16 * 128, HALF_BYTES, 1024);
+            if (HEAD_DIM == 64 && CACHE == 1) wgmma_columns64(out, weights[n], matrix, true);
+            if (HEAD_DIM == 64 && CACHE == 2) wgmma_columns64_f16(out, weights[n], matrix, true);
+            if (HEAD_DIM == 128 && CACHE == 1) wgmma_columns128(out, weights[n], matrix, true);
+            if (HEAD_DIM == 128 && CACHE == 2) wgmma_columns128_f16(out, weights[n], matrix, true);
+        }
+        wgmma_commit();
+    }
+
     // Leaves the partial result in shared memory.
     __device__ void store(Shared& shared, u32 part, u32 first, u32 lane) {
 #pragma unroll
@@ -360,10 +446,10 @@ struct Accumulator {
             const u32 row = first + lane / 4 + 8 * i;
             sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 1);
             sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 2);
-            if (lane % 4 == 0) shared.sums[part][row] = make_float2(largest[i], sum[i]);
+            if (lane % 4 == 0) shared.memory.parts.sums[part][row] = make_float2(largest[i], sum[i]);
 #pragma unroll
             for (u32 d = 0; d < HEAD_DIM / 8; d++)
-                *(float2*)&shared.part[part][row][d * 8 + lane % 4 * 2] = make_float2(out[d][2 * i], out[d][2 * i + 1]);
+                *(float2*)&shared.memory.parts.out[part][row][d * 8 + lane % 4 * 2] = make_float2(out[d][2 * i], out[d][2 * i + 1]);
         }
     }
 };
@@ -377,11 +463,11 @@ __device__ __forceinline__ u64 window(const u32* words, int first) {
     return shift == 0 ? low : low >> shift | (u64)word(at + 2) << (64 - shift);
 }
 
-// Ancestor words of the unit's rows, for one group.
+// Ancestor words of the unit's rows, for the groups that share its tiles.
 __device__ __forceinline__ void load_ancestors(u32 (*ancestors)[ANCESTOR_WORDS + 1], const u32* rows, const Request& request,
                                                u32 first, u32 thread) {
     const u32 last = request.n_rows * GROUP - 1;
-    for (u32 i = thread; i < M * ANCESTOR_WORDS; i += 128) {
+    for (u32 i = thread; i < M * ANCESTOR_WORDS; i += ROW_GROUPS * 128) {
         const u32 word = i % ANCESTOR_WORDS, row = request.first_row + min(first + i / ANCESTOR_WORDS, last) / GROUP;
         const u32* from = rows + row * ROW_WORDS;
         u32 bits;
@@ -389,6 +475,22 @@ __device__ __forceinline__ void load_ancestors(u32 (*ancestors)[ANCESTOR_WORDS +
         else bits = from[ROW_ANCESTORS + word];
         ancestors[i / ANCESTOR_WORDS][word] = bits;
     }
+}
+
+// Zeros the values of a tile that no row of the unit sees. The groups that share the tile do it together.
+__device__ __forceinline__ void clear_unseen(unsigned char* values, u64 seen[ROW_GROUPS * 4], u64 any, u32 key_group,
+                                             u32 thread) {
+    const u32 threads = ROW_GROUPS * 128;
+    if (thread % 32 == 0) seen[thread / 32] = any;
+    named_barrier(2 + key_group, threads);
+    u64 all = 0;
+    for (u32 i = 0; i < ROW_GROUPS * 4; i++) all |= seen[i];
+    for (u32 i = thread; i < TILE * HALVES * 8; i += threads) {
+        const u32 key = i / 8 % TILE;
+        if (!(all >> key & 1)) *(uint4*)(values + i * 16) = make_uint4(0, 0, 0, 0);
+    }
+    fence_async();
+    named_barrier(2 + key_group, threads);
 }
 
 // ---- merge
@@ -423,8 +525,8 @@ __device__ __forceinline__ Merged merge_cluster(Shared& shared, u32 row, u32 qua
         for (u32 i = 0; i < BATCH; i++) {
             const u32 block = (first + i) / PARTS, p = (first + i) % PARTS;
             const Shared* there = CLUSTER == 1 ? &shared : cluster_map(&shared, block);
-            sums[i] = there->sums[p][row];
-            part[i] = *(const float4*)&there->part[p][row][quad * 4];
+            sums[i] = there->memory.parts.sums[p][row];
+            part[i] = *(const float4*)&there->memory.parts.out[p][row][quad * 4];
         }
 #pragma unroll
         for (u32 i = 0; i < BATCH; i++) merged.add(sums[i], part[i]);
@@ -492,93 +594,195 @@ __device__ __forceinline__ void finish(Shared& shared, const Request& request, c
 
 // ---- the kernel
 
-// Grid: clusters * CLUSTER blocks. `q` and `out` are [rows, HEADS, HEAD_DIM]; the caches one layer.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    tree_attention(const u32* __restrict__ rows, const u32* __restrict__ requests, const u32* __restrict__ pages,
-                   const float* __restrict__ q, const u16* __restrict__ k_cache, const u16* __restrict__ v_cache,
-                   float* partials, u32* counters, float* __restrict__ out) {
-    DYNAMIC_SHARED(memory);
-    Shared& shared = *(Shared*)memory;
-    const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const u32 clusters = gridDim.x / CLUSTER;
+// What all roles of a block go by.
+struct Block {
+    Shared& shared;
+    Schedule schedule;
+    const u32* rows;
+    const u32* requests;
+    u32 clusters;
+    u32 thread, lane, warp;
 
-    if (thread == 0) {
-        for (u32 s = 0; s < STAGES; s++) mbarrier_init(&shared.full[s], BULK ? 1 : 32), mbarrier_init(&shared.empty[s], 4);
-        fence_barrier_init();
+    // The first item, or the next. Whole warps call it.
+    __device__ bool next(u32& index, Item& item) const {
+        const bool found = schedule.find(index, lane, item);
+        index += clusters;
+        if (found) share(item);
+        return found;
     }
-    Schedule schedule = {rows, requests, min(requests[1], MAX_REQUESTS), 0};
-    schedule.plan(clusters, lane);
-    __syncthreads();
+};
 
-    const bool is_producer = warp == CONSUMERS / 32;
-    const u32 group = warp / 4;
+// One warp runs ahead of the consumers, into the next chunk too.
+__device__ __forceinline__ void produce(const Block& block, const u32* pages, const u16* k_cache, const u16* v_cache) {
     u32 turn = 0; // tiles of this block so far
     bool waited = false;
-    Ring ring;
     Item item;
-    for (u32 index = blockIdx.x / CLUSTER; schedule.find(index, lane, item); index += clusters) {
-        const Request request = read_request(rows, requests, item.request);
-        share(item);
-        if (is_producer) {
+    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
+        if (block.warp == CONSUMERS / 32) {
+            const Request request = read_request(block.rows, block.requests, item.request);
             const u32* table = pages + item.request * PAGES_PER_REQUEST;
             const u32 n_pages = divide_up(request.keys, PAGE_SIZE);
             u32 known = 0;
-            for (u32 tile = item.tile; tile < item.end; tile++) {
+            for (u32 tile = item.tile; tile < item.end; tile++, turn++) {
                 const u32 nth = (tile - item.tile) % KNOWN_TILES, first = tile * PAGES;
-                if (nth == 0) known = table[min(first + lane, n_pages - 1)];
+                if (nth == 0) known = table[min(first + block.lane, n_pages - 1)];
                 // The kernel before this one writes the tree's keys, and none of the prefix.
                 if (!waited && (tile + 1) * TILE > request.prefix) {
                     wait_for_previous();
                     waited = true;
                 }
-                mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
-                copy_tile(shared.ring[ring.stage], &shared.full[ring.stage], min(PAGES, n_pages - first), nth * PAGES, known,
-                          item.head, k_cache, v_cache, lane);
-                ring.advance();
+                const u32 stage = stage_of(turn);
+                mbarrier_wait(&block.shared.empty[stage], phase_of(turn) ^ 1);
+                copy_tile(block.shared.memory.tiles.ring[stage], &block.shared.full[stage], min(PAGES, n_pages - first),
+                          nth * PAGES, known, item.head, k_cache, v_cache, block.lane);
             }
-        } else {
-            const u32 first_row = warp % ROW_WARPS * 16, key_warp = warp / ROW_WARPS % KEY_WARPS;
-            const u32 first_packed = item.slab * M;
-            load_ancestors(shared.ancestors[group], rows, request, first_packed, thread % 128);
-            if (!waited) {
-                wait_for_previous();
-                release_next();
-                waited = true;
-            }
-            Accumulator acc;
-            acc.clear();
-            const bool has_rows = first_packed + first_row < request.n_rows * GROUP;
-            if (has_rows) acc.load_queries(q, request, item.head, first_packed + first_row, lane);
-            named_barrier(2 + group, 128); // the group's ancestors are there
-            for (u32 tile = item.tile; tile < item.end; tile++, turn++, ring.advance()) {
-                if (turn % GROUPS != group) continue;
-                const unsigned char* keys = shared.ring[ring.stage];
-                mbarrier_wait(&shared.full[ring.stage], ring.phase);
-                if (has_rows) {
-                    const u32 first_key = key_warp * WARP_KEYS;
-                    u64 sees[2] = {}, any = 0;
-                    if ((tile + 1) * TILE <= request.prefix) {
-                        acc.add<false>(keys, keys + TILE_BYTES, first_key, sees, any, lane);
-                    } else {
-                        const int node = (int)(tile * TILE + first_key) - (int)request.prefix;
-                        for (u32 i = 0; i < 2; i++)
-                            sees[i] = window(shared.ancestors[group][first_row + lane / 4 + 8 * i], node);
-                        any = sees[0] | sees[1];
-                        for (u32 step = 4; step < 32; step *= 2) any |= __shfl_xor_sync(FULL_WARP, any, step);
-                        acc.add<true>(keys, keys + TILE_BYTES, first_key, sees, any, lane);
-                    }
-                }
-                __syncwarp();
-                if (lane == 0) mbarrier_arrive(&shared.empty[ring.stage]);
-            }
-            if (has_rows) acc.store(shared, group * KEY_WARPS + key_warp, first_row, lane);
         }
+        if (CLUSTER > 1) cluster_sync(), cluster_sync();
+    }
+}
+
+// A consumer warp's tiles of a chunk: its group's turns among the block's.
+struct Tiled {
+    const Block& block;
+    const Request& request;
+    u32 first_tile, first_turn; // of the chunk
+    u32 key_group, first_row, first_key, team_thread;
+
+    __device__ unsigned char* keys(u32 turn) const { return block.shared.memory.tiles.ring[stage_of(turn)]; }
+    __device__ unsigned char* values(u32 turn) const { return keys(turn) + TILE_BYTES; }
+    __device__ u32 tile(u32 turn) const { return first_tile + turn - first_turn; }
+    __device__ bool is_masked(u32 turn) const { return (tile(turn) + 1) * TILE > request.prefix; }
+
+    // Waits for the tile. If it is masked, says what the lane's rows see, and what all rows do.
+    __device__ void open(u32 turn, u64 sees[2], u64& any) const {
+        mbarrier_wait(&block.shared.full[stage_of(turn)], phase_of(turn));
+        if (!is_masked(turn)) return;
+        const int node = (int)(tile(turn) * TILE + first_key) - (int)request.prefix;
+        for (u32 i = 0; i < 2; i++)
+            sees[i] = window(block.shared.ancestors[key_group][first_row + block.lane / 4 + 8 * i], node);
+        any = sees[0] | sees[1];
+        for (u32 step = 4; step < 32; step *= 2) any |= __shfl_xor_sync(FULL_WARP, any, step);
+        if (WGMMA) clear_unseen(values(turn), block.shared.seen[key_group], any, key_group, team_thread);
+    }
+
+    // The producer may overwrite the tile.
+    __device__ void close(u32 turn) const {
+        __syncwarp();
+        if (block.lane == 0) mbarrier_arrive(&block.shared.empty[stage_of(turn)]);
+    }
+};
+
+// Products by the warp itself, one tile after the other. Without rows of its own it passes the tiles on.
+__device__ __forceinline__ void add_tiles(Accumulator& acc, const Tiled& tiles, u32 turn, u32 end, bool has_rows) {
+    const u32 first_key = tiles.first_key, lane = tiles.block.lane;
+    for (; turn < end; turn += KEY_GROUPS) {
+        u64 sees[2] = {}, any = 0;
+        tiles.open(turn, sees, any);
+        if (has_rows) {
+            if (tiles.is_masked(turn)) acc.add<true>(tiles.keys(turn), tiles.values(turn), first_key, sees, any, lane);
+            else acc.add<false>(tiles.keys(turn), tiles.values(turn), first_key, sees, any, lane);
+        }
+        tiles.close(turn);
+    }
+}
+
+// Products by the group: a tile's scores are under way while the values of the one before it are added.
+__device__ __forceinline__ void add_tiles_together(Accumulator& acc, const Tiled& tiles, u32 turn, u32 end) {
+    if (turn >= end) return;
+    const u32 lane = tiles.block.lane;
+    float score[TILE / 8][4];
+    u32 weights[TILE / 16][4];
+    u64 sees[2] = {}, any = 0;
+    tiles.open(turn, sees, any);
+    acc.start_scores(score, tiles.keys(turn));
+    wgmma_wait<0>();
+    if (tiles.is_masked(turn)) acc.weigh<true>(score, sees, lane);
+    else acc.weigh<false>(score, sees, lane);
+#pragma unroll
+    for (u32 n = 0; n < TILE / 16; n++) Accumulator::narrow(weights[n], score + 2 * n);
+    for (u32 next = turn + KEY_GROUPS; next < end; turn = next, next += KEY_GROUPS) {
+        tiles.open(next, sees, any);
+        acc.start_scores(score, tiles.keys(next));
+        acc.start_values(weights, tiles.values(turn));
+        wgmma_wait<1>();
+        if (tiles.is_masked(next)) acc.weigh<true>(score, sees, lane);
+        else acc.weigh<false>(score, sees, lane);
+        wgmma_wait<0>();
+        tiles.close(turn);
+        acc.rescale_out();
+#pragma unroll
+        for (u32 n = 0; n < TILE / 16; n++) Accumulator::narrow(weights[n], score + 2 * n);
+    }
+    acc.start_values(weights, tiles.values(turn));
+    wgmma_wait<0>();
+    tiles.close(turn);
+}
+
+__device__ __forceinline__ void consume(const Block& block, const float* q, float* partials, u32* counters, float* out) {
+    Shared& shared = block.shared;
+    const u32 thread = block.thread, lane = block.lane, warp = block.warp;
+    const u32 row_group = warp / 4 % ROW_GROUPS, key_group = warp / 4 / ROW_GROUPS;
+    const u32 first_row = row_group * 64 + warp % ROW_WARPS * 16, key_warp = warp / ROW_WARPS % KEY_WARPS;
+    const u32 team_thread = thread % (ROW_GROUPS * 128);
+    u32 turn = 0; // tiles of this block so far
+    bool waited = false;
+    Item item;
+    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
+        const Request request = read_request(block.rows, block.requests, item.request);
+        const u32 first_packed = item.slab * M;
+        load_ancestors(shared.ancestors[key_group], block.rows, request, first_packed, team_thread);
+        if (!waited) {
+            wait_for_previous();
+            release_next();
+            waited = true;
+        }
+        Accumulator acc;
+        acc.clear();
+        // Without a row of its own a warp has nothing to do; a group that multiplies together needs all its warps.
+        const bool has_rows = first_packed + (WGMMA ? row_group * 64 : first_row) < request.n_rows * GROUP;
+        if (has_rows) acc.load_queries(q, request, item.head, first_packed + first_row, lane);
+        named_barrier(2 + key_group, ROW_GROUPS * 128); // the ancestors are there
+        const Tiled tiles = {block, request, item.tile, turn, key_group, first_row, key_warp * WARP_KEYS, team_thread};
+        const u32 mine = turn + (key_group + KEY_GROUPS - turn % KEY_GROUPS) % KEY_GROUPS;
+        turn += item.end - item.tile;
+        if (WGMMA && has_rows) add_tiles_together(acc, tiles, mine, turn);
+        else add_tiles(acc, tiles, mine, turn, has_rows);
+        if (CLUSTER > 1) named_barrier(1, CONSUMERS); // all tiles are read: the parts come in their place
+        if (has_rows) acc.store(shared, key_group * KEY_WARPS + key_warp, first_row, lane);
         if (CLUSTER > 1) cluster_sync();
-        else if (!is_producer) named_barrier(1, CONSUMERS);
-        if (!is_producer) finish(shared, request, item, partials, counters, out, thread);
+        else named_barrier(1, CONSUMERS);
+        finish(shared, request, item, partials, counters, out, thread);
         // Before anyone writes to what others still read.
-        if (CLUSTER > 1) cluster_sync();
-        else if (!is_producer) named_barrier(1, CONSUMERS);
+        if (CLUSTER > 1) fence_async(), cluster_sync();
+        else named_barrier(1, CONSUMERS);
     }
     if (!waited) wait_for_previous();
+}
+
+// Grid: clusters * CLUSTER blocks. `q` and `out` are [rows, HEADS, HEAD_DIM]; the caches one layer.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    tree_attention(const u32* __restrict__ rows, const u32* __restrict__ requests, const u32* __restrict__ pages,
+                   const float* __restrict__ q, const u16* __restrict__ k_cache, const u16* __restrict__ v_cache,
+                   float* partials, u32* counters, float* __restrict__ out) {
+    DYNAMIC_SHARED(memory);
+    Shared& shared = *(Shared*)memory;
+    const u32 thread = threadIdx.x, lane = thread % 32;
+    if (thread == 0) {
+        for (u32 s = 0; s < STAGES; s++) {
+            mbarrier_init(&shared.full[s], BULK ? 1 : 32);
+            mbarrier_init(&shared.empty[s], ROW_GROUPS * 4);
+        }
+        fence_barrier_init();
+    }
+    const u32 clusters = gridDim.x / CLUSTER;
+    Block block = {shared, {rows, requests, min(requests[1], MAX_REQUESTS), 0}, rows, requests, clusters, thread, lane, thread / 32};
+    block.schedule.plan(clusters, lane);
+    __syncthreads();
+    if (thread >= CONSUMERS) {
+        if (WGMMA) give_registers<GROUPS == 1 ? 24 : 56>();
+        produce(block, pages, k_cache, v_cache);
+    } else {
+        if (WGMMA) take_registers<GROUPS == 1 ? 232 : 224>();
+        consume(block, q, partials, counters, out);
+    }
 }

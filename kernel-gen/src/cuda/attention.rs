@@ -6,8 +6,8 @@ use crate::spec::KernelSpec;
 
 /// Keys of a tile, as in `tree_attention.cu`.
 const TILE: usize = 64;
-/// Groups of four consumer warps, each with a tile of its own.
-const GROUPS: usize = 2;
+/// Blocks of the largest cluster.
+const MAX_CLUSTER: usize = 16;
 /// Words of a row's ancestors in shared memory: padded.
 const ANCESTOR_STRIDE: usize = crate::ANCESTOR_WORDS + 1;
 
@@ -18,21 +18,32 @@ impl Lowering<'_> {
         };
         let cache = self.pass.cache_shape(*k_cache);
         if !is_tiled(&cache, self.desc(*k_cache).dtype) {
-            todo!()
+            return self.plain_attention();
         }
         let group = heads / kv_heads;
-        let packed = self.pass.rows * group;
-        let m = packed.next_power_of_two().clamp(16, 64);
-        // Each request ends at most one slab early, and no request has more rows than the pass.
+        let packed = self.pass.rows.min(tree.max_nodes()) * group; // rows of a request
+        let m = packed.next_power_of_two().clamp(16, if self.device.has_clusters() { 128 } else { 64 });
         let slabs = packed.div_ceil(m);
         let requests = self.max_requests().min(self.pass.rows);
-        let units = kv_heads * (slabs + requests - 1);
+        // Each request ends at most one slab early.
+        let units = kv_heads * (requests * slabs).min(self.pass.rows * group / m + requests);
         let cluster = self.cluster(units);
+        // Where a whole GPU works on a few units, what counts is how soon a kernel can begin: its blocks leave room for
+        // those of the next one. Where a warp's registers hold 64 rows of a large head, two groups of warps would spill.
+        let small = cluster == MAX_CLUSTER;
+        let groups = if m <= 64 && (small || !self.device.has_clusters() && cache.head_dim > 64) { 1 } else { 2 };
+        let wgmma = self.device.has_clusters() && m >= 64;
+        let blocks = if small && groups == 1 { 2 } else { 1 };
         let clusters = self.device.multiprocessors / cluster;
         let tile_bytes = 2 * TILE * cache.head_dim * 2;
-        let parts = GROUPS * 4 / (m / 16);
-        let merge_bytes = parts * m * ((cache.head_dim + 4) * 4 + 8) + GROUPS * m * ANCESTOR_STRIDE * 4;
-        let stages = ((self.device.shared_bytes - merge_bytes - 1024) / tile_bytes).min(6);
+        let key_groups = groups / m.div_ceil(64);
+        let parts_bytes = key_groups * (64 / m).max(1) * m * ((cache.head_dim + 4) * 4 + 8);
+        let rest = key_groups * m * ANCESTOR_STRIDE * 4 + 512;
+        // In a cluster the parts lie where the tiles were.
+        let beside = if cluster > 1 { rest } else { rest + parts_bytes };
+        let stages =
+            ((self.device.shared_bytes / blocks - 1024 - beside) / tile_bytes).min(6) / key_groups * key_groups;
+        let shared_bytes = (stages * tile_bytes + beside).max(parts_bytes + rest);
         let spec = self
             .paged(KernelSpec::new("tree_attention"), *k_cache)
             .size("GROUP", "g", group)
@@ -42,10 +53,12 @@ impl Lowering<'_> {
             .tree_constants(tree)
             .with("SLABS", slabs)
             .with("SCALE", *scale)
-            .with("GROUPS", GROUPS)
+            .with("GROUPS", groups)
+            .with("WGMMA", wgmma)
+            .with("BLOCKS", blocks)
             .with("STAGES", stages)
             .with("BULK", self.device.has_clusters())
-            .with("MIN_CHUNK", if cluster > 1 { 2 * cluster * GROUPS } else { 8 });
+            .with("MIN_CHUNK", if cluster > 1 { 2 * cluster * key_groups } else { 8 });
         // Chunks of units that are cut: at most one more than each cluster's share of tiles gives, and one a unit.
         let cut = clusters + units.min(clusters);
         vec![Launch {
@@ -62,8 +75,8 @@ impl Lowering<'_> {
                 (*out).into(),
             ],
             grid: [clusters * cluster, 1, 1],
-            threads: GROUPS * 128 + 32,
-            shared_bytes: stages * tile_bytes + merge_bytes + stages * 16 + 128,
+            threads: groups * 128 + if wgmma { 128 } else { 32 },
+            shared_bytes,
             cluster,
         }]
     }
@@ -74,7 +87,7 @@ impl Lowering<'_> {
             return 1;
         }
         let each = (self.device.multiprocessors / units.max(1)).max(1);
-        (1 << each.ilog2()).min(8)
+        (1 << each.ilog2()).min(MAX_CLUSTER)
     }
 }
 
@@ -82,14 +95,36 @@ impl Lowering<'_> {
 mod tests {
     use super::*;
     use crate::cuda::{Device, lower};
-    use crate::release;
 
     #[test]
     #[ignore]
     fn print() {
-        let pass = release::MODELS[0].pass(16, TreeSpec::Any(64));
-        let op = pass.ops.iter().find(|op| op.name() == "tree_attention").unwrap();
-        let launch = lower(op, &pass, &Device::H100).unwrap().remove(0);
+        use crate::layout::HEADER_WORDS;
+        use crate::op::{Batch, CacheShape};
+        use crate::pass::{DType, Pass, Role};
+        use crate::{Request, Row};
+        let env = |n: &str, d: usize| std::env::var(n).map_or(d, |v| v.parse().unwrap());
+        let (heads, kv_heads, d) = (env("HQ", 9), env("HKV", 3), env("D", 64));
+        let (b, l, n) = (env("B", 1), env("L", 1024), env("N", 16));
+        let ppr = (l + n).div_ceil(16);
+        let mut pass = Pass::new("bench", b * n);
+        let p = &mut pass;
+        let batch = Batch {
+            rows: p.add("rows", Role::Input, DType::U32, &[b * n, Row::WORDS]),
+            requests: p.add("requests", Role::Input, DType::U32, &[HEADER_WORDS + b * Request::WORDS]),
+            pages: p.add("pages", Role::Input, DType::U32, &[b, ppr]),
+        };
+        let cache = CacheShape { layers: 1, pages: b * ppr, kv_heads, page_size: 16, head_dim: d }.dims();
+        let q = p.add("q", Role::Scratch, DType::F32, &[b * n, heads, d]);
+        let out = p.add("out", Role::Scratch, DType::F32, &[b * n, heads, d]);
+        let k_cache = p.add("k", Role::Cache, DType::BF16, &cache);
+        let v_cache = p.add("v", Role::Cache, DType::BF16, &cache);
+        let (scale, tree) = (1.0 / (d as f32).sqrt(), TreeSpec::Any(n));
+        let op = Op::TreeAttention { batch, layer: 0, heads, kv_heads, scale, tree, q, k_cache, v_cache, out };
+        pass.ops = vec![op.clone()];
+        pass.check().unwrap();
+        let launch =
+            lower(&op, &pass, if env("ARCH", 90) == 90 { &Device::H100 } else { &Device::A100 }).unwrap().remove(0);
         println!("{}", crate::emit::emit(&launch.spec, crate::emit::Lang::Cuda).unwrap());
         eprintln!("{launch:?}");
     }
