@@ -13,12 +13,24 @@ constexpr u32 M_TILES = 1; // 16 weight rows each, of a warp
 constexpr u32 WARPS_M = 1; // warps along the weight rows
 constexpr u32 WARPS_K = 9; // warps along the columns
 constexpr u32 CLUSTER = 1; // blocks along the columns
-constexpr u32 STAGE = 1; // steps whose activations are staged together
+constexpr u32 AHEAD = 1; // steps whose activations are loaded ahead
 constexpr u32 DEPTH = 1; // steps whose weights are requested ahead
 constexpr bool SPLIT = true; // sums of their own for the halves of the activations
 constexpr u32 BLOCKS = 2; // that a multiprocessor has room for
 constexpr u32 SHARED_BYTES = 57344;
 // constants-end
+
+// Where a thread finishes no more than four outputs, it loads what they are added to early.
+constexpr bool EARLY = ROWS / 4 * ((TOKENS + CLUSTER - 1) / CLUSTER) <= THREADS;
+
+// Four neighbours of a token: the i-th of this block.
+struct Four {
+    u32 token;
+    u32 row; // of the tile
+
+    __device__ __forceinline__ Four(const Tile& tile, u32 i)
+        : token(i / (ROWS / 4) * CLUSTER + tile.rank), row(i % (ROWS / 4) * 4) {}
+};
 
 // Blocks: CLUSTER * tiles of tokens * tiles of weight rows.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -31,14 +43,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     wait_for_previous();
     release_next();
     if (tile.n_tokens == 0) return;
+
+    const auto residual_row = [&](u32 token) { return residual + (tile.first_token + token) * WIDTH; };
+    const Four first(tile, threadIdx.x);
+    float4 early = {};
+    if (EARLY && first.token < tile.n_tokens) {
+        early = load_row4<WIDTH>(residual_row(first.token), tile.index * ROWS + first.row);
+    }
     matmul.multiply(x, weight, nullptr, weight_row);
 
     for (u32 i = threadIdx.x;; i += THREADS) {
-        const u32 token = i / (ROWS / 4) * CLUSTER + tile.rank, row = i % (ROWS / 4) * 4;
-        if (token >= tile.n_tokens) break;
-        float* to = residual + (tile.first_token + token) * WIDTH;
-        const u32 at = tile.index * ROWS + row;
-        store_row4<WIDTH>(to, at, add4(load_row4<WIDTH>(to, at), matmul.total(token, row)));
+        const Four four(tile, i);
+        if (four.token >= tile.n_tokens) break;
+        float* to = residual_row(four.token);
+        const u32 at = tile.index * ROWS + four.row;
+        const float4 before = EARLY ? early : load_row4<WIDTH>(to, at);
+        store_row4<WIDTH>(to, at, add4(before, matmul.total(four.token, four.row)));
     }
     matmul.finish();
 }

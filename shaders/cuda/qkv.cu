@@ -28,7 +28,7 @@ constexpr u32 M_TILES = 1; // 16 weight rows each, of a warp
 constexpr u32 WARPS_M = 1; // warps along the weight rows
 constexpr u32 WARPS_K = 9; // warps along the columns
 constexpr u32 CLUSTER = 1; // blocks along the columns
-constexpr u32 STAGE = 1; // steps whose activations are staged together
+constexpr u32 AHEAD = 1; // steps whose activations are loaded ahead
 constexpr u32 DEPTH = 1; // steps whose weights are requested ahead
 constexpr bool SPLIT = true; // sums of their own for the halves of the activations
 constexpr u32 BLOCKS = 2; // that a multiprocessor has room for
@@ -44,6 +44,8 @@ constexpr u32 power_of_two(u32 n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1)
 constexpr u32 GROUP = HEAD_NORM ? HALF / 4 : TILE_PAIRS / 4; // fours that are finished together
 constexpr u32 GROUP_LANES = HEAD_NORM ? power_of_two(GROUP) : GROUP;
 constexpr u32 GROUPS = TILE_PAIRS / 4 / GROUP; // of a tile
+// Where a thread finishes no more than one four, it loads what that needs early.
+constexpr bool EARLY = GROUPS * GROUP_LANES * ((TOKENS + CLUSTER - 1) / CLUSTER) <= THREADS;
 
 __device__ __forceinline__ float4 scale(float4 v, float4 gamma, float factor) {
     return make_float4(v.x * (factor * gamma.x), v.y * (factor * gamma.y), v.z * (factor * gamma.z), v.w * (factor * gamma.w));
@@ -56,7 +58,28 @@ struct Place {
     u32 slot;
 };
 
-// Four neighbouring pairs.
+// Four neighbouring pairs of a token: the i-th of this block.
+struct Four {
+    u32 token;
+    u32 pair; // of the tile
+    u32 head;
+    u32 d; // element of the head
+    bool is_token; // that the pass has
+    bool is_mine; // and a pair that the tile has
+
+    __device__ __forceinline__ Four(const Tile& tile, u32 i) {
+        token = i / (GROUPS * GROUP_LANES) * CLUSTER + tile.rank;
+        is_token = token < tile.n_tokens;
+        token = min(token, tile.n_tokens - 1);
+        pair = (i / GROUP_LANES % GROUPS * GROUP + min(i % GROUP_LANES, GROUP - 1)) * 4;
+        const u32 of_all = tile.index * TILE_PAIRS + pair;
+        is_mine = is_token && i % GROUP_LANES < GROUP && of_all < PAIRS;
+        head = min(of_all, PAIRS - 1) / HALF;
+        d = of_all % HALF;
+    }
+};
+
+// The elements of four pairs.
 struct Pairs {
     float4 first;
     float4 second;
@@ -71,12 +94,15 @@ __device__ __forceinline__ void store_pairs(float* at, Pairs pairs) {
     *(float4*)(at + HALF) = pairs.second;
 }
 
-// Cosines and sines of four neighbours at a position.
-__device__ __forceinline__ Pairs turn(Pairs v, const float* rope, u32 position, u32 i) {
+// Cosines and sines of four neighbours at a position: cos, sin, cos, sin.
+__device__ __forceinline__ Pairs load_turn(const float* rope, u32 position, u32 d) {
     const u32 row = position < POSITIONS ? position : POSITIONS - 1;
-    const float4* table = (const float4*)(rope + (u64)(row * HALF + i) * 2);
-    const float4 a = table[0], b = table[1]; // cos, sin, cos, sin
-    const float4 x = v.first, y = v.second;
+    const float4* table = (const float4*)(rope + (u64)(row * HALF + d) * 2);
+    return {table[0], table[1]};
+}
+
+__device__ __forceinline__ Pairs turn(Pairs v, Pairs by) {
+    const float4 x = v.first, y = v.second, a = by.first, b = by.second;
     return {make_float4(x.x * a.x - y.x * a.y, x.y * a.z - y.y * a.w, x.z * b.x - y.z * b.y, x.w * b.z - y.w * b.w),
             make_float4(y.x * a.x + x.x * a.y, y.y * a.z + x.y * a.w, y.z * b.x + x.z * b.y, y.w * b.z + x.w * b.w)};
 }
@@ -101,9 +127,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         void* k_cache, void* v_cache) { // one layer
     DYNAMIC_SHARED(shared);
     const Tile tile = tile_of_block(requests);
-    const u32 first_pair = tile.index * TILE_PAIRS;
     const auto weight_row = [&](u32 row) {
-        const u32 pair = min(first_pair + row / 16 * 8 + row % 8, PAIRS - 1);
+        const u32 pair = min(tile.index * TILE_PAIRS + row / 16 * 8 + row % 8, PAIRS - 1);
         return pair / HALF * HEAD_DIM + pair % HALF + row / 8 % 2 * HALF;
     };
     Matmul matmul;
@@ -116,47 +141,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const u32 page = pages[request * PAGES_PER_REQUEST + slot / PAGE_SIZE];
         places[token] = {row[ROW_POSITION], page, slot % PAGE_SIZE};
     }
+    const Four first(tile, threadIdx.x);
+    Pairs early_turn = {};
+    if (EARLY && first.is_mine && first.head < HEADS + KV_HEADS) {
+        early_turn = load_turn(rope, rows[(tile.first_token + first.token) * ROW_WORDS + ROW_POSITION], first.d);
+    }
     wait_for_previous();
     release_next();
     if (tile.n_tokens == 0) return;
     matmul.multiply(x, weight, norm, weight_row);
 
     // Lanes of a warp stay together, because they add up the squares of a head.
-    for (u32 i = threadIdx.x; i / 32 * 32 / (GROUPS * GROUP_LANES) * CLUSTER + tile.rank < tile.n_tokens; i += THREADS) {
-        const u32 token = min(i / (GROUPS * GROUP_LANES) * CLUSTER + tile.rank, tile.n_tokens - 1);
-        const u32 four = min(i % GROUP_LANES, GROUP - 1);
-        const u32 pair_of_tile = (i / GROUP_LANES % GROUPS * GROUP + four) * 4;
-        const u32 pair = first_pair + pair_of_tile, head = pair / HALF, d = pair % HALF;
-        const bool mine = i / (GROUPS * GROUP_LANES) * CLUSTER + tile.rank < tile.n_tokens && i % GROUP_LANES < GROUP && pair < PAIRS;
-
-        const u32 row = pair_of_tile / 8 * 16 + pair_of_tile % 8;
-        const float factor = matmul.inv_rms(token);
-        Pairs v = {mul4(matmul.total(token, row), factor), mul4(matmul.total(token, row + 8), factor)};
-        if (BIAS && mine) {
-            const Pairs b = load_pairs(bias + head * HEAD_DIM + d);
+    for (u32 i = threadIdx.x; Four(tile, i / 32 * 32).is_token; i += THREADS) {
+        const Four four = EARLY ? first : Four(tile, i);
+        const u32 row = four.pair / 8 * 16 + four.pair % 8;
+        const float factor = matmul.inv_rms(four.token);
+        Pairs v = {mul4(matmul.total(four.token, row), factor), mul4(matmul.total(four.token, row + 8), factor)};
+        if (BIAS) {
+            const Pairs b = load_pairs(bias + four.head * HEAD_DIM + four.d);
             v = {add4(v.first, b.first), add4(v.second, b.second)};
         }
         if (HEAD_NORM) {
             float squares = i % GROUP_LANES < GROUP ? add_squares(v.second, add_squares(v.first, 0.0f)) : 0.0f;
 #pragma unroll
             for (u32 lanes = GROUP_LANES / 2; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(FULL_WARP, squares, lanes);
-            const float* gamma = head < HEADS ? q_norm : k_norm;
-            if (head < HEADS ? Q_NORM : K_NORM && head < HEADS + KV_HEADS) {
-                const float factor = 1.0f / sqrtf(squares / HEAD_DIM + EPS);
-                const Pairs g = load_pairs(gamma + d);
-                v = {scale(v.first, g.first, factor), scale(v.second, g.second, factor)};
+            if (four.head < HEADS ? Q_NORM : K_NORM && four.head < HEADS + KV_HEADS) {
+                const float head_factor = 1.0f / sqrtf(squares / HEAD_DIM + EPS);
+                const Pairs gamma = load_pairs((four.head < HEADS ? q_norm : k_norm) + four.d);
+                v = {scale(v.first, gamma.first, head_factor), scale(v.second, gamma.second, head_factor)};
             }
         }
-        if (!mine) continue;
-        const Place place = places[token];
-        if (head < HEADS + KV_HEADS) v = turn(v, rope, place.position, d);
-        if (head < HEADS) {
-            store_pairs(q + ((tile.first_token + token) * HEADS + head) * HEAD_DIM + d, v);
+        if (!four.is_mine) continue;
+        const Place place = places[four.token];
+        const bool is_turned = four.head < HEADS + KV_HEADS;
+        if (is_turned) v = turn(v, EARLY ? early_turn : load_turn(rope, place.position, four.d));
+        if (four.head < HEADS) {
+            store_pairs(q + ((tile.first_token + four.token) * HEADS + four.head) * HEAD_DIM + four.d, v);
         } else {
-            void* cache = head < HEADS + KV_HEADS ? k_cache : v_cache;
-            const u64 block = cache_block(place.page, (head - HEADS) % KV_HEADS);
-            store_cached(cache, block, place.slot, d, v.first);
-            store_cached(cache, block, place.slot, d + HALF, v.second);
+            void* cache = is_turned ? k_cache : v_cache;
+            const u64 block = cache_block(place.page, (four.head - HEADS) % KV_HEADS);
+            store_cached(cache, block, place.slot, four.d, v.first);
+            store_cached(cache, block, place.slot, four.d + HALF, v.second);
         }
     }
     matmul.finish();

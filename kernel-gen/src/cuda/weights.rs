@@ -19,7 +19,7 @@ struct Tiling {
     warps_m: usize,
     warps_k: usize,
     cluster: usize,
-    stage: usize,
+    ahead: usize,
     depth: usize,
     split: bool,
 }
@@ -53,32 +53,25 @@ impl Tiling {
         }
     }
 
-    /// Many narrow tiles, each warp with columns of its own: all weights are requested at once, before the kernel before
-    /// this one has ended, and no warp waits for another until the sums are added up.
+    /// Many narrow tiles, each warp with columns of its own: weights are requested before the kernel before this one has
+    /// ended, and no warp waits for another until the sums are added up.
     fn small(matrix: &Matrix, tokens: usize, device: &Device) -> Tiling {
-        let rows = if matrix.unit > 1 { matrix.unit.next_multiple_of(16) } else { 16 };
-        let tiles = matrix.rows.div_ceil(rows);
+        // Matrices that are read again for more tokens come from the cache.
+        let tokens = tokens.min(16);
+        let warps_m = if matrix.unit > 1 { matrix.unit.div_ceil(16) } else { 1 };
+        let tiles = matrix.rows.div_ceil(16 * warps_m);
+        let bytes = 16 * warps_m * matrix.columns * matrix.dtype.size();
         let mut cluster = 1;
         // More than this is slow to arrive in one multiprocessor.
-        let bytes = |cluster| rows * matrix.columns * matrix.dtype.size() / cluster;
-        while device.has_clusters() && bytes(cluster) > 64 << 10 && 2 * cluster * tiles <= device.multiprocessors {
+        while device.has_clusters() && bytes / cluster > 64 << 10 && 2 * cluster * tiles <= device.multiprocessors {
             cluster *= 2;
         }
         let steps = matrix.steps().div_ceil(cluster);
-        let warps = if rows > 16 { 8 / (rows / 16).min(8) } else { 12 };
-        let each = steps.div_ceil(warps).max(1);
-        // Where there are more tiles than multiprocessors, wider ones stage the activations less often.
-        let m_tiles = if matrix.unit == 1 && tiles > device.multiprocessors && tokens <= 32 { 2 } else { 1 };
-        Tiling {
-            tokens,
-            m_tiles,
-            warps_m: rows / 16,
-            warps_k: steps.div_ceil(each),
-            cluster,
-            stage: each.min(4),
-            depth: each.min(4),
-            split: true,
-        }
+        let each = steps.div_ceil((12 / warps_m).max(1));
+        // Where there are more tiles than multiprocessors, wider ones load the activations less often.
+        let m_tiles = if warps_m == 1 && tiles > device.multiprocessors { 2 } else { 1 };
+        let (ahead, depth) = (each.min(if tokens > 8 { 2 } else { 4 }), each.min(4));
+        Tiling { tokens, m_tiles, warps_m, warps_k: steps.div_ceil(each), cluster, ahead, depth, split: true }
     }
 
     /// Wide tiles, so that activations are staged for many weight rows; columns are shared by a cluster so that the blocks
@@ -107,7 +100,7 @@ impl Tiling {
         let Some((_, warps_m, cluster)) = best else { return Tiling::small(matrix, tokens, device) };
         // Sums of 64 tokens for both halves leave registers for half the rows.
         let m_tiles = if split && tokens > 32 { 1 } else { M_TILES };
-        let tiling = Tiling { tokens, m_tiles, warps_m, warps_k: 1, cluster, stage: 1, depth: 2, split };
+        let tiling = Tiling { tokens, m_tiles, warps_m, warps_k: 1, cluster, ahead: 1, depth: 2, split };
         // As deep as leaves room for a block of the next kernel, which requests its weights early.
         let depth = (2..=4).rev().find(|&depth| Tiling { depth, ..tiling }.blocks(device, matrix) == 2);
         Tiling { depth: depth.unwrap_or(3), ..tiling }
@@ -125,11 +118,9 @@ impl Tiling {
     /// `MATMUL_BYTES` of `matmul.cuh`.
     fn shared_bytes(&self, matrix: &Matrix) -> usize {
         let is_plain = matrix.dtype == DType::F32;
-        let team_steps = matrix.steps().div_ceil(self.cluster * self.warps_k);
-        let buffers = if team_steps > self.stage { 2 } else { 1 };
         let ring = if is_plain { 0 } else { self.depth * self.m_tiles * 4 * 32 * 16 };
         let sums = self.tokens * (16 * self.m_tiles + 4) * 4;
-        let units = if is_plain { 0 } else { buffers * self.stage * self.tokens * (STEP / 4 + 1) * 16 };
+        let units = if is_plain || self.warps_m == 1 { 0 } else { 2 * self.tokens * (STEP / 4 + 1) * 16 };
         self.warps_k * (self.warps_m * ring.max(sums) + units + self.tokens * 4)
     }
 
@@ -137,9 +128,14 @@ impl Tiling {
     fn blocks(&self, device: &Device, matrix: &Matrix) -> usize {
         // A block takes 1 KiB more than it asks for.
         let fits = 2 * (self.shared_bytes(matrix) + PLACES_BYTES * self.tokens + 1024) <= device.shared_bytes + 1024;
+        // Sums, weights of half a step, activations ahead, the rest.
         let sums = self.m_tiles * self.tokens / 8 * 4 * if self.split { 2 } else { 1 };
-        let registers = sums + self.m_tiles * 16 + 48;
-        if fits && 2 * self.threads() * registers <= 64 << 10 { 2 } else { 1 }
+        let units =
+            if self.warps_m == 1 { 4 * (self.tokens / 8 + 1) } else { self.tokens.div_ceil(2 * self.warps_m) + 1 };
+        let registers = sums + self.m_tiles * 8 + self.ahead * units * 4 + 28;
+        // A multiprocessor has four times 512 registers for each lane of a warp.
+        let warps = (2 * self.warps_m * self.warps_k).div_ceil(4);
+        if fits && registers <= 512 / warps / 8 * 8 { 2 } else { 1 }
     }
 }
 
@@ -242,7 +238,7 @@ impl Lowering<'_> {
             .with("WARPS_M", tiling.warps_m)
             .with("WARPS_K", tiling.warps_k)
             .with("CLUSTER", tiling.cluster)
-            .with("STAGE", tiling.stage)
+            .with("AHEAD", tiling.ahead)
             .with("DEPTH", tiling.depth)
             .with("SPLIT", tiling.split)
             .with("BLOCKS", tiling.blocks(self.device, matrix))

@@ -48,9 +48,13 @@ impl Uploads {
             }
             let (piece, rest) = bytes.split_at(bytes.len().min(SEGMENT_BYTES - self.filled));
             let place = &mut self.segments[self.current].memory[self.filled..][..piece.len()];
-            place.par_chunks_mut(SHARE_BYTES).zip(piece.par_chunks(SHARE_BYTES)).for_each(|(to, from)| {
-                to.copy_from_slice(from);
-            });
+            if piece.len() <= SHARE_BYTES {
+                // What a round writes: handing it to other threads would take longer than copying it.
+                place.copy_from_slice(piece);
+            } else {
+                let shares = place.par_chunks_mut(SHARE_BYTES).zip(piece.par_chunks(SHARE_BYTES));
+                shares.for_each(|(to, from)| to.copy_from_slice(from));
+            }
             let from = place.as_ptr() as *const c_void;
             // SAFETY: `from` is pinned and stays as it is until `done`, behind this copy, has been waited for; the caller
             // owns that much memory at `to`.

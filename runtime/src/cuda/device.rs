@@ -57,9 +57,9 @@ impl OpenDevice {
         check(&format!("waiting for {}", self.gpu.model), unsafe { driver::cuStreamSynchronize(self.stream) })
     }
 
-    /// Zeroed memory, zeroed before whatever is enqueued next. Its size is rounded up, so that vectors cover it.
+    /// Zeroed memory, zeroed before whatever is enqueued next. Its size is rounded up, so that vectors of four words cover it.
     pub fn zeroed(&self, what: &str, bytes: usize) -> Result<DeviceBuffer<u8>> {
-        let size = bytes.next_multiple_of(256).max(256);
+        let size = bytes.next_multiple_of(16).max(16);
         // SAFETY: nobody reads it before it is zeroed: all work goes through the stream.
         let memory = unsafe { DeviceBuffer::<u8>::uninitialized(size) }.map_err(|error| match error {
             CudaError::OutOfMemory => {

@@ -9,17 +9,19 @@
 //     weights      stream through a ring in shared memory, DEPTH steps ahead. A lane copies what its own tensor-core
 //                  fragments need, 16 bytes of a row at a time, so the ring needs no barrier. They are requested before
 //                  the kernel before this one has ended: it never writes them
-//     activations  are multiplied with the norm's weight and split in two 16-bit halves, a = high + low, by the threads of
-//                  the team; both halves are multiplied, so that only the weights are as coarse as 16 bits
+//     activations  are loaded AHEAD steps ahead, multiplied with the norm's weight and split in two 16-bit halves,
+//                  a = high + low. Both halves are multiplied, so that only the weights are as coarse as 16 bits. Warps
+//                  with the same columns share this work, through shared memory; a warp with columns of its own keeps
+//                  its fragments in registers
 //     norm         is linear but for one factor a token, so the sum of squares is gathered on the way (`inv_rms`)
 //
-// The order of a token's sums depends on the matrix alone (COLUMNS, CLUSTER, WARPS_K), never on how many tokens share the
-// pass or a tile.
+// The order of a token's sums depends on the matrix alone (COLUMNS, CLUSTER, WARPS_K, whether WARPS_M is 1), never on how
+// many tokens share the pass or a tile.
 //
 // Weights in F32 take a plain path, lanes along the columns, with the same teams.
 //
 // Needs ptx, formats. Expects COLUMNS, WEIGHT, NORMED, EPS, TOKENS, TOKEN_TILES, M_TILES, WARPS_M, WARPS_K, CLUSTER,
-// STAGE, DEPTH, SPLIT, SHARED_BYTES.
+// AHEAD, DEPTH, SPLIT, SHARED_BYTES.
 
 constexpr u32 STEP = 64; // columns
 constexpr u32 STEPS = (COLUMNS + STEP - 1) / STEP;
@@ -29,23 +31,24 @@ constexpr u32 THREADS = TEAM * WARPS_K;
 constexpr u32 WARP_ROWS = 16 * M_TILES;
 constexpr u32 ROWS = WARP_ROWS * WARPS_M; // weight rows of a tile
 constexpr u32 N_TILES = TOKENS / 8;
-// High and low halves have sums of their own, or share them. F16 needs the former: its low halves are scaled up.
-constexpr u32 PARTS = SPLIT ? 2 : 1;
 constexpr bool PLAIN = WEIGHT == F32;
+// A warp with columns of its own.
+constexpr bool ALONE = WARPS_M == 1;
 
-// What the 16-bit halves are scaled by, so that those of F16 neither overflow nor vanish.
+// High and low halves have sums of their own, or share them. F16 needs the former: its halves are scaled, so that they
+// neither overflow nor vanish.
+constexpr u32 PARTS = SPLIT ? 2 : 1;
 constexpr float HIGH_SCALE = WEIGHT == F16 ? 1.0f / 256 : 1.0f;
 constexpr float LOW_SCALE = WEIGHT == F16 ? 2048.0f : 1.0f;
 static_assert(WEIGHT != F16 || SPLIT, "the halves of F16 are scaled differently");
 
 // ---- shared memory
 
-// Steps of activations are staged STAGE at a time, in units of four: high and low halves side by side, 16 bytes. The
-// padding lets eight lanes read units of two tokens without bank conflicts.
+// Activations of a step lie in *units* of four: high and low halves side by side, 16 bytes. Two buffers of
+// [TOKENS][UNIT_STRIDE]; the padding lets eight lanes read units of two tokens without bank conflicts.
 constexpr u32 UNITS = STEP / 4;
 constexpr u32 UNIT_STRIDE = UNITS + 1;
-constexpr u32 BUFFERS = TEAM_STEPS > STAGE ? 2 : 1;
-constexpr u32 TEAM_UNITS = PLAIN ? 0 : BUFFERS * STAGE * TOKENS * UNIT_STRIDE;
+constexpr u32 BUFFER_UNITS = PLAIN || ALONE ? 0 : TOKENS * UNIT_STRIDE;
 
 // A warp's ring of weights [DEPTH][M_TILES][4][32 lanes][16 bytes], later its sums [TOKENS][SUM_STRIDE].
 constexpr u32 RING_BYTES = PLAIN ? 0 : DEPTH * M_TILES * 4 * 32 * 16;
@@ -54,14 +57,13 @@ constexpr u32 SUM_BYTES = TOKENS * SUM_STRIDE * 4;
 constexpr u32 WARP_BYTES = RING_BYTES > SUM_BYTES ? RING_BYTES : SUM_BYTES;
 
 constexpr u32 UNITS_AT = WARPS_M * WARPS_K * WARP_BYTES;
-constexpr u32 SQUARES_AT = UNITS_AT + WARPS_K * TEAM_UNITS * 16;
+constexpr u32 SQUARES_AT = UNITS_AT + WARPS_K * 2 * BUFFER_UNITS * 16;
 constexpr u32 MATMUL_BYTES = SQUARES_AT + WARPS_K * TOKENS * 4;
 static_assert(MATMUL_BYTES <= SHARED_BYTES, "the launch gives less shared memory than the tile needs");
 
-// Units of a step that a thread stages: the same unit of every TEAM / UNITS-th token.
-constexpr u32 TURNS = (TOKENS * UNITS + TEAM - 1) / TEAM;
-// Of a stage's STAGE * TURNS units, so many are loaded at a time.
-constexpr u32 BATCH = STAGE * TURNS < 8 ? STAGE * TURNS : 8;
+// The units of a step that a thread loads: of MY_TOKENS tokens, MY_UNITS each.
+constexpr u32 MY_TOKENS = ALONE ? N_TILES : (TOKENS * UNITS + TEAM - 1) / TEAM;
+constexpr u32 MY_UNITS = ALONE ? 4 : 1;
 
 // ---- the tile of a block
 
@@ -135,9 +137,9 @@ struct Matmul {
     u32 lane, warp, warp_m, team; // team: of the block
     u32 step, end; // the next step that the team multiplies, and where its steps end
     const char* rows[M_TILES][2]; // this lane's first 16 bytes of its rows of the weight
-    float4 gamma[STAGE]; // for the stage to come
-    float4 ahead[BATCH]; // of the stage to come
-    float squares[TURNS];
+    float4 gamma[AHEAD][MY_UNITS]; // of the steps to come
+    float4 ahead[AHEAD][MY_TOKENS][MY_UNITS];
+    float squares[MY_TOKENS];
     float sums[PARTS][M_TILES][N_TILES][4];
 
     // Requests the first weights. `weight_row` says which row of the weight is which of the tile.
@@ -164,7 +166,8 @@ struct Matmul {
         }
 #pragma unroll
         for (u32 slot = 0; slot < DEPTH; slot++) request_weights(step + slot, slot);
-        load_gamma(norm, step);
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; i++) load_gamma(norm, i, step + i);
     }
 
     // All of the team's steps. Writes the warp's sums to shared memory, where `total` finds them.
@@ -237,47 +240,50 @@ struct Matmul {
         cp_async_commit();
     }
 
-    // The unit of a step that this thread stages, and the first of its tokens.
-    __device__ __forceinline__ static u32 unit() { return threadIdx.x % UNITS; }
-    __device__ __forceinline__ static u32 token_of_turn(u32 turn) { return (turn * TEAM + threadIdx.x % TEAM) / UNITS; }
+    // This thread's i-th token and the columns of its j-th unit: of a fragment, or of the step as the team shares it.
+    __device__ __forceinline__ u32 my_token(u32 i) const {
+        return ALONE ? i * 8 + lane / 4 : (i * TEAM + threadIdx.x % TEAM) / UNITS;
+    }
+    __device__ __forceinline__ u32 my_unit(u32 j) const {
+        return ALONE ? j / 2 * 8 + lane % 4 * 2 + j % 2 : threadIdx.x % UNITS;
+    }
 
-    __device__ __forceinline__ void load_gamma(const float* norm, u32 first) {
+    __device__ __forceinline__ void load_gamma(const float* norm, u32 slot, u32 of_step) {
         if (!NORMED) return;
 #pragma unroll
-        for (u32 i = 0; i < STAGE; i++) {
-            const u32 column = (first + i) * STEP + unit() * 4;
-            gamma[i] = column < COLUMNS ? *(const float4*)(norm + column) : make_float4(0, 0, 0, 0);
+        for (u32 j = 0; j < MY_UNITS; j++) {
+            const u32 column = of_step * STEP + my_unit(j) * 4;
+            gamma[slot][j] = column < COLUMNS ? *(const float4*)(norm + column) : make_float4(0, 0, 0, 0);
         }
     }
 
-    __device__ __forceinline__ void load_ahead(const float* x, u32 first, u32 from) {
+    __device__ __forceinline__ void load_activations(const float* x, u32 slot, u32 of_step) {
 #pragma unroll
-        for (u32 i = 0; i < BATCH; i++) {
-            const u32 token = token_of_turn((from + i) % TURNS), at = first + (from + i) / TURNS;
-            const u32 column = at * STEP + unit() * 4;
-            const bool on = from + i < STAGE * TURNS && token < tile.n_tokens && at < end && column < COLUMNS;
-            ahead[i] = on ? *(const float4*)(x + (tile.first_token + token) * COLUMNS + column) : make_float4(0, 0, 0, 0);
-        }
-    }
-
-    __device__ __forceinline__ void store_ahead(uint4* units, u32 from) {
+        for (u32 i = 0; i < MY_TOKENS; i++) {
+            const u32 token = my_token(i);
 #pragma unroll
-        for (u32 i = 0; i < BATCH; i++) {
-            const u32 turn = (from + i) % TURNS, token = token_of_turn(turn), at = (from + i) / TURNS;
-            if (from + i >= STAGE * TURNS || token >= tile.n_tokens) continue;
-            float4 a = ahead[i];
-            if (NORMED) {
-                squares[turn] = add_squares(a, squares[turn]);
-                const float4 g = gamma[at];
-                a = make_float4(a.x * g.x, a.y * g.y, a.z * g.z, a.w * g.w);
+            for (u32 j = 0; j < MY_UNITS; j++) {
+                const u32 column = of_step * STEP + my_unit(j) * 4;
+                const bool on = token < tile.n_tokens && of_step < end && column < COLUMNS;
+                const float* at = x + (tile.first_token + token) * COLUMNS + column;
+                ahead[slot][i][j] = on ? *(const float4*)at : make_float4(0, 0, 0, 0);
             }
-            units[(at * TOKENS + token) * UNIT_STRIDE + unit()] = split(a);
         }
+    }
+
+    // A loaded unit, ready to be multiplied.
+    __device__ __forceinline__ uint4 take_unit(u32 slot, u32 i, u32 j) {
+        float4 a = ahead[slot][i][j];
+        if (NORMED) {
+            squares[i] = add_squares(a, squares[i]);
+            const float4 g = gamma[slot][j];
+            a = make_float4(a.x * g.x, a.y * g.y, a.z * g.z, a.w * g.w);
+        }
+        return split(a);
     }
 
     __device__ __forceinline__ static void team_barrier() {
-        if (WARPS_M == 1) __syncwarp();
-        else if (WARPS_K == 1) __syncthreads();
+        if (WARPS_K == 1) __syncthreads();
         else named_barrier(1 + threadIdx.x / TEAM, TEAM);
     }
 
@@ -285,71 +291,85 @@ struct Matmul {
 #pragma unroll
         for (u32 i = 0; i < PARTS * M_TILES * N_TILES * 4; i++) (&sums[0][0][0][0])[i] = 0.0f;
 #pragma unroll
-        for (u32 i = 0; i < TURNS; i++) squares[i] = 0.0f;
+        for (u32 i = 0; i < MY_TOKENS; i++) squares[i] = 0.0f;
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; i++) load_activations(x, i, step + i);
 
-        load_ahead(x, step, 0);
-        u32 slot = 0;
-        u32 buffer = 0;
-        for (u32 stage = 0; stage < (BUFFERS == 1 ? 1 : STEPS) && step < end; stage++) {
-            uint4* units = (uint4*)(shared + UNITS_AT) + team * TEAM_UNITS + buffer * (STAGE * TOKENS * UNIT_STRIDE);
-            store_ahead(units, 0);
+        uint4* buffers = (uint4*)(shared + UNITS_AT) + team * 2 * BUFFER_UNITS;
+        u32 slot = 0, buffer = 0;
+        while (step < end) {
 #pragma unroll
-            for (u32 from = BATCH; from < STAGE * TURNS; from += BATCH) {
-                load_ahead(x, step, from);
-                store_ahead(units, from);
-            }
-            if (BUFFERS == 2) {
-                load_gamma(norm, step + STAGE);
-                load_ahead(x, step + STAGE, 0);
-                buffer ^= 1;
-            }
-            // With two buffers, whoever passes has also seen the others leave the buffer that is written next.
-            team_barrier();
-#pragma unroll
-            for (u32 i = 0; i < STAGE; i++) {
+            for (u32 i = 0; i < AHEAD; i++) {
                 if (step >= end) break;
-                multiply_step(units + (i * TOKENS + lane / 4) * UNIT_STRIDE + lane % 4 * 2, slot);
+                uint4* units = buffers + buffer * BUFFER_UNITS;
+                if (!ALONE) {
+                    share_activations(units, i);
+                    load_gamma(norm, i, step + AHEAD);
+                    load_activations(x, i, step + AHEAD);
+                    // Whoever passes has also seen the others leave the buffer that is written next.
+                    team_barrier();
+                }
+                multiply_step(units + lane / 4 * UNIT_STRIDE + lane % 4 * 2, i, slot);
+                if (ALONE && TEAM_STEPS > AHEAD) {
+                    load_gamma(norm, i, step + AHEAD);
+                    load_activations(x, i, step + AHEAD);
+                }
                 slot = slot + 1 < DEPTH ? slot + 1 : 0;
+                buffer ^= 1;
                 step++;
             }
         }
         cp_async_wait<0>();
         __syncwarp();
         store_sums();
+        if (NORMED) store_all_squares();
     }
 
-    // `units`: this lane's first unit of its first token.
-    __device__ __forceinline__ void multiply_step(const uint4* units, u32 slot) {
-        cp_async_wait<DEPTH - 1>();
-        uint4 weights[M_TILES * 4];
+    __device__ __forceinline__ void share_activations(uint4* units, u32 slot) {
 #pragma unroll
-        for (u32 i = 0; i < M_TILES * 4; i++) weights[i] = ring(slot)[i * 32];
-        request_weights(step + DEPTH, slot);
-        multiply_tokens<N_TILES>(units, weights);
+        for (u32 i = 0; i < MY_TOKENS; i++) {
+            const u32 token = my_token(i);
+            if (token < tile.n_tokens) units[token * UNIT_STRIDE + my_unit(0)] = take_unit(slot, i, 0);
+        }
+    }
+
+    // `units`: this lane's first unit of its first token, if the team shares them.
+    __device__ __forceinline__ void multiply_step(const uint4* units, u32 slot_ahead, u32 slot) {
+        if (TEAM_STEPS > DEPTH) cp_async_wait<DEPTH - 1>();
+        else cp_async_wait<0>();
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+            uint4 weights[M_TILES][2];
+#pragma unroll
+            for (u32 i = 0; i < M_TILES * 2; i++) weights[i / 2][i % 2] = ring(slot)[(i * 2 + half) * 32];
+            if (half == 1 && TEAM_STEPS > DEPTH) request_weights(step + DEPTH, slot);
+            multiply_tokens<N_TILES>(units + half * 8, slot_ahead, half, weights);
+        }
     }
 
     // A lane's 16 bytes of a row are eight elements k: their first four are what it holds of 16 columns of the tensor
     // core's operands, their last four of the next 16. Which columns these are does not matter, as long as weights and
     // activations agree.
     template <u32 N>
-    __device__ __forceinline__ void multiply_tokens(const uint4* units, const uint4 weights[M_TILES * 4]) {
+    __device__ __forceinline__ void multiply_tokens(const uint4* units, u32 slot_ahead, u32 half,
+                                                    const uint4 weights[M_TILES][2]) {
         if constexpr (N > 1) {
-            if (tile.n_tokens <= N / 2 * 8) return multiply_tokens<N / 2>(units, weights);
+            if (tile.n_tokens <= N / 2 * 8) return multiply_tokens<N / 2>(units, slot_ahead, half, weights);
         }
 #pragma unroll
-        for (u32 k = 0; k < 4; k++) {
+        for (u32 k = 0; k < 2; k++) {
             u32 a[M_TILES][4];
 #pragma unroll
             for (u32 m = 0; m < M_TILES; m++) {
-                const uint4 upper = weights[m * 4 + k / 2], lower = weights[m * 4 + 2 + k / 2];
-                a[m][0] = k % 2 ? upper.z : upper.x;
-                a[m][1] = k % 2 ? lower.z : lower.x;
-                a[m][2] = k % 2 ? upper.w : upper.y;
-                a[m][3] = k % 2 ? lower.w : lower.y;
+                const uint4 upper = weights[m][0], lower = weights[m][1];
+                a[m][0] = k ? upper.z : upper.x;
+                a[m][1] = k ? lower.z : lower.x;
+                a[m][2] = k ? upper.w : upper.y;
+                a[m][3] = k ? lower.w : lower.y;
             }
 #pragma unroll
             for (u32 n = 0; n < N; n++) {
-                const uint4 b = units[n * 8 * UNIT_STRIDE + k / 2 * 8 + k % 2];
+                const uint4 b = ALONE ? take_unit(slot_ahead, n, half * 2 + k) : units[n * 8 * UNIT_STRIDE + k];
 #pragma unroll
                 for (u32 m = 0; m < M_TILES; m++) mma(sums[0][m][n], a[m], b.x, b.y);
 #pragma unroll
@@ -373,13 +393,16 @@ struct Matmul {
                 }
             }
         }
-        if (!NORMED) return;
+    }
+
+    __device__ __forceinline__ void store_all_squares() const {
+        constexpr u32 LANES = ALONE ? 4 : UNITS; // that have units of the same token
 #pragma unroll
-        for (u32 turn = 0; turn < TURNS; turn++) {
-            float sum = squares[turn];
+        for (u32 i = 0; i < MY_TOKENS; i++) {
+            float sum = squares[i];
 #pragma unroll
-            for (u32 lanes = UNITS / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, lanes);
-            store_squares(token_of_turn(turn), sum, unit() == 0);
+            for (u32 lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, lanes);
+            store_squares(my_token(i), sum, lane % LANES == 0);
         }
     }
 

@@ -44,8 +44,8 @@ __device__ __forceinline__ u64 candidate(float logit, u32 token, const Noise& no
     u32 word = 0;
     if (!noise.is_silent) {
         const Four four = noise_words(noise, token / 4);
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) word = token % 4 == i ? four.words[i] : word;
+        const u32 low = token % 2 ? four.words[1] : four.words[0], high = token % 2 ? four.words[3] : four.words[2];
+        word = token % 4 < 2 ? low : high;
     }
     return candidate_with_word(logit, token, noise, word);
 }
