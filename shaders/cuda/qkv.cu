@@ -40,7 +40,7 @@ constexpr u32 PAIRS = (HEADS + 2 * KV_HEADS) * HALF;
 
 // A head that is normed is finished by neighbouring lanes of one warp, a power of two.
 constexpr bool HEAD_NORM = Q_NORM || K_NORM;
-constexpr u32 power_of_two(u32 n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+__device__ constexpr u32 power_of_two(u32 n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 constexpr u32 GROUP = HEAD_NORM ? HALF / 4 : TILE_PAIRS / 4; // fours that are finished together
 constexpr u32 GROUP_LANES = HEAD_NORM ? power_of_two(GROUP) : GROUP;
 constexpr u32 GROUPS = TILE_PAIRS / 4 / GROUP; // of a tile
