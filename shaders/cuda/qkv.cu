@@ -125,6 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const float* rope, // [POSITIONS, HALF, 2]: cos, sin
         float* q, // [rows, HEADS, HEAD_DIM]
         void* k_cache, void* v_cache) { // one layer
+    release_next();
     DYNAMIC_SHARED(shared);
     const Tile tile = tile_of_block(requests);
     const auto weight_row = [&](u32 row) {
@@ -147,7 +148,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         early_turn = load_turn(rope, rows[(tile.first_token + first.token) * ROW_WORDS + ROW_POSITION], first.d);
     }
     wait_for_previous();
-    release_next();
     if (tile.n_tokens == 0) return;
     matmul.multiply(x, weight, norm, weight_row);
 
