@@ -268,7 +268,7 @@ mod tests {
     fn a_kernel_of_each_source_is_compiled_where_the_compiler_is() {
         let Ok(nvrtc) = Nvrtc::find(DRIVER) else { return };
         for (device, target) in [(Device::H100, "sm_90a"), (Device::A100, "sm_80")] {
-            // Where a GPU is too small for one of the models, kernel-gen says so in a test of its own.
+            // Not every model of the table fits the shared memory of every GPU.
             let Ok(mut launches) = cuda_launches(&device) else { continue };
             launches.sort_by_key(|launch| launch.spec.stem());
             launches.dedup_by_key(|launch| launch.spec.stem());
