@@ -1,8 +1,9 @@
 // A make-believe libcuda: the functions of the driver that the runtime calls, on kernels that nvrtc.cpp made.
 //
 // Work on a stream is carried out late, when something waits for it and by the thread that does, so that a missing wait
-// shows; a copy from memory of the host that is not pinned takes its bytes at once, as the real driver does. Memory of the
-// device lies between pages that may not be touched. While a stream captures, what the real driver forbids is an error.
+// shows; a copy from memory of the host that is not pinned takes its bytes at once, as the real driver does. Memory of
+// the device lies between pages that may not be touched. While a stream captures, what the real driver forbids is an
+// error.
 #include <dlfcn.h>
 #include <elf.h>
 #include <time.h>
@@ -43,7 +44,24 @@ struct Graph {
     std::vector<Work> nodes;
 };
 
+// There is a GPU of each kind that kernels are written for. Each has one context, and all use the same memory.
+struct Device {
+    const char* name;
+    int major, minor;
+    int shared_bytes; // of a block at most
+
+    bool has_clusters() const { return major >= 9; }
+};
+Device devices[] = {
+    {"CUDA on the CPU, like an H100", 9, 0, 227 << 10},
+    {"CUDA on the CPU, like an A100", 8, 0, 163 << 10},
+};
+constexpr int N_DEVICES = sizeof devices / sizeof devices[0];
+
+thread_local Device* current_device = &devices[0]; // whose context is current
+
 struct Stream {
+    Device* device = current_device;
     std::recursive_mutex turn; // who holds it carries out the queue
     emu::Machine machine;
     bool waits_for_default = true;
@@ -72,12 +90,6 @@ struct Module {
     std::mutex turn;
     std::map<std::string, Function> functions;
 };
-
-// The compute capability: TREESPARK_EMULATION_ARCH, 80 or 90.
-int arch() {
-    const char* arch = getenv("TREESPARK_EMULATION_ARCH");
-    return arch ? atoi(arch) : 90;
-}
 
 constexpr size_t TOTAL_MEMORY = (size_t)8 << 30;
 
@@ -212,15 +224,17 @@ void launch(const Function& function, emu::Launch launch, const std::vector<std:
 
 int enqueue_launch(void* f, emu::Launch l, void* stream, void** parameters) {
     const Function& function = *(Function*)f;
+    const Device& device = *stream_of(stream).device;
     const size_t threads = (size_t)l.block.x * l.block.y * l.block.z;
-    const bool cluster_fits = l.cluster && l.grid.x % l.cluster == 0 && l.cluster <= (function.large_clusters ? 16u : 8u);
+    const unsigned largest = function.large_clusters ? 16 : 8;
+    const bool cluster_fits = l.cluster && l.grid.x % l.cluster == 0 && l.cluster <= largest;
     if (threads == 0 || threads > 1024 || !l.grid.x || !l.grid.y || !l.grid.z || l.grid.y > 65535 || l.grid.z > 65535) {
         return complain(INVALID_VALUE, function.name.c_str(), "no such grid or block");
     }
     if ((int)l.shared_bytes > function.max_dynamic_shared) {
         return complain(INVALID_VALUE, function.name.c_str(), "more shared memory than cuFuncSetAttribute allowed");
     }
-    if (!cluster_fits || (l.cluster > 1 && arch() < 90)) {
+    if (!cluster_fits || (l.cluster > 1 && !device.has_clusters())) {
         return complain(INVALID_VALUE, function.name.c_str(), "no such cluster");
     }
     std::vector<std::vector<char>> arguments;
@@ -283,17 +297,17 @@ DRIVER cuDriverGetVersion(int* version) {
 }
 
 DRIVER cuDeviceGetCount(int* count) {
-    *count = 1;
+    *count = N_DEVICES;
     return SUCCESS;
 }
 
 DRIVER cuDeviceGet(int* device, int ordinal) {
     *device = ordinal;
-    return ordinal == 0 ? SUCCESS : INVALID_DEVICE;
+    return ordinal >= 0 && ordinal < N_DEVICES ? SUCCESS : INVALID_DEVICE;
 }
 
-DRIVER cuDeviceGetName(char* name, int len, int) {
-    snprintf(name, (size_t)len, "CUDA on the CPU");
+DRIVER cuDeviceGetName(char* name, int len, int device) {
+    snprintf(name, (size_t)len, "%s", devices[device].name);
     return SUCCESS;
 }
 
@@ -307,7 +321,7 @@ DRIVER cuDeviceTotalMem_v2(size_t* bytes, int) {
     return SUCCESS;
 }
 
-DRIVER cuDeviceGetAttribute(int* value, int attribute, int) {
+DRIVER cuDeviceGetAttribute(int* value, int attribute, int device) {
     static const std::map<int, int> VALUES = {
         {1, 1024},              // threads of a block
         {2, 1024}, {3, 1024}, {4, 64}, // along x, y, z
@@ -322,35 +336,48 @@ DRIVER cuDeviceGetAttribute(int* value, int attribute, int) {
         {38, 4 << 20},          // L2 cache
         {39, 2048},             // threads of a multiprocessor
         {41, 1},                // unified addressing
-        {81, 228 << 10},        // shared memory of a multiprocessor
         {82, 65536},            // registers of a multiprocessor
         {95, 0},                // cooperative launch
-        {97, 227 << 10},        // shared memory of a block at most
         {106, 32},              // blocks of a multiprocessor
         {111, 1 << 10},         // shared memory that the driver takes of each block
         {115, 0},               // memory pools
     };
-    if (attribute == 75) *value = arch() / 10;
-    else if (attribute == 76) *value = arch() % 10;
-    else if (attribute == 120) *value = arch() >= 90; // clusters
+    const Device& d = devices[device];
+    if (attribute == 75) *value = d.major; // compute capability
+    else if (attribute == 76) *value = d.minor;
+    else if (attribute == 81) *value = d.shared_bytes + (1 << 10); // shared memory of a multiprocessor
+    else if (attribute == 97) *value = d.shared_bytes;
+    else if (attribute == 120) *value = d.has_clusters();
     else if (VALUES.count(attribute)) *value = VALUES.at(attribute);
     else return complain(INVALID_VALUE, "cuDeviceGetAttribute", std::to_string(attribute).c_str());
     return SUCCESS;
 }
 
-// ---- contexts: there is one
+// ---- contexts: each device's own
 
-DRIVER cuDevicePrimaryCtxRetain(void** context, int) {
-    *context = &default_stream;
+DRIVER cuDevicePrimaryCtxRetain(void** context, int device) {
+    *context = &devices[device];
     return SUCCESS;
 }
 DRIVER cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 DRIVER cuDevicePrimaryCtxSetFlags_v2(int, unsigned) { return SUCCESS; }
-DRIVER cuCtxSetCurrent(void*) { return SUCCESS; }
-DRIVER cuCtxPushCurrent_v2(void*) { return SUCCESS; }
-DRIVER cuCtxPopCurrent_v2(void** context) { return cuDevicePrimaryCtxRetain(context, 0); }
-DRIVER cuCtxGetCurrent(void** context) { return cuDevicePrimaryCtxRetain(context, 0); }
-DRIVER cuCtxGetDevice(int* device) { return cuDeviceGet(device, 0); }
+
+DRIVER cuCtxGetCurrent(void** context) {
+    *context = current_device;
+    return SUCCESS;
+}
+
+DRIVER cuCtxSetCurrent(void* context) {
+    if (context) current_device = (Device*)context;
+    return SUCCESS;
+}
+DRIVER cuCtxPushCurrent_v2(void* context) { return cuCtxSetCurrent(context); }
+DRIVER cuCtxPopCurrent_v2(void** context) { return cuCtxGetCurrent(context); }
+
+DRIVER cuCtxGetDevice(int* device) {
+    *device = (int)(current_device - devices);
+    return SUCCESS;
+}
 
 DRIVER cuCtxSynchronize() {
     NOT_WHILE_CAPTURING;
@@ -637,7 +664,8 @@ DRIVER cuFuncSetAttribute(void* function, int attribute, int value) {
     LOCK;
     Function& f = *(Function*)function;
     if (attribute == 8) { // dynamic shared memory at most
-        if (value < 0 || value > 227 << 10) return complain(INVALID_VALUE, __func__, "so much shared memory");
+        const bool fits = value >= 0 && value <= current_device->shared_bytes;
+        if (!fits) return complain(INVALID_VALUE, __func__, "so much shared memory");
         f.max_dynamic_shared = value;
     } else if (attribute == 14) { // clusters of more than 8 blocks
         f.large_clusters = value != 0;
@@ -693,11 +721,12 @@ DRIVER cuLaunchKernelEx(const LaunchConfig* config, void* function, void** param
     l.block = {config->block[0], config->block[1], config->block[2]};
     l.cluster = 1;
     l.shared_bytes = config->shared_bytes;
+    const bool newer = stream_of(config->stream).device->has_clusters();
     for (unsigned i = 0; i < config->n_attributes; i++) {
         const LaunchAttribute& a = config->attributes[i];
         if (a.id == 4 && a.value[1] == 1 && a.value[2] == 1) l.cluster = a.value[0];
         else if (a.id == 4) return complain(INVALID_VALUE, __func__, "clusters along x only");
-        else if (a.id == 6 && arch() < 90) return complain(INVALID_VALUE, __func__, "no programmatic launch before 9.0");
+        else if (a.id == 6 && !newer) return complain(INVALID_VALUE, __func__, "no programmatic launch before 9.0");
         else if (a.id != 6) return complain(INVALID_VALUE, __func__, "an unknown attribute");
     }
     return enqueue_launch(function, l, config->stream, parameters);

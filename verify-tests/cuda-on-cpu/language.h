@@ -268,7 +268,8 @@ inline T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 3
 template <class T>
 inline T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
     const unsigned lane = emu::current->lane, inside = lane & (width - 1u);
-    return emu::exchange("__shfl_down_sync", mask, value, inside + distance >= (unsigned)width ? lane : lane + distance);
+    const bool leaves = inside + distance >= (unsigned)width;
+    return emu::exchange("__shfl_down_sync", mask, value, leaves ? lane : lane + distance);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {

@@ -110,9 +110,8 @@ std::string compiler(int arch) {
 // Compute capability times ten, from the option that names it.
 int arch_of(int n_options, const char* const* options) {
     for (int i = 0; i < n_options; i++) {
-        const char* equals = strchr(options[i], '=');
-        const bool names_it = strncmp(options[i], "--gpu-architecture=", 19) == 0 || strncmp(options[i], "-arch=", 6) == 0;
-        if (names_it && equals && strlen(equals) > 4) return atoi(equals + 4);
+        const char* value = strstr(options[i], "=sm_");
+        if (value && strncmp(options[i], "--gpu-architecture", 18) == 0) return atoi(value + 4);
     }
     return 90;
 }

@@ -1,8 +1,8 @@
-// The functions of shaders/cuda/lib/ptx.cuh, which it leaves to this file under CUDA_ON_CPU. What each does stands there.
+// The functions of shaders/cuda/lib/ptx.cuh, which it leaves to this file under CUDA_ON_CPU. It says what each does.
 //
 // Copies from global to shared memory are late on purpose: one of a thread (cp.async) is carried out by the wait that
-// covers it, a bulk copy when nothing else can run, so that a missing wait shows. With a seed some are early instead, so
-// that a copy into memory still in use shows.
+// covers it, a bulk copy when nothing else can run, so that a missing wait shows. With a seed some are early instead,
+// so that a copy into memory still in use shows.
 #pragma once
 #include "language.h"
 
@@ -215,7 +215,9 @@ inline void fence_barrier_init() {}
 inline void mbarrier_expect(unsigned long long* bar, unsigned bytes) {
     emu::arrive_at_memory_barrier("mbarrier_expect", (uint64_t*)bar, bytes);
 }
-inline void mbarrier_arrive(unsigned long long* bar) { emu::arrive_at_memory_barrier("mbarrier_arrive", (uint64_t*)bar, 0); }
+inline void mbarrier_arrive(unsigned long long* bar) {
+    emu::arrive_at_memory_barrier("mbarrier_arrive", (uint64_t*)bar, 0);
+}
 
 // Until the phase of this parity, 0 for the first, has ended.
 inline void mbarrier_wait(unsigned long long* bar, unsigned parity) {

@@ -2,11 +2,11 @@
 //
 // A thread runs until it waits: for the other lanes of its warp (a collective operation), for a barrier of its block or
 // its cluster, or for a barrier in memory (mbarrier). Then the next lane of its warp that can run does, or, if there is
-// none, the scheduler picks another warp. So between two waits a thread runs alone; that other orders are possible shows
-// by running again with another seed, which shuffles blocks, warps and lanes. Seed 0 keeps them in order.
+// none, the scheduler picks another warp. So between two waits a thread runs alone; that other orders are possible
+// shows by running again with another seed, which shuffles blocks, warps and lanes. Seed 0 keeps them in order.
 //
 // What a GPU would hang on or leave undefined ends the process with a message: lanes of a warp in different collective
-// operations, a warp at a collective operation that some of its lanes cannot reach, barriers that not everybody reaches.
+// operations, a warp at one that some of its lanes cannot reach, barriers that not everybody reaches.
 #pragma once
 #include <signal.h>
 #include <stdarg.h>
@@ -158,6 +158,9 @@ struct Block {
     unsigned votes; // that __syncthreads counted last
     Guarded shared;               // its dynamic shared memory
     unsigned char* static_shared; // what its static variables hold while another block of the cluster runs
+
+    Block();
+    ~Block();
 };
 
 // A copy under way that a barrier in memory counts (cp.async.bulk).
@@ -173,6 +176,10 @@ struct BulkCopy {
 struct Machine {
     Block* blocks[MAX_CLUSTER] = {};
     void (*print_place)() = nullptr; // of the launch that it serves
+
+    ~Machine() {
+        for (Block* block : blocks) delete block;
+    }
 };
 
 // One launch of a kernel.
@@ -420,7 +427,7 @@ inline void cluster_barrier() {
 
 // ---- barriers in memory: a word that counts arrivals and bytes of copies, phase after phase
 //
-// bits 0-14 arrivals of a phase, 15-29 arrivals still missing, 30-61 bytes still missing (two's complement), 63 the phase
+// bits 0-14 arrivals of a phase, 15-29 arrivals still missing, 30-61 bytes still missing (signed), 63 the phase
 
 struct MemoryBarrier {
     unsigned count, missing;
@@ -569,20 +576,30 @@ __attribute__((noreturn)) inline void deadlock() {
          cluster_live, waiting[1], waiting[2], waiting[3], waiting[4], current ? name_of(current->waits) : "");
 }
 
-inline Block* make_block() {
-    Block* block = new Block();
-    block->threads = new Thread[MAX_THREADS]();
-    block->warps = new Warp[MAX_THREADS / LANES]();
+inline Block::Block() {
+    static_shared = nullptr;
+    threads = new Thread[MAX_THREADS]();
+    warps = new Warp[MAX_THREADS / LANES]();
     for (unsigned i = 0; i < MAX_THREADS; i++) {
-        block->threads[i].block = block;
-        block->threads[i].warp = &block->warps[i / LANES];
-        block->threads[i].lane = i % LANES;
+        threads[i].block = this;
+        threads[i].warp = &warps[i / LANES];
+        threads[i].lane = i % LANES;
     }
     for (unsigned i = 0; i < MAX_THREADS / LANES; i++) {
-        block->warps[i].block = block;
-        block->warps[i].threads = &block->threads[i * LANES];
+        warps[i].block = this;
+        warps[i].threads = &threads[i * LANES];
     }
-    return block;
+}
+
+inline Block::~Block() {
+    for (unsigned i = 0; i < MAX_THREADS; i++) {
+        threads[i].stack.release();
+        free(threads[i].copies);
+    }
+    delete[] threads;
+    delete[] warps;
+    free(static_shared);
+    shared.release();
 }
 
 // Makes a block ready to run from the beginning.
@@ -689,7 +706,7 @@ inline void run(const Launch& launch) {
         fail("%u + %zu bytes of shared memory", launch.shared_bytes, static_shared);
     }
     for (unsigned rank = 0; rank < launch.cluster; rank++) {
-        if (!launch.machine->blocks[rank]) launch.machine->blocks[rank] = make_block();
+        if (!launch.machine->blocks[rank]) launch.machine->blocks[rank] = new Block();
         cluster[rank] = launch.machine->blocks[rank];
     }
 

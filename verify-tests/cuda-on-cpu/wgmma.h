@@ -1,7 +1,7 @@
 // The functions of shaders/cuda/lib/wgmma.cuh, which it leaves to this file under CUDA_ON_CPU.
 //
-// A warpgroup's product is four products, one a warp, of 16 rows each: nothing passes between the warps but the matrix in
-// shared memory, which is read when the product is asked for.
+// A warpgroup's product is four products, one a warp, of 16 rows each: nothing passes between the warps but the matrix
+// in shared memory, which is read when the product is asked for.
 #pragma once
 #include "ptx.h"
 
@@ -77,8 +77,10 @@ inline void group_multiply(const char* name, float (*d)[4], const unsigned* a, u
                 for (unsigned n = 0; n < N; n++) d[row][n] += a[row][k] * b[k][n];
         for (unsigned lane = 0; lane < LANES; lane++)
             for (unsigned n = 0; n < N / 8; n++)
-                for (unsigned i = 0; i < 4; i++)
-                    warp.operands<GroupMultiply>(lane).d[n][i] = d[lane / 4 + 8 * (i / 2)][8 * n + 2 * (lane % 4) + i % 2];
+                for (unsigned i = 0; i < 4; i++) {
+                    const unsigned row = lane / 4 + 8 * (i / 2), column = 8 * n + 2 * (lane % 4) + i % 2;
+                    warp.operands<GroupMultiply>(lane).d[n][i] = d[row][column];
+                }
     });
 }
 

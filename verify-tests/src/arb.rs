@@ -183,17 +183,17 @@ pub const HOUSE_MODELS: [Sizes; 8] = [
     Sizes { vocab: 97, hidden: 40, layers: 1, kv_heads: 2, group: 1, head_dim: 16, ffn: 24, bias: true, qk_norm: true,
             weights: DType::BF16, cache: DType::F32, page_size: 4 },
     // For tensor cores, which take heads of 64 and 128 in 16 bits: SmolLM2-like.
-    Sizes { vocab: 97, hidden: 64, layers: 2, kv_heads: 2, group: 3, head_dim: 64, ffn: 128, bias: false, qk_norm: false,
-            weights: DType::BF16, cache: DType::BF16, page_size: 16 },
+    Sizes { vocab: 97, hidden: 64, layers: 2, kv_heads: 2, group: 3, head_dim: 64, ffn: 128,
+            bias: false, qk_norm: false, weights: DType::BF16, cache: DType::BF16, page_size: 16 },
     // Llama-3-like.
-    Sizes { vocab: 128, hidden: 128, layers: 1, kv_heads: 1, group: 4, head_dim: 128, ffn: 64, bias: false, qk_norm: true,
-            weights: DType::F16, cache: DType::F16, page_size: 64 },
+    Sizes { vocab: 128, hidden: 128, layers: 1, kv_heads: 1, group: 4, head_dim: 128, ffn: 64,
+            bias: false, qk_norm: true, weights: DType::F16, cache: DType::F16, page_size: 64 },
     // Qwen2.5-0.5B-like.
     Sizes { vocab: 40, hidden: 64, layers: 1, kv_heads: 1, group: 7, head_dim: 64, ffn: 64, bias: true, qk_norm: false,
             weights: DType::BF16, cache: DType::F16, page_size: 16 },
     // No grouping, large pages.
-    Sizes { vocab: 64, hidden: 64, layers: 2, kv_heads: 2, group: 1, head_dim: 128, ffn: 40, bias: false, qk_norm: false,
-            weights: DType::F32, cache: DType::BF16, page_size: 64 },
+    Sizes { vocab: 64, hidden: 64, layers: 2, kv_heads: 2, group: 1, head_dim: 128, ffn: 40,
+            bias: false, qk_norm: false, weights: DType::F32, cache: DType::BF16, page_size: 64 },
 ];
 
 /// A case on one of the [`HOUSE_MODELS`].

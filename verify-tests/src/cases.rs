@@ -47,20 +47,20 @@ pub fn gpu() -> Option<Box<dyn Backend>> {
     needed("TREESPARK_REQUIRE_GPU", devices::open(&BackendChoice::Wgpu(None)))
 }
 
-/// The first NVIDIA GPU. `None`, with a printed reason, where there is none; a failure where `TREESPARK_REQUIRE_CUDA` is
-/// set.
+/// The first NVIDIA GPU. `None`, with a printed reason, where there is none; a failure where `TREESPARK_REQUIRE_CUDA`
+/// is set.
 #[cfg(feature = "cuda")]
 pub fn nvidia() -> Option<Box<dyn Backend>> {
     needed("TREESPARK_REQUIRE_CUDA", devices::open(&BackendChoice::Cuda(None)))
 }
 
-/// The CUDA backend on the make-believe driver, which must be the first that this process loads. `None`, with a printed
-/// reason, where no compiler is; a failure where `TREESPARK_REQUIRE_GPU` is set.
+/// The CUDA backend on a make-believe GPU: 0 is like an H100, 1 like an A100. The make-believe driver must be the first
+/// that this process loads. `None`, with a printed reason, where no compiler is; a failure where `TREESPARK_REQUIRE_GPU` is
+/// set.
 #[cfg(feature = "cuda")]
-pub fn cuda_on_cpu() -> Option<Box<dyn Backend>> {
-    let backend = crate::cuda_on_cpu::set_up()
-        .and_then(|()| devices::open(&BackendChoice::Cuda(None)).map_err(|error| error.to_string()));
-    needed("TREESPARK_REQUIRE_GPU", backend)
+pub fn cuda_on_cpu(gpu: usize) -> Option<Box<dyn Backend>> {
+    let open = || devices::open(&BackendChoice::Cuda(Some(gpu))).map_err(|error| error.to_string());
+    needed("TREESPARK_REQUIRE_GPU", crate::cuda_on_cpu::set_up().and_then(|()| open()))
 }
 
 /// What a test needs, or `None` with a printed reason; a failure where the environment says that it must be there.

@@ -8,20 +8,21 @@
 //!
 //! | mistake | found by |
 //! |---|---|
-//! | ancestor bits off by one, of slots instead of nodes, or only the first word | `a_node_sees_exactly_its_root_path`, `edge_sizes` (33, 65, 256 nodes) |
-//! | the mask follows slot order, or a lower triangle | `node_order_changes_nothing`, trees in any order (`arb::topologies`) |
+//! | ancestor bits off by one, by slot, only of the first word | `a_node_sees_exactly_its_root_path`, `edge_sizes` |
+//! | a mask by slot order, a lower triangle | `node_order_changes_nothing`, `arb::topologies` |
 //! | a page's end inside the tree; prefixes of -1, 0, 1 slots beyond a page | `arb::prefix_lengths`, `edge_sizes` |
 //! | no prefix, one node, full trees, requests without rows | `edge_sizes`, `a_request_without_rows_is_passed_over` |
 //! | groups that are no power of two; packed rows 16, 64, 128, one more or less | `arb::HOUSE_MODELS`, `edge_sizes` |
 //! | rows of two requests in one tile | `rows_are_independent_of_their_batch` |
 //! | empty or fully masked parts (NaN), very different lengths in a batch | `edge_sizes` (1, 300 and 17 slots) |
-//! | padding, freed pages and rows behind the last that leak, times zero or not | `unused_memory_never_leaks`; all memory of a [`Bed`](crate::bed::Bed) is NaN |
+//! | padding, freed pages, rows behind the last that leak | `unused_memory_never_leaks`, memory full of NaN (`bed`) |
 //! | counters not reset, masks left over from the last run of a captured graph | `a_second_run_equals_the_first` |
 //! | a pass that is compiled for more rows or requests than it gets | `the_compiled_size_changes_nothing` |
-//! | a commit that overwrites what it has yet to read, moves too little or too much | `commit_leaves_the_cache_of_plain_decoding` |
-//! | positions by slot instead of depth | `a_node_sees_exactly_its_root_path`, `a_round_emits_what_plain_decoding_draws` |
-//! | equal tokens among siblings, children in another order, paths of length 0 and full length | `acceptance_equals_the_oracle` |
-//! | ties, the last token, a vocabulary that fills no tile, NaN logits | `ties_go_to_the_lowest_id`, `a_nan_draws_no_token` |
+//! | a commit that overwrites what it has yet to read | `commit_moves_the_path_and_nothing_else` |
+//! | positions by slot instead of depth | `a_node_sees_exactly_its_root_path` |
+//! | equal siblings, children in any order, empty and full paths | `acceptance_equals_the_oracle` |
+//! | ties, the last token, a vocabulary that fills no tile | `ties_go_to_the_lowest_id`, `arb::HOUSE_MODELS` |
+//! | a NaN among the logits | `a_nan_draws_no_token` |
 
 pub mod agreement;
 pub mod commit;
@@ -39,44 +40,47 @@ use treespark::backend::Backend;
 use crate::bed::Outputs;
 
 /// Stamps the suite onto a backend: `conformance!(cpu, || Some(Box::new(CpuBackend::new(None))))` makes a module `cpu`
-/// with one test for each property. A constructor that returns `None` skips them, and says why itself.
+/// with one test for each property, or for each of those named behind. A constructor that returns `None` skips them, and
+/// says why itself.
 #[macro_export]
 macro_rules! conformance {
     ($module:ident, $constructor:expr) => {
-        mod $module {
-            use super::*;
-            $crate::conformance!(@tests ($constructor)
-                ops::every_op_equals_the_oracle
-                ops::a_whole_round_equals_the_oracle
-                ops::edge_sizes_equal_the_oracle
-                structure::a_chain_is_causal_attention
-                structure::a_node_sees_exactly_its_root_path
-                structure::node_order_changes_nothing
-                structure::a_tree_may_grow_over_several_passes
-                structure::rows_are_independent_of_their_batch
-                structure::the_compiled_size_changes_nothing
-                structure::a_static_tree_equals_any_tree
-                structure::a_request_without_rows_is_passed_over
-                structure::a_second_run_equals_the_first
-                structure::unused_memory_never_leaks
-                commit::acceptance_equals_the_oracle
-                commit::commit_moves_the_path_and_nothing_else
-                commit::commit_leaves_the_cache_of_plain_decoding
-                commit::a_round_emits_what_plain_decoding_draws
-                draws::draws_equal_the_oracle
-                draws::draws_follow_their_distribution
-                draws::ties_go_to_the_lowest_id
-                draws::a_nan_draws_no_token
-                draws::filters_keep_ties_at_their_threshold
-            );
+        $crate::conformance! { $module, $constructor,
+            ops::every_op_equals_the_oracle
+            ops::a_whole_round_equals_the_oracle
+            ops::edge_sizes_equal_the_oracle
+            structure::a_chain_is_causal_attention
+            structure::a_node_sees_exactly_its_root_path
+            structure::node_order_changes_nothing
+            structure::a_tree_may_grow_over_several_passes
+            structure::rows_are_independent_of_their_batch
+            structure::the_compiled_size_changes_nothing
+            structure::a_static_tree_equals_any_tree
+            structure::a_request_without_rows_is_passed_over
+            structure::a_second_run_equals_the_first
+            structure::unused_memory_never_leaks
+            commit::acceptance_equals_the_oracle
+            commit::commit_moves_the_path_and_nothing_else
+            commit::commit_leaves_the_cache_of_plain_decoding
+            commit::a_round_emits_what_plain_decoding_draws
+            draws::draws_equal_the_oracle
+            draws::draws_follow_their_distribution
+            draws::ties_go_to_the_lowest_id
+            draws::a_nan_draws_no_token
+            draws::filters_keep_ties_at_their_threshold
         }
     };
-    (@tests ($constructor:expr) $($file:ident :: $property:ident)*) => {$(
-        #[test]
-        fn $property() {
-            $crate::conformance::check($constructor, $crate::conformance::$file::$property);
+    ($module:ident, $constructor:expr, $($file:ident :: $property:ident)*) => {
+        mod $module {
+            use super::*;
+            $(
+                #[test]
+                fn $property() {
+                    $crate::conformance::check($constructor, $crate::conformance::$file::$property);
+                }
+            )*
         }
-    )*};
+    };
 }
 
 /// What a property finds: nothing, or the smallest failing case and what is wrong with it.

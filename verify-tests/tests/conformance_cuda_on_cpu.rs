@@ -4,4 +4,14 @@
 
 use treespark_verify_tests::{cases, conformance};
 
-conformance!(cuda_on_cpu, cases::cuda_on_cpu);
+conformance!(h100, || cases::cuda_on_cpu(0));
+
+// An A100 lacks clusters, bulk copies and products of warpgroups: other paths of the same kernels.
+conformance! { a100, || cases::cuda_on_cpu(1),
+    ops::every_op_equals_the_oracle
+    ops::edge_sizes_equal_the_oracle
+    structure::a_node_sees_exactly_its_root_path
+    structure::rows_are_independent_of_their_batch
+    structure::a_second_run_equals_the_first
+    structure::unused_memory_never_leaks
+}

@@ -3,7 +3,8 @@
 typedef unsigned short u16;
 
 // Rows of x to softmax(x): loops, shuffles, barriers, static shared memory.
-extern "C" __global__ void __launch_bounds__(256) row_softmax(const float* __restrict__ x, float* __restrict__ y, int n) {
+extern "C" __global__ void __launch_bounds__(256)
+    row_softmax(const float* __restrict__ x, float* __restrict__ y, int n) {
     __shared__ float part[8];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const float* row = x + (long)blockIdx.x * n;
@@ -21,7 +22,8 @@ extern "C" __global__ void __launch_bounds__(256) row_softmax(const float* __res
     __syncthreads();
     s = 0.0f;
     for (int i = 0; i < 8; i++) s += part[i];
-    for (int i = threadIdx.x; i < n; i += blockDim.x) y[(long)blockIdx.x * n + i] = exp2f((row[i] - m) * 1.44269504f) / s;
+    float* out = y + (long)blockIdx.x * n;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) out[i] = exp2f((row[i] - m) * 1.44269504f) / s;
 }
 
 // c[m, n] = a[m, k] b[n, k]^T in 16 x 16 tiles, k in steps of 16 through three buffers: copies, ldmatrix, mma.

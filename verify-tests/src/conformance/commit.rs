@@ -91,7 +91,7 @@ pub fn commit_leaves_the_cache_of_plain_decoding(backend: &mut dyn Backend) -> P
     })
 }
 
-/// Verifies a case's batch and commits what likely draws accept: every request's slots before, its path, its slots after.
+/// Verifies a case's batch and commits what likely draws accept: each request's slots before, its path, its slots after.
 fn commit(bed: &mut Bed, case: &Case) -> (Vec<Vec<SlotValues>>, Vec<Accepted>, Vec<Vec<SlotValues>>) {
     let draws = likely_draws(&case.batch, case.model.sizes.vocab, &mut case.rng());
     let requests = 0..case.batch.members.len();
@@ -148,8 +148,8 @@ pub fn a_round_emits_what_plain_decoding_draws(backend: &mut dyn Backend) -> Pro
     })
 }
 
-/// `Err` unless a round's request, whose rows begin at `first`, emits what plain decoding does, up to a first draw that the
-/// backend's promise excuses.
+/// `Err` unless a round's request, whose rows begin at `first`, emits what plain decoding does, up to a first draw that
+/// the backend's promise excuses.
 fn emits(round: &Outputs, first: usize, accepted: &Accepted, plain: &[Outputs]) -> Property {
     let emitted = accepted.path.iter().zip(&accepted.tokens);
     for (i, ((&node, &token), plain)) in emitted.clone().zip(plain).enumerate() {
