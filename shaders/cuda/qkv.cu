@@ -24,7 +24,7 @@ constexpr bool K_NORM = false;
 constexpr u32 TILE_PAIRS = 8; // of a tile
 constexpr u32 TOKENS = 16; // of a tile
 constexpr u32 TOKEN_TILES = 1;
-constexpr u32 M_TILES = 1; // 16 weight rows each, of a warp
+constexpr u32 ROW_TILES = 2; // of eight weight rows, of a warp
 constexpr u32 WARPS_M = 1; // warps along the weight rows
 constexpr u32 WARPS_K = 9; // warps along the columns
 constexpr u32 CLUSTER = 1; // blocks along the columns
@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     wait_for_previous();
     release_next();
     if (tile.n_tokens == 0) return;
-    matmul.multiply(x, weight, norm, weight_row);
+    matmul.multiply(x, norm, weight_row);
 
     // Lanes of a warp stay together, because they add up the squares of a head.
     for (u32 i = threadIdx.x; Four(tile, i / 32 * 32).is_token; i += THREADS) {

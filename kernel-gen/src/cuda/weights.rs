@@ -15,7 +15,7 @@ const SMALL_SHARE: usize = 128 << 10;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Tiling {
     tokens: usize,
-    m_tiles: usize,
+    row_tiles: usize,
     warps_m: usize,
     warps_k: usize,
     cluster: usize,
@@ -66,19 +66,23 @@ impl Tiling {
         while device.has_clusters() && bytes / cluster > 64 << 10 && 2 * cluster * tiles <= device.multiprocessors {
             cluster *= 2;
         }
-        let steps = matrix.steps().div_ceil(cluster);
-        let each = steps.div_ceil((12 / warps_m).max(1));
         // Where there are more tiles than multiprocessors, wider ones load the activations less often.
-        let m_tiles = if warps_m == 1 && tiles > device.multiprocessors { 2 } else { 1 };
-        let (ahead, depth) = (each.min(if tokens > 8 { 2 } else { 4 }), each.min(4));
-        Tiling { tokens, m_tiles, warps_m, warps_k: steps.div_ceil(each), cluster, ahead, depth, split: true }
+        let row_tiles = if warps_m == 1 && tiles > device.multiprocessors { 4 } else { 2 };
+        // Sums of wider tiles leave registers for fewer warps.
+        let most = if row_tiles > 2 { 9 } else { 12 };
+        let steps = matrix.steps().div_ceil(cluster);
+        let each = steps.div_ceil((most / warps_m).max(1));
+        let warps_k = steps.div_ceil(each);
+        let depth = each.min(4);
+        let tiling = |ahead| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead, depth, split: true };
+        tiling((2..=each.min(4)).rev().find(|&ahead| tiling(ahead).has_registers(1, matrix)).unwrap_or(1))
     }
 
     /// Wide tiles, so that activations are staged for many weight rows. Columns are shared, by a cluster or by teams, so
     /// that the blocks come close to a whole number a multiprocessor: the tiling is the one whose busiest multiprocessor
     /// moves the fewest bytes.
     fn streaming(matrix: &Matrix, tokens: usize, device: &Device) -> Tiling {
-        const M_TILES: usize = 2;
+        const ROW_TILES: usize = 4;
         /// Warps along rows and along columns, blocks along columns.
         const CLUSTERS: &[[usize; 3]] = &[
             [12, 1, 1],
@@ -102,9 +106,9 @@ impl Tiling {
 
         let split = matrix.dtype == DType::F16;
         // Sums of 64 tokens for both halves leave registers for half the rows.
-        let halve = |m_tiles: usize| if split { m_tiles / 2 } else { m_tiles };
+        let least = if split { ROW_TILES / 2 } else { ROW_TILES };
         let cost = |&[warps_m, warps_k, cluster]: &[usize; 3]| {
-            let rows = 16 * M_TILES * warps_m;
+            let rows = 8 * ROW_TILES * warps_m;
             let columns = matrix.steps().div_ceil(cluster) * STEP;
             let blocks = matrix.rows.div_ceil(rows) * cluster;
             // Weights, activations of 32 tokens, and their sums.
@@ -113,15 +117,15 @@ impl Tiling {
         };
         let candidates =
             if device.has_clusters() { CLUSTERS } else { BLOCKS }.iter().filter(|[warps_m, warps_k, cluster]| {
-                (16 * halve(M_TILES) * warps_m).is_multiple_of(matrix.unit) && matrix.steps() >= 4 * warps_k * cluster
+                (8 * least * warps_m).is_multiple_of(matrix.unit) && matrix.steps() >= 4 * warps_k * cluster
             });
         let Some(&[warps_m, warps_k, cluster]) = candidates.min_by_key(|candidate| cost(candidate)) else {
             return Tiling::small(matrix, tokens, device);
         };
         // Each team stages its own activations.
         let tokens = if warps_k > 1 { tokens.min(32) } else { tokens };
-        let m_tiles = if tokens > 32 { halve(M_TILES) } else { M_TILES };
-        let with_depth = |depth| Tiling { tokens, m_tiles, warps_m, warps_k, cluster, ahead: 1, depth, split };
+        let row_tiles = if tokens > 32 { least } else { ROW_TILES };
+        let with_depth = |depth| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead: 1, depth, split };
         // As deep as leaves room for a block of the next kernel, which requests its weights early.
         let has_room = |&depth: &usize| with_depth(depth).blocks(device, matrix) == 2;
         let fits = |&depth: &usize| with_depth(depth).shared_bytes(matrix) + DRAW_BYTES * tokens <= device.shared_bytes;
@@ -133,32 +137,50 @@ impl Tiling {
         32 * self.warps_m * self.warps_k
     }
 
+    /// Tiles of tensor cores.
+    fn token_tiles(&self) -> usize {
+        self.tokens.div_ceil(16)
+    }
+
     /// Weight rows of a tile.
     fn rows(&self) -> usize {
-        16 * self.m_tiles * self.warps_m
+        8 * self.row_tiles * self.warps_m
     }
 
     /// `MATMUL_BYTES` of `matmul.cuh`.
     fn shared_bytes(&self, matrix: &Matrix) -> usize {
         let is_plain = matrix.dtype == DType::F32;
-        let ring = if is_plain { 0 } else { self.depth * self.m_tiles * 4 * 32 * 16 };
-        let sums = self.tokens * (16 * self.m_tiles + 4) * 4;
-        let units = if is_plain || self.warps_m == 1 { 0 } else { 2 * self.tokens * (STEP / 4 + 1) * 16 };
+        let ring = if is_plain { 0 } else { self.depth * self.row_tiles * 2 * 32 * 16 };
+        let sums = self.tokens * (8 * self.row_tiles + 4) * 4;
+        let units = if is_plain || self.warps_m == 1 { 0 } else { 2 * self.token_tiles() * 16 * (STEP / 4 + 1) * 16 };
         self.warps_k * (self.warps_m * ring.max(sums) + units + self.tokens * 4)
     }
 
     /// Blocks that a multiprocessor should have room for: two, if shared memory and registers allow it.
     fn blocks(&self, device: &Device, matrix: &Matrix) -> usize {
         // A block takes 1 KiB more than it asks for.
-        let fits = 2 * (self.shared_bytes(matrix) + DRAW_BYTES * self.tokens + 1024) <= device.shared_bytes + 1024;
-        // Sums, weights of half a step, activations ahead, the rest.
-        let sums = self.m_tiles * self.tokens / 8 * 4 * if self.split { 2 } else { 1 };
-        let units =
-            if self.warps_m == 1 { 4 * (self.tokens / 8 + 1) } else { self.tokens.div_ceil(2 * self.warps_m) + 1 };
-        let registers = sums + self.m_tiles * 8 + self.ahead * units * 4 + 28;
-        // A multiprocessor has four times 512 registers for each lane of a warp.
-        let warps = (2 * self.warps_m * self.warps_k).div_ceil(4);
-        if fits && registers <= 512 / warps / 8 * 8 { 2 } else { 1 }
+        let shared_bytes = self.shared_bytes(matrix) + DRAW_BYTES * self.tokens + 1024;
+        if 2 * shared_bytes <= device.shared_bytes + 1024 && self.has_registers(2, matrix) { 2 } else { 1 }
+    }
+
+    /// Whether so many blocks of a multiprocessor have registers enough, by what the compiler was seen to need.
+    fn has_registers(&self, blocks: usize, matrix: &Matrix) -> bool {
+        let is_alone = self.warps_m == 1;
+        let sums = self.row_tiles * self.token_tiles() * 4 * if self.split { 2 } else { 1 };
+        let weights = self.row_tiles * 4;
+        let units = if is_alone { 4 * self.token_tiles() } else { (4 * self.token_tiles()).div_ceil(self.warps_m) };
+        let gamma = if matrix.eps.is_none() {
+            0
+        } else if is_alone {
+            16
+        } else {
+            8
+        };
+        let ahead = self.ahead * (units * if self.tokens > 8 { 8 } else { 4 } + gamma);
+        let rest = if is_alone { 44 + 16 * self.ahead } else { 36 };
+        // A multiprocessor has four times 512 registers for each lane of a warp; a lane can have 255.
+        let warps = (blocks * self.warps_m * self.warps_k).div_ceil(4);
+        sums + weights + ahead + rest <= (512 / warps / 8 * 8).min(255)
     }
 }
 
@@ -307,7 +329,7 @@ impl Lowering<'_> {
             .with("EPS", matrix.eps.unwrap_or(0.0))
             .size("TOKENS", "t", tiling.tokens)
             .with("TOKEN_TILES", token_tiles)
-            .with("M_TILES", tiling.m_tiles)
+            .with("ROW_TILES", tiling.row_tiles)
             .with("WARPS_M", tiling.warps_m)
             .with("WARPS_K", tiling.warps_k)
             .with("CLUSTER", tiling.cluster)
