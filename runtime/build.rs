@@ -1,8 +1,17 @@
 //! Proves the release's kernels before anyone runs them: generates each, validates it and translates it to SPIR-V, MSL
 //! and HLSL, so that a kernel that some vendor would refuse fails the build, with naga's message.
 
+use std::env;
+
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    // `cuda`: the feature is on, and NVIDIA has a driver for this system that we can call.
+    println!("cargo::rustc-check-cfg=cfg(cuda)");
+    let target = |what: &str| env::var(format!("CARGO_CFG_TARGET_{what}")).unwrap_or_default();
+    let reachable = target("OS") == "linux" && ["x86_64", "aarch64"].contains(&target("ARCH").as_str());
+    if cfg!(feature = "cuda") && reachable {
+        println!("cargo::rustc-cfg=cuda");
+    }
     #[cfg(feature = "wgpu")]
     kernels::check();
 }

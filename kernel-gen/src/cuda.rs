@@ -34,6 +34,17 @@ impl Device {
     pub fn has_clusters(&self) -> bool {
         self.arch >= 90
     }
+
+    /// Warps of a group can multiply together: Hopper's own instructions, not even its successors'.
+    pub fn has_wgmma(&self) -> bool {
+        self.arch == 90
+    }
+
+    /// Clusters of this size that run at once, a block a multiprocessor. Large ones leave some multiprocessors over: on
+    /// an H100 66 clusters of 2 fit, 30 of 4, 15 of 8 (asked of the driver).
+    pub fn clusters(&self, size: usize) -> usize {
+        if size <= 2 { self.multiprocessors / size } else { self.multiprocessors * 10 / 11 / size }
+    }
 }
 
 /// One launch of one kernel.

@@ -5,20 +5,23 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
+use treespark_kernel_gen::cuda::{self, Device};
 use treespark_kernel_gen::draw::draw;
 use treespark_kernel_gen::emit::{Lang, emit, stems};
-use treespark_kernel_gen::lower::{KernelCall, lower};
-use treespark_kernel_gen::{TreeShape, TreeSpec, release};
+use treespark_kernel_gen::lower::lower;
+use treespark_kernel_gen::spec::KernelSpec;
+use treespark_kernel_gen::{Pass, TreeShape, TreeSpec, release};
 
 const HELP: &str = "\
 Looks at speculation trees and at the kernels made for them.
 
 Usage:
-  treespark-kernel-gen draw SHAPE                               the tree
-  treespark-kernel-gen show SHAPE [--lang wgsl] [--kernel STEM] a kernel compiled for the tree (tree_attention)
-  treespark-kernel-gen list                                     the kernels of a release
-  treespark-kernel-gen golden                                   writes the committed kernels, kernel-gen/golden/
+  treespark-kernel-gen draw SHAPE                          the tree
+  treespark-kernel-gen show SHAPE [--lang LANG] [--kernel STEM]  a kernel compiled for the tree (tree_attention)
+  treespark-kernel-gen list [--lang LANG]                  the kernels of a release
+  treespark-kernel-gen golden                              writes the committed kernels, kernel-gen/golden/
 
+A LANG is wgsl, which is taken if none is given, or cuda (for an H100).
 A SHAPE is root, chain:8 (8 nodes below the root), 4x2x2x1 (children a node, level by level),
 parents:0,0,0,1,1 (the root's own 0 first) or paths:0;0.0;1 (child ranks from the root down).
 Kernels are shown with the sizes of SmolLM2-135M.
@@ -27,7 +30,7 @@ Examples:
   cargo run -p treespark-kernel-gen -- draw 4x2x2x1
   cargo run -p treespark-kernel-gen -- draw 'paths:0;0.0;1'
   cargo run -p treespark-kernel-gen -- show 4x2x2x1 --lang wgsl
-  cargo run -p treespark-kernel-gen -- show chain:4 --kernel accept
+  cargo run -p treespark-kernel-gen -- show chain:4 --lang cuda --kernel accept
 ";
 
 fn main() -> ExitCode {
@@ -54,37 +57,70 @@ fn run(arguments: &[String]) -> Result<String, String> {
             let drawing = draw(&shape, |node| node.to_string());
             Ok(format!("{shape}: {n} nodes, {leaves} leaves, depth {depth}\n{drawing}"))
         }
-        ["show", shape, ref options @ ..] => show(shape.parse().map_err(text)?, kernel(options)?),
-        ["list"] => Ok(release::calls().map_err(text)?.iter().map(|call| format!("{}\n", call.spec.name())).collect()),
+        ["show", shape, ref options @ ..] => show(shape.parse().map_err(text)?, &Options::parse(options)?),
+        ["list", ref options @ ..] => {
+            let specs = match Options::parse(options)? {
+                Options { lang, kernel: None } => release_specs(lang)?,
+                Options { kernel: Some(_), .. } => return Err("list takes no --kernel".to_string()),
+            };
+            Ok(specs.iter().map(|spec| format!("{}\n", spec.name())).collect())
+        }
         ["golden"] => write_goldens(),
         _ => Err(format!("nothing to do for `{}`\n\n{HELP}", arguments.join(" "))),
     }
 }
 
-/// The kernel that the options of `show` ask for.
-fn kernel<'a>(options: &[&'a str]) -> Result<&'a str, String> {
-    let mut kernel = "tree_attention";
-    for option in options.chunks(2) {
-        match option {
-            ["--lang", "wgsl"] => {}
-            ["--lang", other] => return Err(format!("no kernels in `{other}`; there are: wgsl")),
-            ["--kernel", stem] => kernel = stem,
-            _ => return Err(format!("`{}` is not understood; see --help", option.join(" "))),
+struct Options<'a> {
+    lang: Lang,
+    kernel: Option<&'a str>,
+}
+
+impl<'a> Options<'a> {
+    fn parse(words: &[&'a str]) -> Result<Options<'a>, String> {
+        let mut options = Options { lang: Lang::Wgsl, kernel: None };
+        for option in words.chunks(2) {
+            match *option {
+                ["--lang", "wgsl"] => options.lang = Lang::Wgsl,
+                ["--lang", "cuda"] => options.lang = Lang::Cuda,
+                ["--lang", other] => return Err(format!("no kernels in `{other}`; there are: wgsl, cuda")),
+                ["--kernel", stem] => options.kernel = Some(stem),
+                _ => return Err(format!("`{}` is not understood; see --help", option.join(" "))),
+            }
         }
+        Ok(options)
     }
-    Ok(kernel)
 }
 
 /// The first kernel of this stem in a pass over the tree.
-fn show(shape: TreeShape, stem: &str) -> Result<String, String> {
+fn show(shape: TreeShape, options: &Options) -> Result<String, String> {
+    let (lang, stem) = (options.lang, options.kernel.unwrap_or("tree_attention"));
     let pass = release::MODELS[0].pass(shape.len(), TreeSpec::Static(shape));
-    let calls: Result<Vec<Vec<KernelCall>>, _> =
-        pass.ops.iter().map(|op| lower(op, &pass, &release::PORTABLE)).collect();
-    let calls = calls.map_err(text)?.concat();
-    let known = || stems(Lang::Wgsl).collect::<Vec<_>>().join(", ");
-    let found = calls.iter().find(|call| call.spec.stem() == stem);
-    let call = found.ok_or_else(|| format!("no kernel `{stem}` in a pass over this tree; kernels: {}", known()))?;
-    emit(&call.spec, Lang::Wgsl).map_err(text)
+    let known = || stems(lang).collect::<Vec<_>>().join(", ");
+    let spec = specs(&pass, lang)?.into_iter().find(|spec| spec.stem() == stem);
+    let spec = spec.ok_or_else(|| format!("no kernel `{stem}` in a pass over this tree; kernels: {}", known()))?;
+    emit(&spec, lang).map_err(text)
+}
+
+fn specs(pass: &Pass, lang: Lang) -> Result<Vec<KernelSpec>, String> {
+    match lang {
+        Lang::Wgsl => {
+            let calls: Result<Vec<_>, _> = pass.ops.iter().map(|op| lower(op, pass, &release::PORTABLE)).collect();
+            Ok(calls.map_err(text)?.concat().into_iter().map(|call| call.spec).collect())
+        }
+        Lang::Cuda => {
+            let launches = cuda::lower_pass(pass, &Device::H100).map_err(text)?;
+            Ok(launches.into_iter().map(|launch| launch.spec).collect())
+        }
+    }
+}
+
+fn release_specs(lang: Lang) -> Result<Vec<KernelSpec>, String> {
+    Ok(match lang {
+        Lang::Wgsl => release::calls().map_err(text)?.into_iter().map(|call| call.spec).collect(),
+        Lang::Cuda => {
+            release::cuda_launches(&Device::H100).map_err(text)?.into_iter().map(|launch| launch.spec).collect()
+        }
+    })
 }
 
 fn write_goldens() -> Result<String, String> {
@@ -126,5 +162,8 @@ mod tests {
         assert!(run(&words("show 2x1 --kernel")).unwrap_err().contains("--kernel"));
         assert!(run(&words("show 2x1 --kernel attend")).unwrap_err().contains("tree_attention"));
         assert!(run(&words("list")).unwrap().contains("tree_attention__"));
+        assert!(run(&words("list --kernel accept")).unwrap_err().contains("--kernel"));
+        assert!(run(&words("list --lang cuda")).unwrap().contains("tree_attention__"));
+        assert!(run(&words("show 2x1 --lang cuda")).unwrap().contains("__global__"));
     }
 }

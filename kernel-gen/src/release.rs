@@ -4,6 +4,7 @@
 //! sizes of real models, so that each combination that kernels treat differently occurs: head dims, odd and even query
 //! groups, biases, norms over heads, formats.
 
+use crate::cuda::{self, Device, Launch};
 use crate::emit::{Lang, emit};
 use crate::layout::{HEADER_WORDS, accepted_words};
 use crate::lower::{KernelCall, Limits, LowerError, lower};
@@ -69,6 +70,22 @@ pub fn calls() -> Result<Vec<KernelCall>, LowerError> {
         }
     }
     Ok(calls)
+}
+
+/// Launches on an NVIDIA GPU of one pass of every model in the table, first come first, each kernel once.
+pub fn cuda_launches(device: &Device) -> Result<Vec<Launch>, cuda::LowerError> {
+    let mut launches: Vec<Launch> = Vec::new();
+    for model in MODELS {
+        for &rows in ROWS {
+            let pass = model.pass(rows, TreeSpec::Any(rows.clamp(64, MAX_NODES)));
+            for launch in cuda::lower_pass(&pass, device)? {
+                if launches.iter().all(|known| known.spec != launch.spec) {
+                    launches.push(launch);
+                }
+            }
+        }
+    }
+    Ok(launches)
 }
 
 /// Kernels whose whole source is committed, in `kernel-gen/golden/`, so that a change to what is generated shows in a

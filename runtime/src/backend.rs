@@ -28,7 +28,7 @@ pub struct Extent {
 
 #[derive(Debug, Clone)]
 pub struct DeviceInfo {
-    /// `cpu` or `wgpu`.
+    /// `cpu`, `cuda` or `wgpu`.
     pub backend: &'static str,
     /// As a person would name it, e.g. `AMD EPYC 9B14, 2 threads, AVX2` or `NVIDIA H100 (Vulkan)`.
     pub name: String,

@@ -36,6 +36,10 @@ pub mod kv;
 pub mod memory;
 pub mod backend;
 pub mod cpu;
+#[cfg(any(cuda, feature = "wgpu"))]
+mod cache_folder;
+#[cfg(cuda)]
+pub mod cuda;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 pub mod devices;

@@ -193,6 +193,7 @@ fn options_outside_their_range() {
     refused(&["generate", "-p", "x", "--repetition-penalty", "0"], b"", &["repetition_penalty"]);
     refused(&["generate", "-p", "x", "--backend", "abacus"], b"", &["abacus", "cpu", "wgpu"]);
     refused(&["generate", "-p", "x", "--backend", "wgpu:99"], b"", &["99"]);
+    refused(&["generate", "-p", "x", "--backend", "cuda:99"], b"", &["cuda:99", "--backend cpu"]);
     refused(&["generate", "-p", "x", "--drafter", "psychic"], b"", &["psychic", "ngram"]);
 }
 
@@ -216,4 +217,18 @@ fn devices_are_listed_and_one_is_taken() {
     let text = String::from_utf8(out.stdout).unwrap();
     assert!(out.status.success() && text.contains("cpu"), "{text}");
     assert_eq!(text.lines().filter(|line| line.starts_with("* ") && line.contains('(')).count(), 1, "{text}");
+    assert_ne!(text.contains("cuda:0"), text.contains("no CUDA device: "), "there is one, or why not: {text}");
+}
+
+#[test]
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+fn without_a_driver_the_same_binary_says_so() {
+    let devices = Command::new(env!("CARGO_BIN_EXE_treespark"))
+        .arg("devices")
+        .env("TREESPARK_CUDA_DRIVER", "/no/such/libcuda.so.1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8(devices.stdout).unwrap();
+    assert!(devices.status.success(), "{text}");
+    assert!(text.contains("no CUDA device: no NVIDIA driver: /no/such/libcuda.so.1"), "{text}");
 }

@@ -39,6 +39,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
          const void* weight, // [WIDTH, COLUMNS]
          float* logits, // [rows, WIDTH]
          u64* candidates) { // [rows, CANDIDATES]
+    release_next();
     DYNAMIC_SHARED(shared);
     const Tile tile = tile_of_block(requests);
     const auto weight_row = [&](u32 row) { return min(tile.index * ROWS + row, WIDTH - 1); };
@@ -51,7 +52,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         draws[token] = {noise_of(request, row[ROW_POSITION]), needs_all_logits(request)};
     }
     wait_for_previous();
-    release_next();
     if (tile.n_tokens == 0) return;
     matmul.multiply(x, norm, weight_row);
 

@@ -14,8 +14,8 @@
 //                     weights = 2^(scores - running maximum)
 //                     output  = output * rescale + weights · v
 //                 The products are the warp's own (mma), or the whole group's (wgmma)
-//     merge       the warps' partial results, over the cluster's shared memory; where a unit has several chunks, over the
-//                 workspace, by the chunk that arrives last
+//     merge       each block of a cluster finishes some of the rows: warps leave their partial results in its shared memory.
+//                 Where a unit has several chunks, the one that arrives last adds them up, from the workspace
 //
 // Scores and sums are f32; q and the weights are rounded to the cache's format for the tensor cores.
 
@@ -63,43 +63,20 @@ constexpr u32 QUADS = HEAD_DIM / 4; // threads that finish a row, four elements 
 constexpr u32 ROWS_EACH = (M + CLUSTER - 1) / CLUSTER; // rows that a block of the cluster finishes
 constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
 constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float NEVER = -__builtin_huge_valf();
+#define NEVER __uint_as_float(0xff800000u) // minus infinity
 
-// A warp's results, before they are merged.
+// Results of all warps of the cluster for the rows that this block finishes.
 struct Parts {
-    float out[PARTS][M][PART_ROW]; // not yet divided by the sums
-    float2 sums[PARTS][M]; // running maximum, sum
-};
-
-struct Tiles {
-    unsigned char ring[STAGES][STAGE_BYTES];
-};
-
-// In a cluster the producer waits for the merge, and the parts may lie where the tiles were. A smaller block leaves room
-// for one of the next kernel beside it.
-union TilesOrParts {
-    Tiles tiles;
-    Parts parts;
-};
-struct TilesAndParts {
-    Tiles tiles;
-    Parts parts;
-};
-template <bool OVERLAID>
-struct Choice {
-    typedef TilesOrParts Type;
-};
-template <>
-struct Choice<false> {
-    typedef TilesAndParts Type;
+    float out[CLUSTER * PARTS][ROWS_EACH][PART_ROW]; // not yet divided by the sums
+    float2 sums[CLUSTER * PARTS][ROWS_EACH]; // running maximum, sum
 };
 
 // Shared memory, in this order.
 struct Shared {
-    Choice<(CLUSTER > 1)>::Type memory;
+    unsigned char ring[STAGES][STAGE_BYTES];
+    Parts parts;
     u64 full[STAGES];
     u64 empty[STAGES];
-    u64 seen[KEY_GROUPS][ROW_GROUPS * 4]; // keys of a tile that some row of the warp sees
     u32 ancestors[KEY_GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node; groups that take turns load their own
     u32 arrived; // chunks that came before this one
 };
@@ -224,6 +201,8 @@ struct Schedule {
         return false;
     }
 };
+
+__device__ __forceinline__ u32 cluster_rank_or_zero() { return CLUSTER == 1 ? 0 : cluster_rank(); }
 
 // This block's share of a chunk's tiles.
 __device__ __forceinline__ void share(Item& item) {
@@ -439,17 +418,19 @@ struct Accumulator {
         wgmma_commit();
     }
 
-    // Leaves the partial result in shared memory.
-    __device__ void store(Shared& shared, u32 part, u32 first, u32 lane) {
+    // Leaves the rows' partial results with the blocks that finish them.
+    __device__ void store(Shared& shared, u32 part, u32 first, u32 n_rows, u32 lane) {
 #pragma unroll
         for (u32 i = 0; i < 2; i++) {
             const u32 row = first + lane / 4 + 8 * i;
             sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 1);
             sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 2);
-            if (lane % 4 == 0) shared.memory.parts.sums[part][row] = make_float2(largest[i], sum[i]);
+            if (row >= n_rows) continue;
+            Parts& parts = CLUSTER == 1 ? shared.parts : *cluster_map(&shared.parts, row / ROWS_EACH);
+            if (lane % 4 == 0) parts.sums[part][row % ROWS_EACH] = make_float2(largest[i], sum[i]);
+            float* to = parts.out[part][row % ROWS_EACH] + lane % 4 * 2;
 #pragma unroll
-            for (u32 d = 0; d < HEAD_DIM / 8; d++)
-                *(float2*)&shared.memory.parts.out[part][row][d * 8 + lane % 4 * 2] = make_float2(out[d][2 * i], out[d][2 * i + 1]);
+            for (u32 d = 0; d < HEAD_DIM / 8; d++) *(float2*)(to + d * 8) = make_float2(out[d][2 * i], out[d][2 * i + 1]);
         }
     }
 };
@@ -478,13 +459,13 @@ __device__ __forceinline__ void load_ancestors(u32 (*ancestors)[ANCESTOR_WORDS +
 }
 
 // Zeros the values of a tile that no row of the unit sees. The groups that share the tile do it together.
-__device__ __forceinline__ void clear_unseen(unsigned char* values, u64 seen[ROW_GROUPS * 4], u64 any, u32 key_group,
-                                             u32 thread) {
+__device__ __forceinline__ void clear_unseen(unsigned char* values, const u32 (*ancestors)[ANCESTOR_WORDS + 1], int first_node,
+                                             u32 key_group, u32 thread) {
     const u32 threads = ROW_GROUPS * 128;
-    if (thread % 32 == 0) seen[thread / 32] = any;
-    named_barrier(2 + key_group, threads);
     u64 all = 0;
-    for (u32 i = 0; i < ROW_GROUPS * 4; i++) all |= seen[i];
+    for (u32 row = thread % 32; row < M; row += 32) all |= window(ancestors[row], first_node);
+#pragma unroll
+    for (u32 step = 1; step < 32; step *= 2) all |= __shfl_xor_sync(FULL_WARP, all, step);
     for (u32 i = thread; i < TILE * HALVES * 8; i += threads) {
         const u32 key = i / 8 % TILE;
         if (!(all >> key & 1)) *(uint4*)(values + i * 16) = make_uint4(0, 0, 0, 0);
@@ -514,27 +495,16 @@ struct Merged {
     }
 };
 
-// All blocks' and warps' results of a row. Many reads are under way before the first is used.
-__device__ __forceinline__ Merged merge_cluster(Shared& shared, u32 row, u32 quad) {
-    constexpr u32 ALL = CLUSTER * PARTS, BATCH = ALL < 16 ? ALL : 16;
+// All warps' results of a row.
+__device__ __forceinline__ Merged merge_parts(const Parts& parts, u32 row, u32 quad) {
     Merged merged;
-    for (u32 first = 0; first < ALL; first += BATCH) {
-        float2 sums[BATCH];
-        float4 part[BATCH];
-#pragma unroll
-        for (u32 i = 0; i < BATCH; i++) {
-            const u32 block = (first + i) / PARTS, p = (first + i) % PARTS;
-            const Shared* there = CLUSTER == 1 ? &shared : cluster_map(&shared, block);
-            sums[i] = there->memory.parts.sums[p][row];
-            part[i] = *(const float4*)&there->memory.parts.out[p][row][quad * 4];
-        }
-#pragma unroll
-        for (u32 i = 0; i < BATCH; i++) merged.add(sums[i], part[i]);
-    }
+#pragma unroll 8
+    for (u32 i = 0; i < CLUSTER * PARTS; i++)
+        merged.add(parts.sums[i][row], *(const float4*)&parts.out[i][row][quad * 4]);
     return merged;
 }
 
-// What a chunk leaves in the workspace: [ROWS_EACH * CLUSTER, HEAD_DIM] outputs, then a maximum and a sum a row.
+// What a chunk leaves in the workspace: [M, HEAD_DIM] outputs, then a maximum and a sum a row.
 constexpr u32 PARTIAL = M * (HEAD_DIM + 2);
 
 __device__ __forceinline__ void write_row(float* out, const Request& request, const Item& item, u32 row, u32 quad,
@@ -551,13 +521,13 @@ __device__ __forceinline__ void write_row(float* out, const Request& request, co
 __device__ __forceinline__ void finish(Shared& shared, const Request& request, const Item& item, float* partials,
                                        u32* counters, float* out, u32 thread) {
     const u32 n_rows = min(M, request.n_rows * GROUP - item.slab * M);
-    const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
+    const u32 rank = cluster_rank_or_zero();
     const u32 first = rank * ROWS_EACH, end = min(n_rows, first + ROWS_EACH);
     float* mine = partials + (u64)item.cut * PARTIAL;
     for (u32 i = thread; i < ROWS_EACH * QUADS; i += CONSUMERS) {
         const u32 row = first + i / QUADS, quad = i % QUADS;
         if (row >= end) continue;
-        const Merged merged = merge_cluster(shared, row, quad);
+        const Merged merged = merge_parts(shared.parts, row - first, quad);
         if (item.chunks == 1) {
             write_row(out, request, item, row, quad, merged);
         } else {
@@ -615,9 +585,10 @@ struct Block {
 // One warp runs ahead of the consumers, into the next chunk too.
 __device__ __forceinline__ void produce(const Block& block, const u32* pages, const u16* k_cache, const u16* v_cache) {
     u32 turn = 0; // tiles of this block so far
-    bool waited = false;
+    bool waited = false, again = false;
     Item item;
-    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
+    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item); again = true) {
+        if (CLUSTER > 1 && again) cluster_sync(); // the parts of the chunk before are read
         if (block.warp == CONSUMERS / 32) {
             const Request request = read_request(block.rows, block.requests, item.request);
             const u32* table = pages + item.request * PAGES_PER_REQUEST;
@@ -633,11 +604,11 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
                 }
                 const u32 stage = stage_of(turn);
                 mbarrier_wait(&block.shared.empty[stage], phase_of(turn) ^ 1);
-                copy_tile(block.shared.memory.tiles.ring[stage], &block.shared.full[stage], min(PAGES, n_pages - first),
+                copy_tile(block.shared.ring[stage], &block.shared.full[stage], min(PAGES, n_pages - first),
                           nth * PAGES, known, item.head, k_cache, v_cache, block.lane);
             }
         }
-        if (CLUSTER > 1) cluster_sync(), cluster_sync();
+        if (CLUSTER > 1) cluster_sync(); // the parts are there
     }
 }
 
@@ -648,7 +619,7 @@ struct Tiled {
     u32 first_tile, first_turn; // of the chunk
     u32 key_group, first_row, first_key, team_thread;
 
-    __device__ unsigned char* keys(u32 turn) const { return block.shared.memory.tiles.ring[stage_of(turn)]; }
+    __device__ unsigned char* keys(u32 turn) const { return block.shared.ring[stage_of(turn)]; }
     __device__ unsigned char* values(u32 turn) const { return keys(turn) + TILE_BYTES; }
     __device__ u32 tile(u32 turn) const { return first_tile + turn - first_turn; }
     __device__ bool is_masked(u32 turn) const { return (tile(turn) + 1) * TILE > request.prefix; }
@@ -660,9 +631,13 @@ struct Tiled {
         const int node = (int)(tile(turn) * TILE + first_key) - (int)request.prefix;
         for (u32 i = 0; i < 2; i++)
             sees[i] = window(block.shared.ancestors[key_group][first_row + block.lane / 4 + 8 * i], node);
+        if (WGMMA) {
+            clear_unseen(values(turn), block.shared.ancestors[key_group], node, key_group, team_thread);
+            return;
+        }
         any = sees[0] | sees[1];
+#pragma unroll
         for (u32 step = 4; step < 32; step *= 2) any |= __shfl_xor_sync(FULL_WARP, any, step);
-        if (WGMMA) clear_unseen(values(turn), block.shared.seen[key_group], any, key_group, team_thread);
     }
 
     // The producer may overwrite the tile.
@@ -725,15 +700,15 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
     const u32 first_row = row_group * 64 + warp % ROW_WARPS * 16, key_warp = warp / ROW_WARPS % KEY_WARPS;
     const u32 team_thread = thread % (ROW_GROUPS * 128);
     u32 turn = 0; // tiles of this block so far
-    bool waited = false;
+    bool waited = false, again = false;
     Item item;
-    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
+    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item); again = true) {
+        if (CLUSTER > 1 && again) cluster_sync(); // the parts of the chunk before are read
         const Request request = read_request(block.rows, block.requests, item.request);
         const u32 first_packed = item.slab * M;
         load_ancestors(shared.ancestors[key_group], block.rows, request, first_packed, team_thread);
         if (!waited) {
             wait_for_previous();
-            release_next();
             waited = true;
         }
         Accumulator acc;
@@ -747,14 +722,12 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
         turn += item.end - item.tile;
         if (WGMMA && has_rows) add_tiles_together(acc, tiles, mine, turn);
         else add_tiles(acc, tiles, mine, turn, has_rows);
-        if (CLUSTER > 1) named_barrier(1, CONSUMERS); // all tiles are read: the parts come in their place
-        if (has_rows) acc.store(shared, key_group * KEY_WARPS + key_warp, first_row, lane);
-        if (CLUSTER > 1) cluster_sync();
+        if (CLUSTER == 1 && again) named_barrier(1, CONSUMERS); // the parts of the chunk before are read
+        const u32 part = (cluster_rank_or_zero() * KEY_GROUPS + key_group) * KEY_WARPS + key_warp;
+        if (has_rows) acc.store(shared, part, first_row, min(M, request.n_rows * GROUP - first_packed), lane);
+        if (CLUSTER > 1) cluster_sync(); // the parts are there
         else named_barrier(1, CONSUMERS);
         finish(shared, request, item, partials, counters, out, thread);
-        // Before anyone writes to what others still read.
-        if (CLUSTER > 1) fence_async(), cluster_sync();
-        else named_barrier(1, CONSUMERS);
     }
     if (!waited) wait_for_previous();
 }
@@ -764,6 +737,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     tree_attention(const u32* __restrict__ rows, const u32* __restrict__ requests, const u32* __restrict__ pages,
                    const float* __restrict__ q, const u16* __restrict__ k_cache, const u16* __restrict__ v_cache,
                    float* partials, u32* counters, float* __restrict__ out) {
+    release_next();
     DYNAMIC_SHARED(memory);
     Shared& shared = *(Shared*)memory;
     const u32 thread = threadIdx.x, lane = thread % 32;
@@ -779,10 +753,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     block.schedule.plan(clusters, lane);
     __syncthreads();
     if (thread >= CONSUMERS) {
-        if (WGMMA) give_registers<GROUPS == 1 ? 24 : 56>();
+        if (WGMMA) give_registers<GROUPS == 1 ? 40 : 56>();
         produce(block, pages, k_cache, v_cache);
     } else {
-        if (WGMMA) take_registers<GROUPS == 1 ? 232 : 224>();
+        if (WGMMA) take_registers<GROUPS == 1 ? 216 : 224>();
         consume(block, q, partials, counters, out);
     }
 }

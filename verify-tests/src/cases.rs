@@ -1,9 +1,13 @@
 //! What the losslessness tests run over: tree shapes, samplings, devices and the real model.
 
+use std::fmt::Display;
 use std::path::PathBuf;
 
 use treespark::Sampling;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark::backend::Backend;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use treespark::devices::{self, BackendChoice};
 use treespark_models::hub;
 
 /// Ten shapes: plain, chains, wide, deep, uneven, and more nodes than a mask word has bits.
@@ -40,25 +44,37 @@ pub fn samplings() -> Vec<(&'static str, Sampling)> {
 /// failure where `TREESPARK_REQUIRE_GPU` is set.
 #[cfg(feature = "wgpu")]
 pub fn gpu() -> Option<Box<dyn Backend>> {
-    match treespark::devices::open(&treespark::devices::BackendChoice::Wgpu(None)) {
-        Ok(backend) => Some(backend),
-        Err(error) => {
-            assert!(std::env::var_os("TREESPARK_REQUIRE_GPU").is_none(), "{error}");
-            eprintln!("skipped: {error}");
-            None
-        }
-    }
+    needed("TREESPARK_REQUIRE_GPU", devices::open(&BackendChoice::Wgpu(None)))
+}
+
+/// The first NVIDIA GPU. `None`, with a printed reason, where there is none; a failure where `TREESPARK_REQUIRE_CUDA` is
+/// set.
+#[cfg(feature = "cuda")]
+pub fn nvidia() -> Option<Box<dyn Backend>> {
+    needed("TREESPARK_REQUIRE_CUDA", devices::open(&BackendChoice::Cuda(None)))
+}
+
+/// The CUDA backend on the make-believe driver, which must be the first that this process loads. `None`, with a printed
+/// reason, where no compiler is; a failure where `TREESPARK_REQUIRE_GPU` is set.
+#[cfg(feature = "cuda")]
+pub fn cuda_on_cpu() -> Option<Box<dyn Backend>> {
+    let backend = crate::cuda_on_cpu::set_up()
+        .and_then(|()| devices::open(&BackendChoice::Cuda(None)).map_err(|error| error.to_string()));
+    needed("TREESPARK_REQUIRE_GPU", backend)
+}
+
+/// What a test needs, or `None` with a printed reason; a failure where the environment says that it must be there.
+pub fn needed<T>(variable: &str, found: Result<T, impl Display>) -> Option<T> {
+    found
+        .map_err(|why| {
+            assert!(std::env::var_os(variable).is_none(), "{why}");
+            eprintln!("skipped: {why}");
+        })
+        .ok()
 }
 
 /// The default model's file, fetched if need be. `None`, with a printed reason, where it cannot be had; a failure
 /// where `TREESPARK_REQUIRE_MODEL` is set.
 pub fn default_model() -> Option<PathBuf> {
-    match hub::resolve(hub::DEFAULT_MODEL, &mut |_| {}) {
-        Ok(path) => Some(path),
-        Err(error) => {
-            assert!(std::env::var_os("TREESPARK_REQUIRE_MODEL").is_none(), "{error}");
-            eprintln!("skipped: {error}");
-            None
-        }
-    }
+    needed("TREESPARK_REQUIRE_MODEL", hub::resolve(hub::DEFAULT_MODEL, &mut |_| {}))
 }

@@ -3,13 +3,14 @@
 //! In reading order: [`oracle`] (every op in plain f64 loops, the definition of right), [`rng`], [`batch`] and
 //! [`tiny_model`] (inputs), [`arb`] (their generators), [`bed`] (runs a pass of a tiny model on any backend),
 //! [`mod@conformance`] (the properties, stamped onto a backend by [`conformance!`]), [`logits`] and [`near_tie`] (are two
-//! differing tokens excusable?), [`cases`] (what the losslessness tests run over).
+//! differing tokens excusable?), [`cases`] (what the losslessness tests run over), [`mod@cuda_on_cpu`] (CUDA without a GPU).
 
 pub mod arb;
 pub mod batch;
 pub mod bed;
 pub mod cases;
 pub mod conformance;
+pub mod cuda_on_cpu;
 pub mod logits;
 pub mod near_tie;
 pub mod oracle;

@@ -1,13 +1,13 @@
 //! Tree attention: the tensor-core kernel, and which of its sizes suits a pass.
 
 use super::{Argument, Launch, Lowering, Source, is_tiled};
-use crate::op::{Op, TreeSpec};
+use crate::op::Op;
 use crate::spec::KernelSpec;
 
 /// Keys of a tile, as in `tree_attention.cu`.
 const TILE: usize = 64;
-/// Blocks of the largest cluster.
-const MAX_CLUSTER: usize = 16;
+/// Slots of a context that a cluster of 8 goes through in a few tiles a block.
+const SHORT_CONTEXT: usize = 2048;
 /// Words of a row's ancestors in shared memory: padded.
 const ANCESTOR_STRIDE: usize = crate::ANCESTOR_WORDS + 1;
 
@@ -22,28 +22,27 @@ impl Lowering<'_> {
         }
         let group = heads / kv_heads;
         let packed = self.pass.rows.min(tree.max_nodes()) * group; // rows of a request
-        let m = packed.next_power_of_two().clamp(16, if self.device.has_clusters() { 128 } else { 64 });
-        let slabs = packed.div_ceil(m);
         let requests = self.max_requests().min(self.pass.rows);
+        let m = self.rows_of_a_unit(packed);
+        let slabs = packed.div_ceil(m);
         // Each request ends at most one slab early.
         let units = kv_heads * (requests * slabs).min(self.pass.rows * group / m + requests);
-        let cluster = self.cluster(units);
-        // Where a whole GPU works on a few units, what counts is how soon a kernel can begin: its blocks leave room for
-        // those of the next one. Where a warp's registers hold 64 rows of a large head, two groups of warps would spill.
-        let small = cluster == MAX_CLUSTER;
-        let groups = if m <= 64 && (small || !self.device.has_clusters() && cache.head_dim > 64) { 1 } else { 2 };
-        let wgmma = self.device.has_clusters() && m >= 64;
-        let blocks = if small && groups == 1 { 2 } else { 1 };
-        let clusters = self.device.multiprocessors / cluster;
+        let cluster = self.cluster(units, self.pages_per_request() * cache.page_size);
+        let clusters = self.device.clusters(cluster);
+        let wgmma = self.device.has_wgmma() && m >= 64;
+        // One group is enough for the few tiles that a block of a large cluster gets. Without wgmma two groups, whose
+        // warps hold 64 rows of a large head, would spill.
+        let spills = !self.device.has_wgmma() && cache.head_dim > 64 && m >= 32;
+        let groups = if m <= 64 && (cluster > 2 || spills) { 1 } else { 2 };
+        // A small block leaves room for one of the next kernel beside it.
+        let blocks = if m == 16 && cluster > 2 && cache.head_dim == 64 { 2 } else { 1 };
         let tile_bytes = 2 * TILE * cache.head_dim * 2;
         let key_groups = groups / m.div_ceil(64);
         let parts_bytes = key_groups * (64 / m).max(1) * m * ((cache.head_dim + 4) * 4 + 8);
         let rest = key_groups * m * ANCESTOR_STRIDE * 4 + 512;
-        // In a cluster the parts lie where the tiles were.
-        let beside = if cluster > 1 { rest } else { rest + parts_bytes };
-        let stages =
-            ((self.device.shared_bytes / blocks - 1024 - beside) / tile_bytes).min(6) / key_groups * key_groups;
-        let shared_bytes = (stages * tile_bytes + beside).max(parts_bytes + rest);
+        let stages = (self.device.shared_bytes / blocks - 1024 - parts_bytes - rest) / tile_bytes;
+        let stages = stages.min(6) / key_groups * key_groups;
+        let shared_bytes = stages * tile_bytes + parts_bytes + rest;
         let spec = self
             .paged(KernelSpec::new("tree_attention"), *k_cache)
             .size("GROUP", "g", group)
@@ -81,19 +80,41 @@ impl Lowering<'_> {
         }]
     }
 
-    /// Blocks that share a chunk: where there are few units, their partial results meet in shared memory.
-    fn cluster(&self, units: usize) -> usize {
+    /// Packed rows of a unit: all of a request's where they fit, since each unit reads the keys anew.
+    fn rows_of_a_unit(&self, packed: usize) -> usize {
+        let hopper = self.device.has_wgmma();
+        match packed {
+            ..=16 => 16,
+            // Products by whole groups take 64 rows, at the price of fewer.
+            17..=32 if !hopper => 32,
+            17..=64 => 64,
+            _ => {
+                if hopper {
+                    128
+                } else {
+                    64
+                }
+            }
+        }
+    }
+
+    /// Blocks that share a chunk: where there are few units, their partial results meet in shared memory. A large
+    /// cluster has done soonest with a short context; for a long one what counts is that few multiprocessors are idle.
+    fn cluster(&self, units: usize, context: usize) -> usize {
         if !self.device.has_clusters() {
             return 1;
         }
-        let each = (self.device.multiprocessors / units.max(1)).max(1);
-        (1 << each.ilog2()).min(MAX_CLUSTER)
+        let busy = |size: usize| self.device.clusters(size) / units * units * size;
+        let is_short = context <= SHORT_CONTEXT;
+        let suits = |size: &usize| busy(*size) > 0 && (is_short || busy(*size) * 10 >= self.device.multiprocessors * 7);
+        [8, 4, 2].into_iter().find(suits).unwrap_or(1)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::TreeSpec;
     use crate::cuda::{Device, lower};
 
     #[test]

@@ -88,7 +88,7 @@ pub struct ModelArgs {
     /// Tree of every round, or auto: root, chain:8, 4x2x2x1, parents:0,0,0,1, paths:0;1;0.0
     #[arg(short, long, default_value = "auto", value_parser = parse_tree)]
     pub tree: Tree,
-    /// auto, cpu, wgpu, or wgpu:N (see `treespark devices`)
+    /// auto, cpu, cuda, cuda:N, wgpu, or wgpu:N (see `treespark devices`)
     #[arg(short, long, default_value = "auto")]
     pub backend: BackendChoice,
     /// Tokens that fit, prompt included [default: the model's own, up to 8192]

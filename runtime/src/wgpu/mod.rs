@@ -25,6 +25,7 @@ use pipeline_cache::PipelineCacheFile;
 use pipelines::Pipelines;
 
 use crate::backend::{Backend, BufferId, DeviceInfo, Extent, PassCost, PassId};
+use crate::cache_folder::cache_folder;
 use crate::error::{Error, Result};
 
 /// SmolLM2-135M on an H100 through Vulkan: a pass waits for launches more than for arithmetic, so rows are nearly free
@@ -48,7 +49,7 @@ pub struct WgpuBackend {
 impl WgpuBackend {
     /// Opens the GPU at this place in [`adapters`].
     pub fn new(index: usize) -> Result<WgpuBackend> {
-        WgpuBackend::open(index, usize::MAX, pipeline_cache::folder().as_deref())
+        WgpuBackend::open(index, usize::MAX, cache_folder("pipelines").as_deref())
     }
 
     /// The same as on a device that binds at most so many bytes: large weights and caches are kept in more banks.

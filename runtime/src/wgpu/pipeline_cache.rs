@@ -1,13 +1,15 @@
 //! What the driver compiled, kept on disk between runs, so that a second start compiles nothing.
 //!
-//! One file for each device and driver, in `$TREESPARK_CACHE/pipelines`, or `treespark/pipelines` in the user's cache
-//! folder. It saves time and nothing else: a file that is missing, damaged or not writable is ignored.
+//! One file for each device and driver, in the folder `pipelines` of the cache. It saves time and nothing else: a file
+//! that is missing, damaged or not writable is ignored.
 #![allow(unsafe_code)]
 
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::{env, fs, process};
 
 use ::wgpu::{AdapterInfo, Device, Features, PipelineCache, PipelineCacheDescriptor, util};
+
+use crate::cache_folder::replace;
 
 pub(super) struct PipelineCacheFile {
     pub cache: PipelineCache,
@@ -31,17 +33,13 @@ impl PipelineCacheFile {
         Some(PipelineCacheFile { cache, changed: false, path })
     }
 
-    /// Replaces the file as a whole, so that a reader sees the old one or the new one.
     pub fn save(&mut self) {
         if !std::mem::take(&mut self.changed) {
             return;
         }
-        let (Some(data), Some(folder)) = (self.cache.get_data(), self.path.parent()) else { return };
-        let part = self.path.with_extension(format!("{}.part", process::id()));
-        let written = fs::create_dir_all(folder).and_then(|()| fs::write(&part, data));
-        if written.and_then(|()| fs::rename(&part, &self.path)).is_err() {
-            // A full disk or a read-only home: the next start compiles again.
-            drop(fs::remove_file(&part));
+        if let Some(data) = self.cache.get_data() {
+            // On a full disk or in a read-only home nothing is kept: the next start compiles again.
+            drop(replace(&self.path, &data));
         }
     }
 }
@@ -50,21 +48,6 @@ impl PipelineCacheFile {
 fn file_name(info: &AdapterInfo) -> Option<String> {
     let text = format!("{}_{}_{}", util::pipeline_cache_key(info)?, info.driver, info.driver_info);
     Some(text.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' }).collect())
-}
-
-/// Where the files are, if this system has a place for them.
-pub(super) fn folder() -> Option<PathBuf> {
-    let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    if let Some(root) = set("TREESPARK_CACHE") {
-        return Some(root.join("pipelines"));
-    }
-    let home = |below: &str| set("HOME").map(|home| home.join(below));
-    let caches = match env::consts::OS {
-        "windows" => set("LOCALAPPDATA"),
-        "macos" => home("Library/Caches"),
-        _ => set("XDG_CACHE_HOME").filter(|path| Path::is_absolute(path)).or_else(|| home(".cache")),
-    };
-    Some(caches?.join("treespark").join("pipelines"))
 }
 
 #[cfg(test)]

@@ -1,0 +1,726 @@
+// A make-believe libcuda: the functions of the driver that the runtime calls, on kernels that nvrtc.cpp made.
+//
+// Work on a stream is carried out late, when something waits for it, so that a missing wait shows; a copy from memory of
+// the host that is not pinned takes its bytes at once, as the real driver does. Memory of the device lies between pages
+// that may not be touched. While a stream captures, what the real driver forbids is an error.
+#include <dlfcn.h>
+#include <elf.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <deque>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cuda_on_cpu.h"
+
+#define DRIVER extern "C" __attribute__((visibility("default"))) int
+
+namespace {
+
+enum Result {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    INVALID_DEVICE = 101,
+    INVALID_IMAGE = 200,
+    INVALID_HANDLE = 400,
+    NOT_FOUND = 500,
+    NOT_READY = 600,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
+};
+
+using Work = std::function<void()>;
+
+struct Graph {
+    std::vector<Work> nodes;
+};
+
+struct Stream {
+    bool waits_for_default = true;
+    std::deque<Work> queue;
+    Graph* capturing = nullptr;
+    bool forbids_all_threads = false; // while it captures, what could disturb that; else its own thread only
+};
+
+struct Event {
+    Stream* stream = nullptr; // where it was recorded last
+    unsigned pending = 0;
+    double seconds = 0;
+};
+
+struct Function {
+    std::string name;
+    void (*run)(emu::Launch);
+    std::vector<size_t> argument_sizes;
+    int max_dynamic_shared = 48 << 10;
+    bool large_clusters = false;
+};
+
+struct Module {
+    void* library;
+    std::map<std::string, Function> functions;
+};
+
+// The compute capability: TREESPARK_EMULATION_ARCH, 80 or 90.
+int arch() {
+    const char* arch = getenv("TREESPARK_EMULATION_ARCH");
+    return arch ? atoi(arch) : 90;
+}
+
+constexpr size_t TOTAL_MEMORY = (size_t)8 << 30;
+
+// All that there is; every function holds `mutex`.
+std::recursive_mutex mutex;
+std::map<uintptr_t, emu::Guarded> device_memory, pinned_memory;
+size_t used_memory = 0;
+Stream default_stream;
+std::vector<Stream*> streams;
+unsigned n_forbidding = 0;            // captures that forbid all threads
+thread_local unsigned n_capturing = 0; // captures that this thread has begun
+uint64_t n_launches = 0;
+emu::Machine machine;
+
+#define LOCK std::lock_guard<std::recursive_mutex> lock(mutex)
+#define NOT_WHILE_CAPTURING                        \
+    LOCK;                                          \
+    if (n_forbidding || n_capturing) return complain(CAPTURE_UNSUPPORTED, __func__, "while a stream captures")
+
+int complain(Result result, const char* function, const char* problem) {
+    fprintf(stderr, "cuda_on_cpu: %s: %s\n", function, problem);
+    return result;
+}
+
+Stream& stream_of(void* stream) { return stream ? *(Stream*)stream : default_stream; }
+
+void carry_out(Stream& stream) {
+    while (!stream.queue.empty()) {
+        const Work work = std::move(stream.queue.front());
+        stream.queue.pop_front();
+        work();
+    }
+}
+
+void carry_out_all() {
+    carry_out(default_stream);
+    for (Stream* stream : streams) carry_out(*stream);
+}
+
+// As a call on the default stream does, which waits for all streams but those that do not want it.
+void carry_out_default() {
+    carry_out(default_stream);
+    for (Stream* stream : streams)
+        if (stream->waits_for_default) carry_out(*stream);
+}
+
+int enqueue(void* stream, Work work) {
+    Stream& s = stream_of(stream);
+    if (s.capturing) s.capturing->nodes.push_back(std::move(work));
+    else s.queue.push_back(std::move(work));
+    return SUCCESS;
+}
+
+// Whether the bytes lie in one allocation.
+bool is_inside(const std::map<uintptr_t, emu::Guarded>& memory, uintptr_t begin, size_t bytes) {
+    auto after = memory.upper_bound(begin);
+    if (after == memory.begin()) return false;
+    const emu::Guarded& g = std::prev(after)->second;
+    return begin + bytes <= (uintptr_t)g.begin + g.bytes;
+}
+bool is_device(uint64_t begin, size_t bytes) { return is_inside(device_memory, begin, bytes); }
+bool is_pinned(const void* begin, size_t bytes) { return is_inside(pinned_memory, (uintptr_t)begin, bytes); }
+
+#define CHECK_DEVICE(pointer, bytes) \
+    if (!is_device(pointer, bytes)) return complain(INVALID_VALUE, __func__, "not inside one allocation of the device")
+
+int allocate(std::map<uintptr_t, emu::Guarded>& memory, size_t bytes, uint64_t* pointer) {
+    if (!bytes) return complain(INVALID_VALUE, "allocate", "no bytes");
+    if (used_memory + bytes > TOTAL_MEMORY) return OUT_OF_MEMORY;
+    emu::Guarded g = emu::Guarded::allocate(bytes, 256);
+    if (!g.begin) return OUT_OF_MEMORY;
+    used_memory += bytes;
+    *pointer = (uint64_t)g.begin;
+    memory[(uintptr_t)g.begin] = g;
+    return SUCCESS;
+}
+
+int release(std::map<uintptr_t, emu::Guarded>& memory, uint64_t pointer) {
+    auto found = memory.find(pointer);
+    if (found == memory.end()) return complain(INVALID_VALUE, "release", "not the beginning of an allocation");
+    carry_out_all();
+    used_memory -= found->second.bytes;
+    found->second.release();
+    memory.erase(found);
+    return SUCCESS;
+}
+
+void launch(const Function& function, emu::Launch launch, const std::vector<std::vector<char>>& arguments) {
+    std::vector<void*> pointers;
+    for (const auto& argument : arguments) pointers.push_back((void*)argument.data());
+    launch.kernel = function.name.c_str();
+    launch.arguments = pointers.data();
+    launch.machine = &machine;
+    const char* seed = getenv("EMU_SEED");
+    launch.seed = seed ? strtoull(seed, nullptr, 10) : 0;
+    if (launch.seed) launch.seed += n_launches++;
+    function.run(launch);
+    for (const auto& memory : {std::cref(device_memory), std::cref(pinned_memory)}) {
+        for (const auto& entry : memory.get()) {
+            if (entry.second.is_intact()) continue;
+            fprintf(stderr, "cuda_on_cpu: kernel %s, seed %llu, wrote next to memory of %zu bytes\n", launch.kernel,
+                    (unsigned long long)launch.seed, entry.second.bytes);
+            abort();
+        }
+    }
+}
+
+int enqueue_launch(void* f, emu::Launch l, void* stream, void** parameters) {
+    const Function& function = *(Function*)f;
+    const size_t threads = (size_t)l.block.x * l.block.y * l.block.z;
+    const bool cluster_fits = l.cluster && l.grid.x % l.cluster == 0 && l.cluster <= (function.large_clusters ? 16u : 8u);
+    if (threads == 0 || threads > 1024 || !l.grid.x || !l.grid.y || !l.grid.z || l.grid.y > 65535 || l.grid.z > 65535) {
+        return complain(INVALID_VALUE, function.name.c_str(), "no such grid or block");
+    }
+    if ((int)l.shared_bytes > function.max_dynamic_shared) {
+        return complain(INVALID_VALUE, function.name.c_str(), "more shared memory than cuFuncSetAttribute allowed");
+    }
+    if (!cluster_fits || (l.cluster > 1 && arch() < 90)) {
+        return complain(INVALID_VALUE, function.name.c_str(), "no such cluster");
+    }
+    std::vector<std::vector<char>> arguments;
+    for (size_t i = 0; i < function.argument_sizes.size(); i++) {
+        const char* argument = (const char*)parameters[i];
+        arguments.emplace_back(argument, argument + function.argument_sizes[i]);
+    }
+    return enqueue(stream, [&function, l, arguments] { launch(function, l, arguments); });
+}
+
+double now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+// Where a shared library in memory ends: behind its table of sections.
+size_t library_bytes(const void* image) {
+    const Elf64_Ehdr* header = (const Elf64_Ehdr*)image;
+    if (memcmp(header->e_ident, ELFMAG, SELFMAG) != 0 || header->e_type != ET_DYN) return 0;
+    return header->e_shoff + (size_t)header->e_shnum * header->e_shentsize;
+}
+
+// Loads a library through a file that is gone afterwards.
+void* load_library(const void* image, size_t bytes) {
+    const char* folder = getenv("TMPDIR");
+    std::string path = std::string(folder ? folder : "/tmp") + "/treespark-kernel-XXXXXX";
+    const int file = mkstemp(&path[0]);
+    if (file < 0) return nullptr;
+    bool whole = true;
+    for (size_t done = 0; whole && done < bytes;) {
+        const ssize_t n = write(file, (const char*)image + done, bytes - done);
+        whole = n > 0;
+        done += whole ? (size_t)n : 0;
+    }
+    close(file);
+    void* library = whole ? dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL) : nullptr;
+    if (!library) fprintf(stderr, "cuda_on_cpu: %s\n", whole ? dlerror() : "cannot write a kernel");
+    unlink(path.c_str());
+    return library;
+}
+
+} // namespace
+
+// ---- the device
+
+DRIVER cuInit(unsigned) { return SUCCESS; }
+
+DRIVER cuDriverGetVersion(int* version) {
+    *version = 13000;
+    return SUCCESS;
+}
+
+DRIVER cuDeviceGetCount(int* count) {
+    *count = 1;
+    return SUCCESS;
+}
+
+DRIVER cuDeviceGet(int* device, int ordinal) {
+    *device = ordinal;
+    return ordinal == 0 ? SUCCESS : INVALID_DEVICE;
+}
+
+DRIVER cuDeviceGetName(char* name, int len, int) {
+    snprintf(name, (size_t)len, "CUDA on the CPU");
+    return SUCCESS;
+}
+
+DRIVER cuDeviceGetUuid_v2(void* uuid, int) {
+    memset(uuid, 0, 16);
+    return SUCCESS;
+}
+
+DRIVER cuDeviceTotalMem_v2(size_t* bytes, int) {
+    *bytes = TOTAL_MEMORY;
+    return SUCCESS;
+}
+
+DRIVER cuDeviceGetAttribute(int* value, int attribute, int) {
+    static const std::map<int, int> VALUES = {
+        {1, 1024},              // threads of a block
+        {2, 1024}, {3, 1024}, {4, 64}, // along x, y, z
+        {5, 2147483647}, {6, 65535}, {7, 65535}, // blocks along x, y, z
+        {8, 48 << 10},          // shared memory of a block, unless asked for
+        {9, 64 << 10},          // constant memory
+        {10, 32},               // threads of a warp
+        {12, 65536},            // registers of a block
+        {13, 1000000},          // clock, kHz
+        {16, 4},                // multiprocessors
+        {36, 1000000}, {37, 4096}, // memory: clock, kHz; bits wide
+        {38, 4 << 20},          // L2 cache
+        {39, 2048},             // threads of a multiprocessor
+        {41, 1},                // unified addressing
+        {81, 228 << 10},        // shared memory of a multiprocessor
+        {82, 65536},            // registers of a multiprocessor
+        {95, 0},                // cooperative launch
+        {97, 227 << 10},        // shared memory of a block at most
+        {106, 32},              // blocks of a multiprocessor
+        {111, 1 << 10},         // shared memory that the driver takes of each block
+        {115, 0},               // memory pools
+    };
+    if (attribute == 75) *value = arch() / 10;
+    else if (attribute == 76) *value = arch() % 10;
+    else if (attribute == 120) *value = arch() >= 90; // clusters
+    else if (VALUES.count(attribute)) *value = VALUES.at(attribute);
+    else return complain(INVALID_VALUE, "cuDeviceGetAttribute", std::to_string(attribute).c_str());
+    return SUCCESS;
+}
+
+// ---- contexts: there is one
+
+DRIVER cuDevicePrimaryCtxRetain(void** context, int) {
+    *context = &machine;
+    return SUCCESS;
+}
+DRIVER cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+DRIVER cuDevicePrimaryCtxSetFlags_v2(int, unsigned) { return SUCCESS; }
+DRIVER cuCtxSetCurrent(void*) { return SUCCESS; }
+DRIVER cuCtxPushCurrent_v2(void*) { return SUCCESS; }
+DRIVER cuCtxPopCurrent_v2(void** context) { return cuDevicePrimaryCtxRetain(context, 0); }
+DRIVER cuCtxGetCurrent(void** context) { return cuDevicePrimaryCtxRetain(context, 0); }
+DRIVER cuCtxGetDevice(int* device) { return cuDeviceGet(device, 0); }
+
+DRIVER cuCtxSynchronize() {
+    NOT_WHILE_CAPTURING;
+    carry_out_all();
+    return SUCCESS;
+}
+
+DRIVER cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+    *least = *greatest = 0;
+    return SUCCESS;
+}
+
+DRIVER cuGetErrorString(int, const char** text) {
+    *text = "an error of the make-believe driver";
+    return SUCCESS;
+}
+
+DRIVER cuGetErrorName(int, const char** text) {
+    *text = "CUDA_ON_CPU_ERROR";
+    return SUCCESS;
+}
+
+// ---- memory
+
+DRIVER cuMemAlloc_v2(uint64_t* pointer, size_t bytes) {
+    NOT_WHILE_CAPTURING;
+    return allocate(device_memory, bytes, pointer);
+}
+
+DRIVER cuMemFree_v2(uint64_t pointer) {
+    NOT_WHILE_CAPTURING;
+    return pointer ? release(device_memory, pointer) : SUCCESS;
+}
+
+DRIVER cuMemAllocHost_v2(void** pointer, size_t bytes) {
+    NOT_WHILE_CAPTURING;
+    return allocate(pinned_memory, bytes, (uint64_t*)pointer);
+}
+
+DRIVER cuMemHostAlloc(void** pointer, size_t bytes, unsigned) { return cuMemAllocHost_v2(pointer, bytes); }
+
+DRIVER cuMemFreeHost(void* pointer) {
+    NOT_WHILE_CAPTURING;
+    return release(pinned_memory, (uint64_t)pointer);
+}
+
+DRIVER cuMemHostGetDevicePointer_v2(uint64_t* device, void* host, unsigned) {
+    LOCK;
+    if (!is_pinned(host, 1)) return complain(INVALID_VALUE, __func__, "not pinned");
+    *device = (uint64_t)host;
+    return SUCCESS;
+}
+
+DRIVER cuMemGetInfo_v2(size_t* free, size_t* total) {
+    LOCK;
+    *total = TOTAL_MEMORY;
+    *free = TOTAL_MEMORY - used_memory;
+    return SUCCESS;
+}
+
+DRIVER cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t bytes) {
+    NOT_WHILE_CAPTURING;
+    CHECK_DEVICE(to, bytes);
+    carry_out_default();
+    memcpy((void*)to, from, bytes);
+    return SUCCESS;
+}
+
+DRIVER cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
+    NOT_WHILE_CAPTURING;
+    CHECK_DEVICE(from, bytes);
+    carry_out_default();
+    memcpy(to, (const void*)from, bytes);
+    return SUCCESS;
+}
+
+DRIVER cuMemcpyDtoD_v2(uint64_t to, uint64_t from, size_t bytes) {
+    NOT_WHILE_CAPTURING;
+    CHECK_DEVICE(to, bytes);
+    CHECK_DEVICE(from, bytes);
+    carry_out_default();
+    memmove((void*)to, (const void*)from, bytes);
+    return SUCCESS;
+}
+
+DRIVER cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) {
+    LOCK;
+    CHECK_DEVICE(to, bytes);
+    if (is_pinned(from, bytes) || stream_of(stream).capturing) {
+        return enqueue(stream, [=] { memcpy((void*)to, from, bytes); });
+    }
+    const std::vector<char> taken((const char*)from, (const char*)from + bytes);
+    return enqueue(stream, [=] { memcpy((void*)to, taken.data(), bytes); });
+}
+
+DRIVER cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
+    LOCK;
+    CHECK_DEVICE(from, bytes);
+    enqueue(stream, [=] { memcpy(to, (const void*)from, bytes); });
+    if (!is_pinned(to, bytes) && !stream_of(stream).capturing) carry_out(stream_of(stream));
+    return SUCCESS;
+}
+
+DRIVER cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* stream) {
+    LOCK;
+    CHECK_DEVICE(to, bytes);
+    CHECK_DEVICE(from, bytes);
+    return enqueue(stream, [=] { memmove((void*)to, (const void*)from, bytes); });
+}
+
+DRIVER cuMemsetD8Async(uint64_t to, unsigned char value, size_t n, void* stream) {
+    LOCK;
+    CHECK_DEVICE(to, n);
+    return enqueue(stream, [=] { memset((void*)to, value, n); });
+}
+
+DRIVER cuMemsetD32Async(uint64_t to, unsigned value, size_t n, void* stream) {
+    LOCK;
+    CHECK_DEVICE(to, n * 4);
+    return enqueue(stream, [=] {
+        for (size_t i = 0; i < n; i++) ((unsigned*)to)[i] = value;
+    });
+}
+
+DRIVER cuMemsetD8_v2(uint64_t to, unsigned char value, size_t n) {
+    NOT_WHILE_CAPTURING;
+    const int result = cuMemsetD8Async(to, value, n, nullptr);
+    carry_out_default();
+    return result;
+}
+
+DRIVER cuMemsetD32_v2(uint64_t to, unsigned value, size_t n) {
+    NOT_WHILE_CAPTURING;
+    const int result = cuMemsetD32Async(to, value, n, nullptr);
+    carry_out_default();
+    return result;
+}
+
+// ---- streams and events
+
+DRIVER cuStreamCreate(void** stream, unsigned flags) {
+    LOCK;
+    Stream* s = new Stream();
+    s->waits_for_default = (flags & 1) == 0;
+    streams.push_back(s);
+    *stream = s;
+    return SUCCESS;
+}
+
+DRIVER cuStreamCreateWithPriority(void** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
+
+DRIVER cuStreamDestroy_v2(void* stream) {
+    LOCK;
+    carry_out(stream_of(stream));
+    for (size_t i = 0; i < streams.size(); i++) {
+        if (streams[i] != stream) continue;
+        streams.erase(streams.begin() + (long)i);
+        delete (Stream*)stream;
+        return SUCCESS;
+    }
+    return INVALID_HANDLE;
+}
+
+DRIVER cuStreamSynchronize(void* stream) {
+    NOT_WHILE_CAPTURING;
+    if (stream) carry_out(stream_of(stream));
+    else carry_out_default();
+    return SUCCESS;
+}
+
+// Who asks again and again gets the work done in the end.
+DRIVER cuStreamQuery(void* stream) {
+    NOT_WHILE_CAPTURING;
+    if (stream_of(stream).queue.empty()) return SUCCESS;
+    carry_out(stream_of(stream));
+    return NOT_READY;
+}
+
+DRIVER cuEventCreate(void** event, unsigned) {
+    *event = new Event();
+    return SUCCESS;
+}
+
+DRIVER cuEventDestroy_v2(void* event) {
+    LOCK;
+    Event* e = (Event*)event;
+    if (e->pending) carry_out(*e->stream);
+    delete e;
+    return SUCCESS;
+}
+
+DRIVER cuEventRecord(void* event, void* stream) {
+    LOCK;
+    Event* e = (Event*)event;
+    e->stream = &stream_of(stream);
+    e->pending++;
+    return enqueue(stream, [e] {
+        e->pending -= e->pending > 0;
+        e->seconds = now();
+    });
+}
+
+DRIVER cuEventSynchronize(void* event) {
+    NOT_WHILE_CAPTURING;
+    Event* e = (Event*)event;
+    if (e->pending) carry_out(*e->stream);
+    return SUCCESS;
+}
+
+DRIVER cuEventQuery(void* event) {
+    LOCK;
+    Event* e = (Event*)event;
+    if (!e->pending) return SUCCESS;
+    carry_out(*e->stream);
+    return NOT_READY;
+}
+
+DRIVER cuStreamWaitEvent(void* stream, void* event, unsigned) {
+    LOCK;
+    Event* e = (Event*)event;
+    return enqueue(stream, [e] {
+        if (e->pending) carry_out(*e->stream);
+    });
+}
+
+DRIVER cuEventElapsedTime(float* milliseconds, void* from, void* to) {
+    LOCK;
+    const Event *a = (Event*)from, *b = (Event*)to;
+    if (!a->stream || !b->stream) return complain(INVALID_HANDLE, __func__, "an event was never recorded");
+    if (a->pending || b->pending) return NOT_READY;
+    *milliseconds = (float)((b->seconds - a->seconds) * 1e3);
+    return SUCCESS;
+}
+
+DRIVER cuEventElapsedTime_v2(float* milliseconds, void* from, void* to) {
+    return cuEventElapsedTime(milliseconds, from, to);
+}
+
+DRIVER cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
+    LOCK;
+    return enqueue(stream, [=] { function(data); });
+}
+
+// ---- kernels
+
+DRIVER cuModuleLoadData(void** module, const void* image) {
+    NOT_WHILE_CAPTURING;
+    const size_t bytes = library_bytes(image);
+    if (!bytes) return complain(INVALID_IMAGE, __func__, "not a kernel of the make-believe nvrtc");
+    void* library = load_library(image, bytes);
+    if (!library) return INVALID_IMAGE;
+    *module = new Module{library, {}};
+    return SUCCESS;
+}
+
+DRIVER cuModuleLoadDataEx(void** module, const void* image, unsigned, void*, void*) {
+    return cuModuleLoadData(module, image);
+}
+
+DRIVER cuModuleUnload(void* module) {
+    LOCK;
+    carry_out_all();
+    dlclose(((Module*)module)->library);
+    delete (Module*)module;
+    return SUCCESS;
+}
+
+DRIVER cuModuleGetFunction(void** function, void* module, const char* name) {
+    LOCK;
+    Module& m = *(Module*)module;
+    const std::string run = std::string("emu_run_") + name, sizes = std::string("emu_sizes_") + name;
+    Function f;
+    f.name = name;
+    f.run = (void (*)(emu::Launch))dlsym(m.library, run.c_str());
+    auto get_sizes = (unsigned (*)(size_t*))dlsym(m.library, sizes.c_str());
+    if (!f.run || !get_sizes) return complain(NOT_FOUND, __func__, name);
+    size_t all[256];
+    f.argument_sizes.assign(all, all + get_sizes(all));
+    *function = &(m.functions[name] = f);
+    return SUCCESS;
+}
+
+DRIVER cuFuncSetAttribute(void* function, int attribute, int value) {
+    LOCK;
+    Function& f = *(Function*)function;
+    if (attribute == 8) { // dynamic shared memory at most
+        if (value < 0 || value > 227 << 10) return complain(INVALID_VALUE, __func__, "so much shared memory");
+        f.max_dynamic_shared = value;
+    } else if (attribute == 14) { // clusters of more than 8 blocks
+        f.large_clusters = value != 0;
+    } else if (attribute != 9) { // of L1 cache and shared memory, how much each
+        return complain(INVALID_VALUE, __func__, std::to_string(attribute).c_str());
+    }
+    return SUCCESS;
+}
+
+DRIVER cuFuncGetAttribute(int* value, int attribute, void*) {
+    switch (attribute) {
+        case 0: *value = 1024; return SUCCESS; // threads
+        case 1: case 2: case 3: *value = 0; return SUCCESS; // bytes of shared, constant, local memory
+        case 4: *value = 32; return SUCCESS; // registers
+        default: return complain(INVALID_VALUE, __func__, std::to_string(attribute).c_str());
+    }
+}
+
+DRIVER cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int, size_t) {
+    *blocks = 1;
+    return SUCCESS;
+}
+
+DRIVER cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                      unsigned shared_bytes, void* stream, void** parameters, void**) {
+    LOCK;
+    emu::Launch l = {};
+    l.grid = {gx, gy, gz};
+    l.block = {bx, by, bz};
+    l.cluster = 1;
+    l.shared_bytes = shared_bytes;
+    return enqueue_launch(function, l, stream, parameters);
+}
+
+namespace {
+struct LaunchAttribute {
+    int id, padding;
+    unsigned value[16];
+};
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared_bytes;
+    void* stream;
+    const LaunchAttribute* attributes;
+    unsigned n_attributes;
+};
+static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "as cuda.h has them");
+} // namespace
+
+DRIVER cuLaunchKernelEx(const LaunchConfig* config, void* function, void** parameters, void**) {
+    LOCK;
+    emu::Launch l = {};
+    l.grid = {config->grid[0], config->grid[1], config->grid[2]};
+    l.block = {config->block[0], config->block[1], config->block[2]};
+    l.cluster = 1;
+    l.shared_bytes = config->shared_bytes;
+    for (unsigned i = 0; i < config->n_attributes; i++) {
+        const LaunchAttribute& a = config->attributes[i];
+        if (a.id == 4 && a.value[1] == 1 && a.value[2] == 1) l.cluster = a.value[0];
+        else if (a.id == 4) return complain(INVALID_VALUE, __func__, "clusters along x only");
+        else if (a.id == 6 && arch() < 90) return complain(INVALID_VALUE, __func__, "no programmatic launch before 9.0");
+        else if (a.id != 6) return complain(INVALID_VALUE, __func__, "an unknown attribute");
+    }
+    return enqueue_launch(function, l, config->stream, parameters);
+}
+
+// ---- graphs
+
+DRIVER cuStreamBeginCapture_v2(void* stream, int mode) {
+    LOCK;
+    Stream& s = stream_of(stream);
+    if (!stream || s.capturing) return complain(CAPTURE_UNSUPPORTED, __func__, "cannot capture this stream");
+    s.capturing = new Graph();
+    s.forbids_all_threads = mode == 0;
+    n_forbidding += s.forbids_all_threads;
+    n_capturing++;
+    return SUCCESS;
+}
+
+DRIVER cuStreamEndCapture(void* stream, void** graph) {
+    LOCK;
+    Stream& s = stream_of(stream);
+    if (!s.capturing) return complain(CAPTURE_INVALIDATED, __func__, "the stream does not capture");
+    *graph = s.capturing;
+    s.capturing = nullptr;
+    n_forbidding -= s.forbids_all_threads;
+    n_capturing--;
+    return SUCCESS;
+}
+
+DRIVER cuStreamIsCapturing(void* stream, int* status) {
+    LOCK;
+    *status = stream_of(stream).capturing != nullptr;
+    return SUCCESS;
+}
+
+DRIVER cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long) {
+    LOCK;
+    *executable = new Graph(*(Graph*)graph);
+    return SUCCESS;
+}
+
+DRIVER cuGraphUpload(void*, void*) { return SUCCESS; }
+
+DRIVER cuGraphLaunch(void* executable, void* stream) {
+    LOCK;
+    if (stream_of(stream).capturing) return complain(CAPTURE_UNSUPPORTED, __func__, "while the stream captures");
+    for (const Work& work : ((Graph*)executable)->nodes) enqueue(stream, work);
+    return SUCCESS;
+}
+
+DRIVER cuGraphGetNodes(void* graph, void**, size_t* n) {
+    *n = ((Graph*)graph)->nodes.size();
+    return SUCCESS;
+}
+
+DRIVER cuGraphExecDestroy(void* executable) {
+    LOCK;
+    delete (Graph*)executable;
+    return SUCCESS;
+}
+
+DRIVER cuGraphDestroy(void* graph) {
+    LOCK;
+    delete (Graph*)graph;
+    return SUCCESS;
+}

@@ -1,0 +1,7 @@
+//! The conformance suite on the CUDA backend, on the first NVIDIA GPU.
+
+#![cfg(feature = "cuda")]
+
+use treespark_verify_tests::{cases, conformance};
+
+conformance!(cuda, cases::nvidia);
