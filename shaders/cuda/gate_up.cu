@@ -26,7 +26,8 @@ __device__ __forceinline__ float silu(float g) { return g / (1.0f + expf(-g)); }
 
 // Blocks: CLUSTER * tiles of tokens * tiles of weight rows.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    gate_up(const u32* requests, const float* x, const float* norm, const void* weight, float* out) { // out [rows, WIDTH]
+    gate_up(const u32* requests, const float* x, const float* norm, const void* weight,
+            float* out) { // [rows, WIDTH]
     release_next();
     DYNAMIC_SHARED(shared);
     const Tile tile = tile_of_block(requests);

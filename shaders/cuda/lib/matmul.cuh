@@ -2,9 +2,9 @@
 //
 //     sum[token][row] = sum over k of weight[row][k] * gamma[k] * x[token][k]
 //
-// The columns are cut into *steps* of 64, whole lines of memory, and the steps among *teams*: the blocks of a cluster, and
-// WARPS_K teams of each block. A team multiplies its steps with all rows of the tile; its WARPS_M warps have 8 * ROW_TILES
-// rows each. In the end the teams' sums are added, in order, by whoever needs them (`total`).
+// The columns are cut into *steps* of 64, whole lines of memory, and the steps among *teams*: the blocks of a cluster,
+// and WARPS_K teams of each block. A team multiplies its steps with all rows of the tile; its WARPS_M warps have
+// 8 * ROW_TILES rows each. In the end the teams' sums are added, in order, by whoever needs them (`total`).
 //
 //     weights      stream through a ring in shared memory, DEPTH steps ahead. A lane copies what its own tensor-core
 //                  fragments need, 16 bytes of a row at a time, so the ring needs no barrier. They are requested before
@@ -15,8 +15,8 @@
 //                  its fragments in registers
 //     norm         is linear but for one factor a token, so the sum of squares is gathered on the way (`inv_rms`)
 //
-// The order of a token's sums depends on the matrix alone (COLUMNS, CLUSTER, WARPS_K, whether WARPS_M is 1), never on how
-// many tokens share the pass or a tile.
+// The order of a token's sums depends on the matrix alone (COLUMNS, CLUSTER, WARPS_K, SPLIT, whether WARPS_M is 1),
+// never on how many tokens share the pass or a tile.
 //
 // Weights in F32 take a plain path, lanes along the columns, with the same teams.
 //
@@ -47,12 +47,13 @@ static_assert(WEIGHT != F16 || SPLIT, "the halves of F16 are scaled differently"
 // ---- shared memory
 
 // Activations of a step, in *units* of four columns: of a pair of tokens 16 bytes, as the tensor cores take them. Two
-// buffers of [M_TILES][high, low][8 pairs][UNIT_STRIDE]; the padding lets eight lanes read two pairs' without conflicts.
+// buffers of [M_TILES][high, low][8 pairs][UNIT_STRIDE]; padded, so that eight lanes read two pairs' without conflicts.
 constexpr u32 UNITS = STEP / 4;
 constexpr u32 UNIT_STRIDE = UNITS + 1;
 constexpr u32 BUFFER_UNITS = PLAIN || ALONE ? 0 : M_TILES * 2 * 8 * UNIT_STRIDE;
 
-// A warp's ring of weights [DEPTH][ROW_TILES][half of the step][32 lanes][16 bytes], later its sums [TOKENS][SUM_STRIDE].
+// A warp's ring of weights [DEPTH][ROW_TILES][half of the step][32 lanes][16 bytes], later its sums
+// [TOKENS][SUM_STRIDE].
 constexpr u32 RING_BYTES = PLAIN ? 0 : DEPTH * ROW_TILES * 2 * 32 * 16;
 constexpr u32 SUM_STRIDE = WARP_ROWS + 4;
 constexpr u32 SUM_BYTES = TOKENS * SUM_STRIDE * 4;
@@ -213,7 +214,7 @@ struct Matmul {
 
     // To be called when the block no longer reads sums: others of the cluster may still read its own.
     __device__ __forceinline__ void finish() const {
-        if (CLUSTER > 1) cluster_sync();
+        if (CLUSTER > 1) cluster_leave();
     }
 
   private:
