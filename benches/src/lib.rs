@@ -3,12 +3,18 @@
 use std::process::Command;
 use std::time::Instant;
 
-/// Milliseconds of repeated runs, sorted.
+/// Times of repeated runs, sorted.
 #[derive(Debug, Clone)]
 pub struct Samples(Vec<f64>);
 
 impl Samples {
-    /// Runs `work` a few times for nothing, then `repeats` times by the clock.
+    /// Measured already; there must be at least one.
+    pub fn of(mut samples: Vec<f64>) -> Samples {
+        samples.sort_by(f64::total_cmp);
+        Samples(samples)
+    }
+
+    /// Runs `work` a few times for nothing, then `repeats` times by the clock, in milliseconds.
     pub fn take<E>(repeats: usize, mut work: impl FnMut() -> Result<(), E>) -> Result<Samples, E> {
         for _ in 0..repeats.div_ceil(5) {
             work()?;
@@ -19,11 +25,10 @@ impl Samples {
             work()?;
             samples.push(start.elapsed().as_secs_f64() * 1e3);
         }
-        samples.sort_by(f64::total_cmp);
-        Ok(Samples(samples))
+        Ok(Samples::of(samples))
     }
 
-    /// A quantile in milliseconds: 0.5 is the median.
+    /// A quantile: 0.5 is the median.
     pub fn quantile(&self, q: f64) -> f64 {
         self.0[((self.0.len() - 1) as f64 * q).round() as usize]
     }
@@ -33,16 +38,41 @@ impl Samples {
     }
 }
 
+/// The commit that was measured, if a repository is there to tell.
+pub fn commit() -> String {
+    let described = Command::new("git").args(["describe", "--always", "--dirty"]).output();
+    let commit = described.map(|out| String::from_utf8_lossy(&out.stdout).trim().to_string()).unwrap_or_default();
+    if commit.is_empty() { "unknown".into() } else { commit }
+}
+
 /// Where and how a measurement was taken, a line each.
 pub fn circumstances(device: &str) -> String {
-    let commit = Command::new("git").args(["describe", "--always", "--dirty"]).output();
-    let commit = commit.map(|out| String::from_utf8_lossy(&out.stdout).trim().to_string()).unwrap_or_default();
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let command: Vec<String> = std::env::args().collect();
     format!(
         "device   {device}\ncommit   {}\nload     {}\ncommand  {}",
-        if commit.is_empty() { "unknown" } else { &commit },
+        commit(),
         if load.is_empty() { "unknown" } else { load.trim() },
         command.join(" "),
     )
+}
+
+/// `||got - want|| / ||want||`; infinite if something is not finite.
+pub fn relative_error(got: &[f32], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let norm = |squares: f64| squares.sqrt();
+    let difference = norm(got.iter().zip(want).map(|(&g, w)| (f64::from(g) - w).powi(2)).sum());
+    let error = difference / norm(want.iter().map(|w| w * w).sum());
+    if error.is_finite() { error } else { f64::INFINITY }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_finite_is_infinitely_wrong() {
+        assert_eq!(relative_error(&[f32::NAN], &[1.0]), f64::INFINITY);
+        assert!((relative_error(&[3.0, 4.5], &[3.0, 4.0]) - 0.1).abs() < 1e-12);
+    }
 }

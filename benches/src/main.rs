@@ -1,23 +1,21 @@
-//! `treespark-bench`: what a pass costs on a device, against the number of its rows.
+//! `treespark-bench`: what passes and kernels cost on a device, against sizes, floors and peers.
 
+mod attention;
+mod device;
+mod matmul;
+mod models;
 mod ops;
+mod pass;
+mod peers;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
-use treespark::backend::{Backend, Extent};
-use treespark::devices::{self, BackendChoice};
-use treespark::network::{Limits, Network};
-use treespark::sampling::Sampling;
-use treespark::sequence::Sequence;
+use treespark::devices::BackendChoice;
 use treespark::tree::TokenTree;
-use treespark_benches::{Samples, circumstances};
-use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words};
-use treespark_kernel_gen::op::Batch;
-use treespark_kernel_gen::{DType, MAX_NODES, Op, Pass, Request, Role, Row, TreeSpec};
-use treespark_models::{Model, hub};
+use treespark_models::hub;
 
 #[derive(Parser)]
-#[command(version, about = "Times passes of a model across tree sizes", after_help = EXAMPLES)]
+#[command(version, about = "Times kernels, and passes of a model across tree sizes", after_help = EXAMPLES)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -25,8 +23,10 @@ struct Args {
 
 const EXAMPLES: &str = "Examples:
   treespark-bench pass --backend cpu --rows 1,2,4,8,16
-  treespark-bench pass --backend wgpu --depth 512 --repeats 50 --json
-  treespark-bench ops --backend wgpu --rows 1,16";
+  treespark-bench pass --backend cuda --model random:qwen3-8b --depth 2048 --rows 1,16
+  treespark-bench ops --backend wgpu --rows 1,16
+  treespark-bench attention --peers peers.json
+  treespark-bench matmul --models qwen3-8b --rows 1,16,64";
 
 #[derive(Subcommand)]
 enum Command {
@@ -34,10 +34,17 @@ enum Command {
     Pass(PassArgs),
     /// Where the time of a verify pass goes: each kind of op run alone
     Ops(PassArgs),
+    /// Tree attention alone, beside peers and floors (needs an NVIDIA GPU)
+    Attention(attention::Args),
+    /// Products with weights alone, beside cuBLAS and the memory's speed (needs an NVIDIA GPU)
+    Matmul(matmul::Args),
 }
 
 #[derive(clap::Args)]
+#[command(after_help = PASS_EXAMPLES)]
 struct PassArgs {
+    /// A name or path as everywhere, or random:NAME for a model of real sizes without files: random:smollm2-135m,
+    /// random:qwen3-0.6b, random:qwen3-8b, random:llama-3.1-8b
     #[arg(short, long, default_value = hub::DEFAULT_MODEL)]
     model: String,
     #[arg(short, long, default_value = "auto")]
@@ -59,57 +66,23 @@ struct PassArgs {
     json: bool,
 }
 
+const PASS_EXAMPLES: &str = "The median is by the host's clock, from writing the batch to reading the result. On an \
+NVIDIA GPU 'device ms' is the pass alone, by the GPU's clock, and 'of floor' the share of it that a device copy would \
+need for the weights' bytes.
+
+Examples:
+  treespark-bench pass --backend cpu --rows 1,2,4,8,16
+  treespark-bench pass --backend wgpu --depth 512 --repeats 50 --json
+  treespark-bench pass --backend cuda --model random:qwen3-8b --depth 2048 --rows 1,16
+  treespark-bench ops --backend wgpu --rows 1,16";
+
 fn main() -> Result<()> {
     match Args::parse().command {
-        Command::Pass(args) => pass(&args),
+        Command::Pass(args) => pass::run(&args),
         Command::Ops(args) => ops::run(&args),
+        Command::Attention(args) => attention::run(&args),
+        Command::Matmul(args) => matmul::run(&args),
     }
-}
-
-fn pass(args: &PassArgs) -> Result<()> {
-    let model = Model::open(&hub::resolve(&args.model, &mut |_| {})?)?;
-    let mut backend = devices::open(&args.backend)?;
-    let backend = backend.as_mut();
-    let max_nodes = args.rows.iter().copied().max().context("no rows were asked for")?;
-    let context = args.depth + MAX_NODES;
-    let limits = Limits { context, max_nodes, top_k: 1 };
-    let mut network = Network::load(backend, &model, limits, &mut |_, _| {})?;
-    eprintln!("{}", circumstances(&backend.info().name));
-
-    let vocab = model.config().vocab_size;
-    let token = |i: usize| (i * 7919 % vocab) as u32;
-    let sampling = Sampling { temperature: args.temperature, ..Sampling::default() };
-    let mut seq = Sequence::new(vec![token(0)], sampling, 1, vec![], context, vocab);
-    let prompt: Vec<u32> = (0..args.depth).map(token).collect();
-    network.extend(backend, &mut seq.kv, &prompt, &mut |_| {})?;
-
-    let dispatch = dispatch_ms(backend, args.repeats)?;
-    if !args.json {
-        println!("an op of one workgroup: {:.2} us", dispatch * 1e3);
-        println!("{:>5} {:>10} {:>10} {:>10} {:>8} {:>10}", "rows", "median ms", "p10", "p90", "of 1 row", "rows/s");
-    }
-    let mut one_row = None;
-    for &rows in &args.rows {
-        let tree = bushy(rows, token)?;
-        let samples = Samples::take(args.repeats, || {
-            network.verify(backend, &mut seq, &tree)?;
-            network.accepted(backend, &seq.kv).map(drop)
-        })?;
-        let (median, p10, p90) = (samples.median(), samples.quantile(0.1), samples.quantile(0.9));
-        let ratio = median / *one_row.get_or_insert(median);
-        let per_second = rows as f64 / median * 1e3;
-        if args.json {
-            let line = serde_json::json!({
-                "bench": "pass", "device": backend.info().name, "model": args.model, "depth": args.depth, "rows": rows,
-                "temperature": args.temperature, "median_ms": median, "p10_ms": p10, "p90_ms": p90,
-                "ratio": ratio, "op_us": dispatch * 1e3,
-            });
-            println!("{line}");
-        } else {
-            println!("{rows:>5} {median:>10.3} {p10:>10.3} {p90:>10.3} {ratio:>8.2} {per_second:>10.0}");
-        }
-    }
-    Ok(())
 }
 
 /// A tree of this many nodes, two children a node.
@@ -119,31 +92,4 @@ fn bushy(nodes: usize, token: impl Fn(usize) -> u32) -> Result<TokenTree> {
         tree.push((node - 1) / 2, token(node))?;
     }
     Ok(tree)
-}
-
-/// What an op costs that does next to nothing: many acceptances of one node, in one pass.
-fn dispatch_ms(backend: &mut dyn Backend, repeats: usize) -> Result<f64> {
-    const OPS: usize = 200;
-    let mut pass = Pass::new("dispatch", 1);
-    let batch = Batch {
-        rows: pass.add("rows", Role::Input, DType::U32, &[1, Row::WORDS]),
-        requests: pass.add("requests", Role::Input, DType::U32, &[HEADER_WORDS + Request::WORDS]),
-        pages: pass.add("pages", Role::Input, DType::U32, &[1, 1]),
-    };
-    let draws = pass.add("draws", Role::Scratch, DType::U32, &[1]);
-    let accepted = pass.add("accepted", Role::Output, DType::U32, &[1, accepted_words(MAX_NODES)]);
-    pass.ops = vec![Op::Accept { batch, tree: TreeSpec::Any(MAX_NODES), draws, accepted }; OPS];
-    pass.check()?;
-    let buffers = pass.buffers.iter().map(|desc| backend.alloc(desc)).collect::<Result<Vec<_>, _>>()?;
-    let mut row = [0; Row::WORDS];
-    row[4] = 1; // its own ancestor bit
-    backend.write(buffers[batch.rows.0], 0, &row)?;
-    backend.write(buffers[batch.requests.0], 0, &[1, 1, 0, 0, 0, 0, 1])?;
-    let id = backend.compile(&pass, &buffers)?;
-    let samples = Samples::take(repeats, || {
-        backend.run(id, Extent { rows: 1, requests: 1, keys: 1 })?;
-        backend.read(buffers[accepted.0], 0, 1).map(drop)
-    })?;
-    buffers.into_iter().for_each(|buffer| backend.free(buffer));
-    Ok(samples.median() / OPS as f64)
 }

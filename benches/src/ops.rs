@@ -10,14 +10,14 @@ use treespark::sampling::Sampling;
 use treespark_benches::{Samples, circumstances};
 use treespark_kernel_gen::release::PORTABLE;
 use treespark_kernel_gen::{DType, MAX_NODES, Op, Pass, TreeSpec};
-use treespark_models::{Dims, Model, hub, llama};
+use treespark_models::{Dims, llama};
 
-use crate::{PassArgs, bushy};
+use crate::{PassArgs, bushy, models};
 
 const PAGE_SIZE: usize = 16;
 
 pub fn run(args: &PassArgs) -> Result<()> {
-    let model = Model::open(&hub::resolve(&args.model, &mut |_| {})?)?;
+    let model = models::open(&args.model)?;
     let mut backend = devices::open(&args.backend)?;
     let backend = backend.as_mut();
     eprintln!("{}", circumstances(&backend.info().name));

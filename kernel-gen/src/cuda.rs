@@ -35,6 +35,11 @@ impl Device {
         self.arch >= 90
     }
 
+    /// Warps of a group can multiply together: Hopper's own instructions, not even its successors'.
+    pub fn has_wgmma(&self) -> bool {
+        self.arch == 90
+    }
+
     /// Clusters of this size that run at once, a block a multiprocessor. Large ones leave some multiprocessors over: on
     /// an H100 66 clusters of 2 fit, 30 of 4, 15 of 8 (asked of the driver).
     pub fn clusters(&self, size: usize) -> usize {

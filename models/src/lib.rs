@@ -13,6 +13,7 @@ pub mod hub;
 pub mod llama;
 mod mmap;
 pub mod model;
+pub mod random;
 pub mod rope;
 mod safetensors;
 mod stored;

@@ -1,4 +1,5 @@
-//! A model: a checkpoint whose configuration and tensors have been found to fit each other.
+//! A model: a checkpoint whose configuration and tensors have been found to fit each other, or for measurements a
+//! configuration with random weights.
 //!
 //! Opening reads no weights, but proves that every tensor which the passes need is there in the right shape, and that
 //! no tensor is there which they would ignore: a bias that is silently left out is a wrong model, not a smaller one.
@@ -13,12 +14,19 @@ use crate::builder::{Source, Weight};
 use crate::chat::ChatTemplate;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
+use crate::random::RandomTensors;
 use crate::tokenizer::Tokenizer;
 use crate::{Bytes, Checkpoint, Tensor, llama, rope};
 
 pub struct Model {
     config: Config,
-    checkpoint: Checkpoint,
+    origin: Origin,
+}
+
+/// Where tensors come from.
+enum Origin {
+    Checkpoint(Checkpoint),
+    Random(RandomTensors),
 }
 
 impl Model {
@@ -26,14 +34,34 @@ impl Model {
     pub fn open(path: &Path) -> Result<Model> {
         let checkpoint = Checkpoint::open(path)?;
         let config = Config::from_json(checkpoint.config(), checkpoint.dtype(), path)?;
-        let model = Model { config, checkpoint };
-        model.check_tensors()?;
-        model.check_rope_factors()?;
-        Ok(model)
+        check_tensors(&config, &checkpoint)?;
+        check_rope_factors(&config, &checkpoint)?;
+        Ok(Model { config, origin: Origin::Checkpoint(checkpoint) })
     }
 
-    pub fn path(&self) -> &Path {
-        self.checkpoint.path()
+    /// A model of these sizes that says nothing: random weights, no tokenizer. For whoever measures speed.
+    pub fn random(config: Config, seed: u64) -> Model {
+        let tensors = RandomTensors::new(&config, seed);
+        Model { config, origin: Origin::Random(tensors) }
+    }
+
+    /// The file or folder it came from, if it came from one.
+    pub fn path(&self) -> Option<&Path> {
+        self.checkpoint().map(Checkpoint::path)
+    }
+
+    fn checkpoint(&self) -> Option<&Checkpoint> {
+        match &self.origin {
+            Origin::Checkpoint(checkpoint) => Some(checkpoint),
+            Origin::Random(_) => None,
+        }
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        match &self.origin {
+            Origin::Checkpoint(checkpoint) => checkpoint.tensor(name),
+            Origin::Random(tensors) => Ok(tensors.tensor(name, shape)),
+        }
     }
 
     pub fn config(&self) -> &Config {
@@ -52,7 +80,7 @@ impl Model {
         self.weight_list(context).into_iter().map(move |Weight { desc, source }| {
             let parts = match source {
                 Source::Stack(parts) => {
-                    parts.iter().map(|(name, _)| self.checkpoint.tensor(name)).collect::<Result<Vec<_>>>()?
+                    parts.iter().map(|(name, shape)| self.tensor(name, shape)).collect::<Result<Vec<_>>>()?
                 }
                 Source::RopeTable => vec![self.rope_table(&desc.shape)],
             };
@@ -66,25 +94,28 @@ impl Model {
     }
 
     pub fn tokenizer(&self) -> Result<Tokenizer> {
-        Tokenizer::open(&self.checkpoint.tokenizer_source()?)
+        let none = || Error::Tokenizer("a model of random weights has no tokenizer".into());
+        Tokenizer::open(&self.checkpoint().ok_or_else(none)?.tokenizer_source()?)
     }
 
     /// None for a model that was not trained to chat.
     pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
-        let Some(source) = self.checkpoint.chat_template() else { return Ok(None) };
-        let token = |key| special_token(&self.checkpoint.tokenizer_config()[key]);
+        let Some(checkpoint) = self.checkpoint() else { return Ok(None) };
+        let Some(source) = checkpoint.chat_template() else { return Ok(None) };
+        let token = |key| special_token(&checkpoint.tokenizer_config()[key]);
         ChatTemplate::new(&source, token("bos_token"), token("eos_token")).map(Some)
     }
 
     /// The tokens that end an answer: what the configurations name, and what the tokenizer marks as an end.
     pub fn stop_tokens(&self, tokenizer: &Tokenizer) -> Vec<u32> {
         let mut ends = self.config.eos.clone();
-        ends.extend(
-            self.checkpoint.generation_config().map(|c| config::token_ids(&c["eos_token_id"])).unwrap_or_default(),
-        );
-        ends.extend(
-            special_token(&self.checkpoint.tokenizer_config()["eos_token"]).and_then(|t| tokenizer.token_id(t)),
-        );
+        if let Some(checkpoint) = self.checkpoint() {
+            ends.extend(
+                checkpoint.generation_config().map(|c| config::token_ids(&c["eos_token_id"])).unwrap_or_default(),
+            );
+            let token = special_token(&checkpoint.tokenizer_config()["eos_token"]);
+            ends.extend(token.and_then(|token| tokenizer.token_id(token)));
+        }
         ends.extend(tokenizer.end_tokens());
         ends.sort_unstable();
         ends.dedup();
@@ -96,51 +127,55 @@ impl Model {
     }
 
     fn rope_table(&self, shape: &[usize]) -> Tensor {
-        let factors = self.checkpoint.rope_factors();
+        let factors = self.checkpoint().and_then(Checkpoint::rope_factors);
         let frequencies = rope::inverse_frequencies(&self.config.rope, self.config.head_dim, factors.as_deref());
         let table = rope::table(&frequencies, shape[0]);
         let bytes = table.iter().flat_map(|value| value.to_le_bytes()).collect();
         Tensor { dtype: DType::F32, shape: shape.to_vec(), bytes: Bytes::from_vec(bytes) }
     }
+}
 
-    fn check_tensors(&self) -> Result<()> {
-        let mut used = HashSet::new();
-        for weight in self.weight_list(1) {
-            let Source::Stack(parts) = weight.source else { continue };
-            for (name, expected) in parts {
-                match self.checkpoint.shape(&name) {
-                    Some(got) if got == expected => used.insert(name),
-                    Some(got) => return Err(Error::TensorShape { name, expected, got: got.to_vec() }),
-                    None => return Err(self.missing(name)),
-                };
-            }
+fn check_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
+    let mut used = HashSet::new();
+    for weight in llama::weights(config, 1) {
+        let Source::Stack(parts) = weight.source else { continue };
+        for (name, expected) in parts {
+            match checkpoint.shape(&name) {
+                Some(got) if got == expected => used.insert(name),
+                Some(got) => return Err(Error::TensorShape { name, expected, got: got.to_vec() }),
+                None => {
+                    let (model, path) = (config.architecture, checkpoint.path().display());
+                    let context = format!("{model} as configured in {path} needs it");
+                    return Err(Error::MissingTensor { name, context });
+                }
+            };
         }
-        match self.checkpoint.names().find(|name| !used.contains(name) && !is_redundant(name)) {
-            Some(name) => Err(self.malformed(format!(
+    }
+    match checkpoint.names().find(|name| !used.contains(name) && !is_redundant(name)) {
+        Some(name) => Err(malformed(
+            checkpoint,
+            format!(
                 "tensor {name} is not part of {} as it is configured: leaving it out would give a different model",
-                self.config.architecture
-            ))),
-            None => Ok(()),
+                config.architecture
+            ),
+        )),
+        None => Ok(()),
+    }
+}
+
+fn check_rope_factors(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
+    let (frequencies, factors) = (config.head_dim / 2, checkpoint.rope_factors());
+    match factors.map(|factors| factors.len()).filter(|&len| len != frequencies) {
+        Some(len) => {
+            let problem = format!("holds {len} rope factors, the heads have {frequencies} frequencies");
+            Err(malformed(checkpoint, problem))
         }
+        None => Ok(()),
     }
+}
 
-    fn missing(&self, name: String) -> Error {
-        let context = format!("{} as configured in {} needs it", self.config.architecture, self.path().display());
-        Error::MissingTensor { name, context }
-    }
-
-    fn check_rope_factors(&self) -> Result<()> {
-        let frequencies = self.config.head_dim / 2;
-        match self.checkpoint.rope_factors() {
-            Some(factors) if factors.len() != frequencies => Err(self
-                .malformed(format!("holds {} rope factors, the heads have {frequencies} frequencies", factors.len()))),
-            _ => Ok(()),
-        }
-    }
-
-    fn malformed(&self, problem: String) -> Error {
-        Error::Malformed { path: self.path().to_path_buf(), problem }
-    }
+fn malformed(checkpoint: &Checkpoint, problem: String) -> Error {
+    Error::Malformed { path: checkpoint.path().to_path_buf(), problem }
 }
 
 /// Tensors that repeat what is known without them: a tied head, and frequencies that old checkpoints store.
@@ -221,7 +256,9 @@ mod tests {
     #[test]
     fn the_fused_projection_is_q_then_k_then_v() {
         let model = Model::open(&fixture("tiny-qwen2")).unwrap();
-        let part = |letter| model.checkpoint.tensor(&format!("model.layers.1.self_attn.{letter}_proj.weight")).unwrap();
+        let part = |letter| {
+            model.checkpoint().unwrap().tensor(&format!("model.layers.1.self_attn.{letter}_proj.weight")).unwrap()
+        };
         let (_, parts) = model.weights(8).map(Result::unwrap).find(|(desc, _)| desc.name == "layers.1.qkv").unwrap();
         let expected = ["q", "k", "v"].map(part);
         assert_eq!(parts.len(), 3);

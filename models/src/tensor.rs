@@ -23,6 +23,12 @@ impl Bytes {
         Bytes::new(Arc::new(bytes), 0, len)
     }
 
+    /// Some of these bytes, kept alive by the same owner.
+    pub fn part(&self, start: usize, len: usize) -> Bytes {
+        assert!(start + len <= self.len, "part {start}+{len} reaches past {} bytes", self.len);
+        Bytes { owner: self.owner.clone(), start: self.start + start, len }
+    }
+
     pub fn as_slice(&self) -> &[u8] {
         &(*self.owner).as_ref()[self.start..self.start + self.len]
     }

@@ -6,7 +6,7 @@ mod rounds;
 use std::collections::HashMap;
 
 use rounds::Drafted;
-use treespark_kernel_gen::{DType, MAX_NODES, TreeSpec};
+use treespark_kernel_gen::{DType, MAX_NODES, Pass, TreeSpec};
 use treespark_models::{Config, Dims, Model, NgramDims, llama};
 
 use crate::backend::{Backend, Extent, PassId};
@@ -146,6 +146,12 @@ impl Network {
             backend.write(self.memory.get("seen"), 0, seen)?;
         }
         self.write_and_run(backend, pass, &batch)
+    }
+
+    /// The pass that [`verify`](Network::verify) runs for a tree of so many nodes, to be looked at or timed by itself.
+    pub fn verify_pass(&mut self, backend: &mut dyn Backend, nodes: usize) -> Result<(Pass, PassId)> {
+        let pass = llama::verify_pass(&self.config, &self.dims, compiled_rows(nodes))?;
+        Ok((pass, self.pass(backend, Kind::Verify, nodes)?))
     }
 
     /// What the last verify pass accepted. Waits for the device.

@@ -15,6 +15,7 @@ static_assert(THREADS == MAX_NODES, "one thread takes one node");
 extern "C" __global__ void __launch_bounds__(THREADS)
     accept(const u32* rows, const u32* requests, const u32* draws, // draws [rows]
            u32* accepted) { // [requests, ACCEPTED_WORDS]
+    release_next();
     __shared__ u32 matched[THREADS / 32];
     __shared__ u32 deepest[THREADS / 32]; // path length, then 255 - node
 
@@ -26,7 +27,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Ancestors ancestors = is_node ? read_ancestors(rows, row) : Ancestors{};
     const u32 token = is_node ? rows[row * ROW_WORDS + ROW_TOKEN] : NONE;
     wait_for_previous();
-    release_next();
     if (!is_request) return;
 
     bool is_match = false;

@@ -27,7 +27,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const bool is_request = request < requests[1];
     const u32 prefix = is_request ? read_request(requests, request).prefix : 0;
     wait_for_previous();
-    release_next();
     if (!is_request) return;
 
     const u64 layer = (u64)blockIdx.y * POOL_PAGES * KV_HEADS * PAGE_SIZE * HEAD_DIM;

@@ -298,7 +298,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __shared__ Block block;
 
     wait_for_previous();
-    release_next();
     u32 first_row = 0;
     for (u32 request = 0; request < requests[1]; request++) {
         const u32 n_rows = draft(rows + first_row * ROW_WORDS, requests, request, accepted + request * ACCEPTED_WORDS,

@@ -275,6 +275,7 @@ __device__ u64 draw_from_candidates(const u64* candidates, Block& block) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     draw(const u32* rows, const u32* requests, const u32* seen, // seen [requests, SEEN_WORDS]
          const float* logits, const u64* candidates, u32* draws) { // [rows, VOCAB], [rows, CANDIDATES], [rows]
+    release_next();
     __shared__ Block block;
 
     const u32 row = blockIdx.x;
@@ -283,7 +284,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Request request = read_request(requests, request_index);
     const Noise noise = noise_of(request, is_row ? rows[row * ROW_WORDS + ROW_POSITION] : 0);
     wait_for_previous();
-    release_next();
     if (!is_row) return;
 
     u64 drawn;

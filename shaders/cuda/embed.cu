@@ -12,9 +12,9 @@ constexpr u32 THREADS = 128;
 // Blocks: [COLUMNS / 8 / THREADS, rows].
 extern "C" __global__ void __launch_bounds__(THREADS)
     embed(const u32* rows, const u32* requests, const void* table, float4* out) { // out [rows, COLUMNS]
+    release_next();
     // The rows may have been drafted by the kernel before.
     wait_for_previous();
-    release_next();
     const u32 at = blockIdx.x * THREADS + threadIdx.x;
     const u32 row = blockIdx.y;
     if (at >= COLUMNS / 8 || row >= requests[0]) return;

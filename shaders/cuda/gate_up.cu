@@ -27,6 +27,7 @@ __device__ __forceinline__ float silu(float g) { return g / (1.0f + expf(-g)); }
 // Blocks: CLUSTER * tiles of tokens * tiles of weight rows.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     gate_up(const u32* requests, const float* x, const float* norm, const void* weight, float* out) { // out [rows, WIDTH]
+    release_next();
     DYNAMIC_SHARED(shared);
     const Tile tile = tile_of_block(requests);
     const u32 first = tile.index * (ROWS / 2);
@@ -37,7 +38,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     Matmul matmul;
     if (TOKEN_TILES == 1 || tile.n_tokens > 0) matmul.begin(shared, tile, weight, norm, weight_row);
     wait_for_previous();
-    release_next();
     if (tile.n_tokens == 0) return;
     matmul.multiply(x, weight, norm, weight_row);
 

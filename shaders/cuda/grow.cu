@@ -23,7 +23,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     grow(const u32* ids, const u32* requests, u32* tree, // ids [rows of the draft, K], the target's requests and rows
          u32* draft_requests, u32* draft_rows) {
     wait_for_previous();
-    release_next();
     const u32 request = blockIdx.x, i = threadIdx.x;
     if (request >= requests[1]) return;
     if (RUNS && i == 0) {

@@ -1,5 +1,8 @@
-// needs: ptx formats matmul
-// logits[r] = rms_norm(x[r]) · weightᵀ
+// needs: ptx layout formats batch philox best score matmul
+// logits[r] = rms_norm(x[r]) · weightᵀ, and what `draw` needs of them.
+//
+// Where a draw follows, each tile leaves the best of its tokens for each row (CANDIDATES), noise included. The logits
+// themselves are then written only for requests that filter them, or where others read them (KEEP_LOGITS).
 
 // constants-begin
 constexpr u32 COLUMNS = 576; // elements of a row of x, columns of the weight
@@ -18,26 +21,58 @@ constexpr u32 DEPTH = 1; // steps whose weights are requested ahead
 constexpr bool SPLIT = true; // sums of their own for the halves of the activations
 constexpr u32 BLOCKS = 2; // that a multiprocessor has room for
 constexpr u32 SHARED_BYTES = 57344;
+constexpr u32 CANDIDATES = 0; // tiles that leave one for each row, or 0
+constexpr bool KEEP_LOGITS = true;
 // constants-end
+
+// How a row's token will be drawn.
+struct Draw {
+    Noise noise;
+    bool needs_all_logits;
+};
 
 // Blocks: CLUSTER * tiles of tokens * tiles of weight rows.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    head(const u32* requests, const float* x, const float* norm, const void* weight, float* logits) { // logits [rows, WIDTH]
+    head(const u32* rows, const u32* requests,
+         const float* x, // [rows, COLUMNS]
+         const float* norm, // [COLUMNS]
+         const void* weight, // [WIDTH, COLUMNS]
+         float* logits, // [rows, WIDTH]
+         u64* candidates) { // [rows, CANDIDATES]
+    release_next();
     DYNAMIC_SHARED(shared);
     const Tile tile = tile_of_block(requests);
     const auto weight_row = [&](u32 row) { return min(tile.index * ROWS + row, WIDTH - 1); };
     Matmul matmul;
     if (TOKEN_TILES == 1 || tile.n_tokens > 0) matmul.begin(shared, tile, weight, norm, weight_row);
+    Draw* draws = (Draw*)(shared + MATMUL_BYTES);
+    for (u32 token = threadIdx.x; CANDIDATES > 0 && token < tile.n_tokens; token += THREADS) {
+        const u32* row = rows + (tile.first_token + token) * ROW_WORDS;
+        const Request request = read_request(requests, row[ROW_REQUEST]);
+        draws[token] = {noise_of(request, row[ROW_POSITION]), needs_all_logits(request)};
+    }
     wait_for_previous();
-    release_next();
     if (tile.n_tokens == 0) return;
     matmul.multiply(x, weight, norm, weight_row);
 
-    for (u32 i = threadIdx.x;; i += THREADS) {
-        const u32 token = i / (ROWS / 4) * CLUSTER + tile.rank, row = i % (ROWS / 4) * 4;
-        if (token >= tile.n_tokens) break;
-        const float4 v = mul4(matmul.total(token, row), matmul.inv_rms(token));
-        store_row4<WIDTH>(logits + (u64)(tile.first_token + token) * WIDTH, tile.index * ROWS + row, v);
+    // A warp finishes a token.
+    for (u32 token = threadIdx.x / 32 * CLUSTER + tile.rank; token < tile.n_tokens; token += THREADS / 32 * CLUSTER) {
+        const float factor = matmul.inv_rms(token);
+        float* row_logits = logits + (u64)(tile.first_token + token) * WIDTH;
+        const bool is_kept = CANDIDATES == 0 || KEEP_LOGITS || draws[token].needs_all_logits;
+        u64 best = 0;
+        for (u32 row = threadIdx.x % 32 * 4; row < ROWS; row += 32 * 4) {
+            const u32 at = tile.index * ROWS + row;
+            const float4 v = mul4(matmul.total(token, row), factor);
+            if (is_kept) store_row4<WIDTH>(row_logits, at, v);
+            if (CANDIDATES > 0 && at < WIDTH) {
+                const float four[4] = {v.x, v.y, v.z, v.w};
+                best = better(best, best_candidate(four, at / 4, WIDTH, draws[token].noise));
+            }
+        }
+        if (CANDIDATES == 0) continue;
+        best = best_of_warp(best);
+        if (threadIdx.x % 32 == 0) candidates[(u64)(tile.first_token + token) * CANDIDATES + tile.index] = best;
     }
     matmul.finish();
 }

@@ -33,6 +33,7 @@ static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= THREADS, "one thread finishes an 
 extern "C" __global__ void __launch_bounds__(THREADS)
     plain_attention(const u32* rows, const u32* requests, const u32* pages, const float* q, // [rows, heads, HEAD_DIM]
                     const void* k_cache, const void* v_cache, float* out) { // out [rows, heads, HEAD_DIM]
+    release_next();
     __shared__ __align__(16) float query[HEAD_DIM];
     __shared__ float weights[THREADS];
     __shared__ u32 places[THREADS]; // page * PAGE_SIZE + slot of the page, of each key of the tile
@@ -47,7 +48,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Ancestors ancestors = is_row ? read_ancestors(rows, row) : Ancestors{};
     const u32 keys = prefix + path_length(ancestors);
     wait_for_previous();
-    release_next();
     if (!is_row) return;
 
     const u64 vector = ((u64)row * gridDim.x + blockIdx.x) * HEAD_DIM;

@@ -35,13 +35,13 @@ struct Four {
 // Blocks: CLUSTER * tiles of tokens * tiles of weight rows.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     project(const u32* requests, const float* x, const void* weight, float* residual) { // residual [rows, WIDTH]
+    release_next();
     DYNAMIC_SHARED(shared);
     const Tile tile = tile_of_block(requests);
     const auto weight_row = [&](u32 row) { return min(tile.index * ROWS + row, WIDTH - 1); };
     Matmul matmul;
     if (TOKEN_TILES == 1 || tile.n_tokens > 0) matmul.begin(shared, tile, weight, nullptr, weight_row);
     wait_for_previous();
-    release_next();
     if (tile.n_tokens == 0) return;
 
     const auto residual_row = [&](u32 token) { return residual + (tile.first_token + token) * WIDTH; };

@@ -40,7 +40,7 @@ constexpr u32 PAIRS = (HEADS + 2 * KV_HEADS) * HALF;
 
 // A head that is normed is finished by neighbouring lanes of one warp, a power of two.
 constexpr bool HEAD_NORM = Q_NORM || K_NORM;
-constexpr u32 power_of_two(u32 n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+__device__ constexpr u32 power_of_two(u32 n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 constexpr u32 GROUP = HEAD_NORM ? HALF / 4 : TILE_PAIRS / 4; // fours that are finished together
 constexpr u32 GROUP_LANES = HEAD_NORM ? power_of_two(GROUP) : GROUP;
 constexpr u32 GROUPS = TILE_PAIRS / 4 / GROUP; // of a tile
@@ -125,6 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const float* rope, // [POSITIONS, HALF, 2]: cos, sin
         float* q, // [rows, HEADS, HEAD_DIM]
         void* k_cache, void* v_cache) { // one layer
+    release_next();
     DYNAMIC_SHARED(shared);
     const Tile tile = tile_of_block(requests);
     const auto weight_row = [&](u32 row) {
@@ -147,7 +148,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         early_turn = load_turn(rope, rows[(tile.first_token + first.token) * ROW_WORDS + ROW_POSITION], first.d);
     }
     wait_for_previous();
-    release_next();
     if (tile.n_tokens == 0) return;
     matmul.multiply(x, weight, norm, weight_row);
 

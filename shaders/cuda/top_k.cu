@@ -33,13 +33,13 @@ __device__ __forceinline__ void each_token(const float* row, u32 group, const Se
 // Blocks: [rows].
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     top_k(const u32* requests, const float* logits, u32* ids, float* values) { // [rows, VOCAB], [rows, K], [rows, K]
+    release_next();
     __shared__ u64 list[TURN * OWNED];
     __shared__ u32 n_list;
     __shared__ u64 last;
 
     const u32 row = blockIdx.x, t = threadIdx.x;
     wait_for_previous();
-    release_next();
     if (row >= requests[0]) return;
     const float* x = logits + (u64)row * VOCAB;
 

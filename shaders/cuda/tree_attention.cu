@@ -709,7 +709,6 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
         load_ancestors(shared.ancestors[key_group], block.rows, request, first_packed, team_thread);
         if (!waited) {
             wait_for_previous();
-            release_next();
             waited = true;
         }
         Accumulator acc;
@@ -738,6 +737,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     tree_attention(const u32* __restrict__ rows, const u32* __restrict__ requests, const u32* __restrict__ pages,
                    const float* __restrict__ q, const u16* __restrict__ k_cache, const u16* __restrict__ v_cache,
                    float* partials, u32* counters, float* __restrict__ out) {
+    release_next();
     DYNAMIC_SHARED(memory);
     Shared& shared = *(Shared*)memory;
     const u32 thread = threadIdx.x, lane = thread % 32;

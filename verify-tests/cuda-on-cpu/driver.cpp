@@ -44,6 +44,7 @@ struct Stream {
     bool waits_for_default = true;
     std::deque<Work> queue;
     Graph* capturing = nullptr;
+    bool forbids_all_threads = false; // while it captures, what could disturb that; else its own thread only
 };
 
 struct Event {
@@ -79,14 +80,15 @@ std::map<uintptr_t, emu::Guarded> device_memory, pinned_memory;
 size_t used_memory = 0;
 Stream default_stream;
 std::vector<Stream*> streams;
-unsigned n_capturing = 0;
+unsigned n_forbidding = 0;            // captures that forbid all threads
+thread_local unsigned n_capturing = 0; // captures that this thread has begun
 uint64_t n_launches = 0;
 emu::Machine machine;
 
 #define LOCK std::lock_guard<std::recursive_mutex> lock(mutex)
 #define NOT_WHILE_CAPTURING                        \
     LOCK;                                          \
-    if (n_capturing) return complain(CAPTURE_UNSUPPORTED, __func__, "while a stream captures")
+    if (n_forbidding || n_capturing) return complain(CAPTURE_UNSUPPORTED, __func__, "while a stream captures")
 
 int complain(Result result, const char* function, const char* problem) {
     fprintf(stderr, "cuda_on_cpu: %s: %s\n", function, problem);
@@ -663,11 +665,13 @@ DRIVER cuLaunchKernelEx(const LaunchConfig* config, void* function, void** param
 
 // ---- graphs
 
-DRIVER cuStreamBeginCapture_v2(void* stream, int) {
+DRIVER cuStreamBeginCapture_v2(void* stream, int mode) {
     LOCK;
     Stream& s = stream_of(stream);
     if (!stream || s.capturing) return complain(CAPTURE_UNSUPPORTED, __func__, "cannot capture this stream");
     s.capturing = new Graph();
+    s.forbids_all_threads = mode == 0;
+    n_forbidding += s.forbids_all_threads;
     n_capturing++;
     return SUCCESS;
 }
@@ -678,6 +682,7 @@ DRIVER cuStreamEndCapture(void* stream, void** graph) {
     if (!s.capturing) return complain(CAPTURE_INVALIDATED, __func__, "the stream does not capture");
     *graph = s.capturing;
     s.capturing = nullptr;
+    n_forbidding -= s.forbids_all_threads;
     n_capturing--;
     return SUCCESS;
 }

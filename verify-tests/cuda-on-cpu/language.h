@@ -166,15 +166,10 @@ inline T atomicCAS(T* p, decltype(T()) expected, decltype(T()) v) {
 
 inline void __syncthreads() { emu::barrier(0, emu::ALL_THREADS); }
 
-// How many threads of the block have a predicate that holds.
+// How many threads of the block have a predicate that holds. All read it before the block's next barrier is complete.
 inline int __syncthreads_count(int predicate) {
-    emu::current->block->votes += predicate != 0;
-    __syncthreads();
-    const unsigned votes = emu::current->block->votes;
-    __syncthreads();
-    emu::current->block->votes = 0;
-    __syncthreads();
-    return (int)votes;
+    emu::barrier(0, emu::ALL_THREADS, predicate != 0);
+    return (int)emu::current->block->votes;
 }
 inline int __syncthreads_or(int predicate) { return __syncthreads_count(predicate) != 0; }
 inline int __syncthreads_and(int predicate) { return __syncthreads_count(!predicate) == 0; }

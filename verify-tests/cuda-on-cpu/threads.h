@@ -108,20 +108,21 @@ struct Copy {
 
 enum class Wait : unsigned char { None, Collective, Barrier, Cluster, Memory };
 
-struct Thread {
+// What a switch touches comes first.
+struct alignas(64) Thread {
     Context context;
-    Guarded stack;
     Block* block;
     Warp* warp;
     unsigned lane;
-    uint3 index;
     Wait waits;
-    unsigned barrier;         // that it waits at
-    const uint64_t* memory;   // the mbarrier that it waits for
-    Copy* copies = nullptr;   // its copies under way, oldest first
-    unsigned n_copies, copy_capacity = 0;
-    unsigned n_arrivals;      // among its copies
-    unsigned group;           // of copies, that it is filling
+    unsigned char barrier; // that it waits at
+    uint3 index;
+    const uint64_t* memory;            // the mbarrier that it waits for
+    Copy* copies;                      // its copies under way, oldest first
+    unsigned n_copies, copy_capacity;
+    unsigned n_arrivals; // among its copies
+    unsigned group;      // of copies, that it is filling
+    Guarded stack;
 };
 
 // An operation that the lanes of `mask` perform together. The last lane to arrive performs it for all.
@@ -143,7 +144,7 @@ struct Warp {
 };
 
 struct Barrier {
-    unsigned arrived, expected;
+    unsigned arrived, expected, votes;
 };
 
 struct Block {
@@ -154,7 +155,7 @@ struct Block {
     Warp* warps;
     unsigned n_warps;
     Barrier barriers[BARRIERS];
-    unsigned votes; // of __syncthreads_or and the like
+    unsigned votes; // that __syncthreads counted last
     Guarded shared;               // its dynamic shared memory
     unsigned char* static_shared; // what its static variables hold while another block of the cluster runs
 };
@@ -341,7 +342,8 @@ inline void release_barrier(Block& block, unsigned id) {
         Thread& thread = block.threads[i];
         if (thread.waits == Wait::Barrier && thread.barrier == id) wake(thread);
     }
-    block.barriers[id] = {0, 0};
+    if (id == 0) block.votes = block.barriers[id].votes;
+    block.barriers[id] = {0, 0, 0};
 }
 
 inline bool is_full(const Block& block, unsigned id) {
@@ -349,8 +351,8 @@ inline bool is_full(const Block& block, unsigned id) {
     return barrier.arrived && barrier.arrived == (barrier.expected == ALL_THREADS ? block.live : barrier.expected);
 }
 
-// One thread more at a barrier for `expected` threads, or for ALL_THREADS.
-inline void count_at_barrier(unsigned id, unsigned expected) {
+// One thread more at a barrier for `expected` threads, or for ALL_THREADS, with a vote.
+inline void count_at_barrier(unsigned id, unsigned expected, bool vote = false) {
     Block& block = *current->block;
     if (id >= BARRIERS) fail("there is no barrier %u", id);
     if (expected % LANES) fail("barrier %u is for %u threads: not a multiple of %u", id, expected, LANES);
@@ -360,12 +362,13 @@ inline void count_at_barrier(unsigned id, unsigned expected) {
     }
     barrier.expected = expected;
     barrier.arrived++;
+    barrier.votes += vote;
 }
 
-inline void barrier(unsigned id, unsigned expected) {
-    count_at_barrier(id, expected);
+inline void barrier(unsigned id, unsigned expected, bool vote = false) {
+    count_at_barrier(id, expected, vote);
     if (is_full(*current->block, id)) return release_barrier(*current->block, id);
-    current->barrier = id;
+    current->barrier = (unsigned char)id;
     wait_for(Wait::Barrier);
 }
 

@@ -83,7 +83,7 @@ pub fn node_counts() -> impl Strategy<Value = usize> {
     ]
 }
 
-/// Prefix lengths around the edges of pages (4 and 16) and tiles.
+/// Prefix lengths around the edges of pages (4, 16 and 64) and tiles.
 pub fn prefix_lengths() -> impl Strategy<Value = usize> {
     prop_oneof![
         3 => select(vec![0usize, 1, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]),
@@ -139,7 +139,7 @@ pub fn sizes() -> impl Strategy<Value = Sizes> {
         (select(vec![40usize, 97, 128]), select(vec![16usize, 24, 64, 72, 128]), 1usize..=2),
         (1usize..=2, select(vec![1usize, 2, 3, 5, 7]), select(vec![8usize, 16, 24, 32, 64, 128])),
         (select(vec![8usize, 40, 96]), any::<bool>(), any::<bool>()),
-        (weight_types(), weight_types(), select(vec![4usize, 16])),
+        (weight_types(), weight_types(), select(vec![4usize, 16, 64])),
     )
         .prop_map(
             |(
@@ -169,7 +169,7 @@ pub fn sizes() -> impl Strategy<Value = Sizes> {
 /// A few models that between them have every head size, group, dtype, page size and option. Properties about structure
 /// use these, so that a backend compiles few kernels.
 #[rustfmt::skip]
-pub const HOUSE_MODELS: [Sizes; 4] = [
+pub const HOUSE_MODELS: [Sizes; 8] = [
     // Llama-like, grouped by 3 as SmolLM2 is.
     Sizes { vocab: 97, hidden: 64, layers: 2, kv_heads: 1, group: 3, head_dim: 32, ffn: 96, bias: false, qk_norm: false,
             weights: DType::BF16, cache: DType::F16, page_size: 16 },
@@ -182,6 +182,18 @@ pub const HOUSE_MODELS: [Sizes; 4] = [
     // No grouping, everything on.
     Sizes { vocab: 97, hidden: 40, layers: 1, kv_heads: 2, group: 1, head_dim: 16, ffn: 24, bias: true, qk_norm: true,
             weights: DType::BF16, cache: DType::F32, page_size: 4 },
+    // For tensor cores, which take heads of 64 and 128 in 16 bits: SmolLM2-like.
+    Sizes { vocab: 97, hidden: 64, layers: 2, kv_heads: 2, group: 3, head_dim: 64, ffn: 128, bias: false, qk_norm: false,
+            weights: DType::BF16, cache: DType::BF16, page_size: 16 },
+    // Llama-3-like.
+    Sizes { vocab: 128, hidden: 128, layers: 1, kv_heads: 1, group: 4, head_dim: 128, ffn: 64, bias: false, qk_norm: true,
+            weights: DType::F16, cache: DType::F16, page_size: 64 },
+    // Qwen2.5-0.5B-like.
+    Sizes { vocab: 40, hidden: 64, layers: 1, kv_heads: 1, group: 7, head_dim: 64, ffn: 64, bias: true, qk_norm: false,
+            weights: DType::BF16, cache: DType::F16, page_size: 16 },
+    // No grouping, large pages.
+    Sizes { vocab: 64, hidden: 64, layers: 2, kv_heads: 2, group: 1, head_dim: 128, ffn: 40, bias: false, qk_norm: false,
+            weights: DType::F32, cache: DType::BF16, page_size: 64 },
 ];
 
 /// A case on one of the [`HOUSE_MODELS`].
@@ -228,14 +240,14 @@ mod tests {
     #[test]
     fn the_house_models_cover_every_option() {
         let has = |f: &dyn Fn(&Sizes) -> bool| HOUSE_MODELS.iter().any(f);
-        for dim in [16, 32, 64] {
+        for dim in [16, 32, 64, 128] {
             assert!(has(&|s| s.head_dim == dim));
         }
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             assert!(has(&|s| s.cache == dtype) && has(&|s| s.weights == dtype));
         }
-        assert!([1, 2, 3, 7].iter().all(|&group| has(&|s| s.group == group)));
-        assert!([4, 16].iter().all(|&size| has(&|s| s.page_size == size)));
+        assert!([1, 2, 3, 4, 7].iter().all(|&group| has(&|s| s.group == group)));
+        assert!([4, 16, 64].iter().all(|&size| has(&|s| s.page_size == size)));
         assert!(has(&|s| s.bias) && has(&|s| s.qk_norm));
     }
 }

@@ -3,6 +3,8 @@
 
 use treespark_kernel_gen::{ANCESTOR_WORDS, Request, Row};
 
+use crate::near_tie::DrawContext;
+
 /// A tree with a token per node: `parents[n] < n`, and `parents[0] == 0` is the root.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tree {
@@ -163,6 +165,18 @@ impl Batch {
             words.extend(request.to_words());
         }
         words
+    }
+
+    /// How each row is drawn.
+    pub fn draw_contexts(&self) -> Vec<DrawContext> {
+        let words = self.request_words();
+        let rows = self.members.iter().enumerate().flat_map(|(i, m)| (m.done..m.tree.nodes()).map(move |n| (i, m, n)));
+        rows.map(|(i, member, node)| DrawContext {
+            request: Request::read(&words, i),
+            position: (member.prefix.len() + member.tree.depth(node)) as u32,
+            seen: [member.prefix.clone(), member.tree.path_tokens(node)].concat(),
+        })
+        .collect()
     }
 
     /// The `seen` bits of every request: the tokens of its prefix.

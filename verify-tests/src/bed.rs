@@ -11,6 +11,8 @@ use treespark_kernel_gen::layout::accepted_words;
 use treespark_kernel_gen::{BufferDesc, DType, MAX_NODES, Pass, Role, TreeSpec};
 
 use crate::batch::{Batch, Member, Tree};
+use crate::conformance::agreement::Agreement;
+use crate::near_tie::DrawContext;
 use crate::rng::Rng;
 use crate::tiny_model::{MAX_REQUESTS, MAX_ROWS, MAX_SLOTS, Sizes, TOP_K, Tail, TinyModel};
 
@@ -29,8 +31,12 @@ pub struct Bed<'a> {
 }
 
 /// The result of a whole-model pass, by row.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Outputs {
+    /// How each row was to be drawn.
+    pub contexts: Vec<DrawContext>,
+    /// How closely another run must agree.
+    pub agreement: Agreement,
     pub logits: Vec<Vec<f32>>,
     pub draws: Vec<u32>,
     pub top_ids: Vec<Vec<u32>>,
@@ -187,11 +193,18 @@ impl<'a> Bed<'a> {
     pub fn outputs(&mut self, batch: &Batch) -> Outputs {
         let (rows, vocab) = (batch.rows(), self.model.sizes.vocab);
         Outputs {
+            contexts: batch.draw_contexts(),
+            agreement: self.agreement(),
             logits: self.floats("logits", rows * vocab).chunks(vocab).map(<[f32]>::to_vec).collect(),
             draws: self.words("draws", rows),
             top_ids: self.words("top_ids", rows * TOP_K).chunks(TOP_K).map(<[u32]>::to_vec).collect(),
             top_values: self.floats("top_values", rows * TOP_K).chunks(TOP_K).map(<[f32]>::to_vec).collect(),
         }
+    }
+
+    /// How closely two runs on this backend agree about this model.
+    pub fn agreement(&self) -> Agreement {
+        Agreement::of(self.backend.info().backend, &self.model.sizes)
     }
 
     pub fn accepted(&mut self, request: usize) -> Accepted {

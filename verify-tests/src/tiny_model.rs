@@ -32,6 +32,11 @@ pub const MAX_REQUESTS: usize = 3;
 pub const MAX_ROWS: usize = 320;
 /// Slots of one request, and positions of the rope table: a prefix of about 150 and a tree of 256.
 pub const MAX_SLOTS: usize = 416;
+/// Rows that a pass is compiled for which has this many to run, as the runtime chooses them.
+pub fn compiled_rows(rows: usize) -> usize {
+    [1, 4, 16, 64, 256].into_iter().find(|&n| n >= rows).unwrap_or(MAX_ROWS)
+}
+
 /// Tokens a row that `TopK` ranks.
 pub const TOP_K: usize = 5;
 
@@ -41,7 +46,7 @@ impl Sizes {
     }
 
     pub fn pages_per_request(&self) -> usize {
-        MAX_SLOTS / self.page_size
+        MAX_SLOTS.div_ceil(self.page_size)
     }
 
     /// One page more than the requests can own: what unused entries of the page table point at.

@@ -1,6 +1,6 @@
 //! Embedding, and what follows the logits: draw, top-k, accept, commit.
 
-use super::{Argument, Launch, Lowering, Source};
+use super::{Argument, Launch, Lowering};
 use crate::MAX_NODES;
 use crate::op::Op;
 use crate::pass::Buf;
@@ -22,7 +22,8 @@ impl Lowering<'_> {
 
     pub(super) fn draw(&self) -> Vec<Launch> {
         let &Op::Draw { seen, logits, draws, .. } = self.op else { unreachable!("lowering another op") };
-        vec![self.draw_from(seen, logits, 0, Argument { source: Source::Null, offset: 0 }, draws)]
+        let (n, candidates) = self.head_candidates();
+        vec![self.draw_from(seen, logits, n, candidates, draws)]
     }
 
     /// Draws from the `n` best candidates that the head left of each row, where a request needs no more.

@@ -29,13 +29,13 @@ impl Lowering<'_> {
         let units = kv_heads * (requests * slabs).min(self.pass.rows * group / m + requests);
         let cluster = self.cluster(units, self.pages_per_request() * cache.page_size);
         let clusters = self.device.clusters(cluster);
-        let wgmma = self.device.has_clusters() && m >= 64;
-        // One group is enough for the few tiles that a block of a large cluster gets. Before Hopper two groups, whose
+        let wgmma = self.device.has_wgmma() && m >= 64;
+        // One group is enough for the few tiles that a block of a large cluster gets. Without wgmma two groups, whose
         // warps hold 64 rows of a large head, would spill.
-        let spills = !self.device.has_clusters() && cache.head_dim > 64 && m == 64;
+        let spills = !self.device.has_wgmma() && cache.head_dim > 64 && m >= 32;
         let groups = if m <= 64 && (cluster > 2 || spills) { 1 } else { 2 };
         // A small block leaves room for one of the next kernel beside it.
-        let blocks = if m == 16 && cluster > 2 { 2 } else { 1 };
+        let blocks = if m == 16 && cluster > 2 && cache.head_dim == 64 { 2 } else { 1 };
         let tile_bytes = 2 * TILE * cache.head_dim * 2;
         let key_groups = groups / m.div_ceil(64);
         let parts_bytes = key_groups * (64 / m).max(1) * m * ((cache.head_dim + 4) * 4 + 8);
@@ -82,7 +82,7 @@ impl Lowering<'_> {
 
     /// Packed rows of a unit: all of a request's where they fit, since each unit reads the keys anew.
     fn rows_of_a_unit(&self, packed: usize) -> usize {
-        let hopper = self.device.has_clusters();
+        let hopper = self.device.has_wgmma();
         match packed {
             ..=16 => 16,
             // Products by whole groups take 64 rows, at the price of fewer.

@@ -16,8 +16,9 @@ use crate::error::{Error, Result};
 use search::{Places, is_nvrtc};
 
 /// Beside `--gpu-architecture`. What is optimised is exact: no flushing of small numbers, no fast functions. `-v` costs
-/// nothing and puts registers, shared memory and spills into the log.
-const OPTIONS: [&str; 3] = ["--std=c++17", "--ftz=false", "--ptxas-options=-v"];
+/// nothing and puts registers, shared memory and spills into the log; warnings would be of constants that one kernel of
+/// several does not use.
+const OPTIONS: [&str; 4] = ["--std=c++17", "--ftz=false", "--ptxas-options=-v", "--disable-warnings"];
 
 pub struct Nvrtc {
     pub version: Version,
@@ -242,6 +243,11 @@ fn loaded_path(path: &Path) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use rayon::prelude::*;
+    use treespark_kernel_gen::cuda::{Device, Launch};
+    use treespark_kernel_gen::emit::{Lang, emit};
+    use treespark_kernel_gen::release::cuda_launches;
+
     use super::*;
 
     const DRIVER: DriverVersion = DriverVersion { major: 13, minor: 0 };
@@ -259,11 +265,24 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_is_compiled_where_the_compiler_is() {
+    fn a_kernel_of_each_source_is_compiled_where_the_compiler_is() {
         let Ok(nvrtc) = Nvrtc::find(DRIVER) else { return };
-        let source = "extern \"C\" __global__ void twice(float* x) { x[threadIdx.x] *= 2.0f; }";
-        let compiled = nvrtc.compile("twice__test", source, "sm_90a").unwrap();
-        assert!(!compiled.cubin.is_empty());
+        for (device, target) in [(Device::H100, "sm_90a"), (Device::A100, "sm_80")] {
+            // Not every model of the table fits the shared memory of every GPU.
+            let Ok(mut launches) = cuda_launches(&device) else { continue };
+            launches.sort_by_key(|launch| launch.spec.stem());
+            launches.dedup_by_key(|launch| launch.spec.stem());
+            launches.par_iter().for_each(|Launch { spec, .. }| {
+                let compiled = nvrtc.compile(spec.name(), &emit(spec, Lang::Cuda).unwrap(), target);
+                let Compiled { cubin, log } = compiled.unwrap_or_else(|error| panic!("{target}: {error}"));
+                assert!(!cubin.is_empty(), "{}: {log}", spec.name());
+            });
+        }
+    }
+
+    #[test]
+    fn a_mistake_is_reported_with_its_kernel() {
+        let Ok(nvrtc) = Nvrtc::find(DRIVER) else { return };
         let error = nvrtc.compile("broken__test", "extern \"C\" __global__ void broken() { nothing }", "sm_90a");
         let message = error.err().unwrap().to_string();
         assert!(message.contains("broken__test") && message.contains("nothing"), "{message}");

@@ -5,7 +5,7 @@
 
 use treespark_kernel_gen::layout::{NgramReport, ngram_report_words};
 
-use super::{Kind, Network};
+use super::{Kind, Network, compiled_rows};
 use crate::backend::{Backend, Extent};
 use crate::batch::Batch;
 use crate::error::Result;
@@ -68,6 +68,10 @@ impl Network {
         let root = TokenTree::root(seq.tokens()[seq.tokens().len() - 1]);
         let mut batch = Batch::new(self.dims.pages_per_request);
         batch.add(&seq.kv, &root, &[], &seq.sampling);
+        // All that rounds may need: they wait for no compiler.
+        for rows in (1..=nodes).filter(|&rows| rows == compiled_rows(rows) || rows == nodes) {
+            self.pass(backend, Kind::Round { nodes }, rows)?;
+        }
         let pass = self.pass(backend, Kind::Ngram { nodes }, 1)?;
         backend.write(self.memory.get("history"), 0, seq.tokens())?;
         // Hit rates, further on, are kept from one sequence to the next.

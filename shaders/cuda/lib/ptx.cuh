@@ -3,10 +3,10 @@
 // A kernel's other files contain no `asm`. The CPU emulation that tests run on (verify-tests/cuda-on-cpu) defines
 // CUDA_ON_CPU and these functions itself.
 //
-// How kernels of a pass overlap (programmatic dependent launch): a kernel may start before the one before it has ended.
-// Before `wait_for_previous` it reads only what the kernel right before it does not write: weights, the batch buffers,
-// the page table, cache rows of the prefix. It writes nothing. Right after that it calls `release_next`; so the next
-// kernel's prologue runs when everything up to the kernel before this one is complete.
+// How kernels of a pass overlap (programmatic dependent launch): a kernel calls `release_next` first, and the next one may
+// start while it runs. Before `wait_for_previous`, which waits until all kernels before are complete, a kernel writes
+// nothing, and reads only what no kernel of the pass has written: weights, the batch buffers, the page table, cache rows of
+// the prefix. Kernels that write those (commit, draft_ngram, grow) never release the next one.
 
 typedef unsigned short u16;
 typedef unsigned int u32;

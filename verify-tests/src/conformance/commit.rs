@@ -7,7 +7,7 @@ use treespark_kernel_gen::{MAX_NODES, TreeShape, TreeSpec};
 use super::{Property, for_cases, same, same_bits};
 use crate::arb::{Case, cases};
 use crate::batch::{Batch, Member, Tree};
-use crate::bed::{Accepted, Bed};
+use crate::bed::{Accepted, Bed, Outputs, SlotValues};
 use crate::oracle::Oracle;
 use crate::rng::Rng;
 use crate::tiny_model::{MAX_ROWS, MAX_SLOTS, Tail};
@@ -55,39 +55,54 @@ fn accept(backend: &mut dyn Backend, case: &Case, batch: &Batch, draws: &[u32], 
     (0..batch.members.len()).map(|i| bed.accepted(i)).collect()
 }
 
-/// After a commit the cache holds, bit for bit, what decoding the accepted tokens one by one would have left; slots
-/// behind the accepted ones keep what they held.
-pub fn commit_leaves_the_cache_of_plain_decoding(backend: &mut dyn Backend) -> Property {
+/// A commit moves the accepted nodes' keys and values, bit for bit, next to the prefix. All other slots keep what they
+/// held.
+pub fn commit_moves_the_path_and_nothing_else(backend: &mut dyn Backend) -> Property {
     for_cases(backend, 4, cases(), |backend, case| {
-        let draws = likely_draws(&case.batch, case.model.sizes.vocab, &mut case.rng());
-        let requests = case.batch.members.len();
         let mut bed = Bed::new(backend, case.model.clone());
-        bed.verify(&case.batch, MAX_ROWS, &ANY);
-        let before: Vec<_> = (0..requests).map(|i| bed.cached(i, MAX_SLOTS)).collect();
-        let pass = case.model.commit_pass(MAX_ROWS, &ANY);
-        bed.prepare(&pass);
-        bed.write("draws", &draws);
-        bed.run(&pass, &case.batch);
-        let accepted: Vec<Accepted> = (0..requests).map(|i| bed.accepted(i)).collect();
-        let after: Vec<_> = (0..requests).map(|i| bed.cached(i, MAX_SLOTS)).collect();
-        drop(bed);
-
+        let (before, accepted, after) = commit(&mut bed, &case);
         for (i, member) in case.batch.members.iter().enumerate() {
-            let tokens: Vec<u32> = accepted[i].path.iter().map(|&n| member.tree.tokens[n as usize]).collect();
-            let committed = member.prefix.len() + tokens.len();
-            let plain = plain_cache(backend, &case, member, &tokens);
-            for slot in 0..MAX_SLOTS {
-                let (kind, want) =
-                    if slot < committed { ("committed", &plain[slot]) } else { ("rejected", &before[i][slot]) };
-                same_bits(
-                    &format!("request {i}, {kind} slot {slot} of path {:?}", accepted[i].path),
-                    &after[i][slot],
-                    want,
-                )?;
+            let (prefix, path) = (member.prefix.len(), &accepted[i].path);
+            for (slot, values) in after[i].iter().enumerate() {
+                let from = slot.checked_sub(prefix).and_then(|n| path.get(n)).map_or(slot, |&n| prefix + n as usize);
+                let what = format!("request {i}, slot {slot} of path {path:?}");
+                same_bits(&what, values, &before[i][from])?;
             }
         }
         Ok(())
     })
+}
+
+/// After a commit the cache holds what decoding the accepted tokens one by one would have left.
+pub fn commit_leaves_the_cache_of_plain_decoding(backend: &mut dyn Backend) -> Property {
+    for_cases(backend, 4, cases(), |backend, case| {
+        let mut bed = Bed::new(backend, case.model.clone());
+        let agreement = bed.agreement();
+        let (_, accepted, after) = commit(&mut bed, &case);
+        drop(bed);
+        for (i, member) in case.batch.members.iter().enumerate() {
+            let tokens: Vec<u32> = accepted[i].path.iter().map(|&n| member.tree.tokens[n as usize]).collect();
+            for (slot, want) in plain_cache(backend, &case, member, &tokens).iter().enumerate() {
+                let what = format!("request {i}, slot {slot} of path {:?}", accepted[i].path);
+                agreement.slots(&what, &after[i][slot], want, case.model.sizes.cache)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Verifies a case's batch and commits what likely draws accept: every request's slots before, its path, its slots after.
+fn commit(bed: &mut Bed, case: &Case) -> (Vec<Vec<SlotValues>>, Vec<Accepted>, Vec<Vec<SlotValues>>) {
+    let draws = likely_draws(&case.batch, case.model.sizes.vocab, &mut case.rng());
+    let requests = 0..case.batch.members.len();
+    bed.verify(&case.batch, MAX_ROWS, &ANY);
+    let before = requests.clone().map(|i| bed.cached(i, MAX_SLOTS)).collect();
+    let pass = case.model.commit_pass(MAX_ROWS, &ANY);
+    bed.prepare(&pass);
+    bed.write("draws", &draws);
+    bed.run(&pass, &case.batch);
+    let accepted = requests.clone().map(|i| bed.accepted(i)).collect();
+    (before, accepted, requests.map(|i| bed.cached(i, MAX_SLOTS)).collect())
 }
 
 /// The cache after `tokens` have been decoded one by one behind a member's prefix.
@@ -109,8 +124,9 @@ pub fn a_round_emits_what_plain_decoding_draws(backend: &mut dyn Backend) -> Pro
         let mut members = Vec::new();
         let mut expected = Vec::new();
         for member in case.batch.members.iter().filter(|m| m.tree.nodes() <= 64) {
-            let plain = plain_draws(backend, &case, member, 1 + rng.below(6));
-            let (tree, path) = graft(&member.tree, &plain[..plain.len() - 1], &mut rng);
+            let plain = plain_rows(backend, &case, member, 1 + rng.below(6));
+            let draws: Vec<u32> = plain.iter().map(|row| row.draws[0]).collect();
+            let (tree, path) = graft(&member.tree, &draws[..draws.len() - 1], &mut rng);
             members.push(Member { tree, ..member.clone() });
             expected.push((plain, path));
         }
@@ -122,31 +138,49 @@ pub fn a_round_emits_what_plain_decoding_draws(backend: &mut dyn Backend) -> Pro
         bed.prefill(&batch);
         let pass = case.model.pass(MAX_ROWS, &ANY, Tail::Commit);
         bed.run(&pass, &batch);
+        let round = bed.outputs(&batch);
         for (i, (plain, path)) in expected.iter().enumerate() {
             let accepted = bed.accepted(i);
-            let n = plain.len().min(accepted.tokens.len());
-            // The random part of the tree may happen to continue the grafted path: longer is right, shorter is not.
-            if accepted.tokens.len() < plain.len() || accepted.tokens[..n] != plain[..n] {
-                return Err(format!("request {i}: round {accepted:?}, plain decoding {plain:?} along {path:?}"));
-            }
+            emits(&round, batch.first_row(i), &accepted, plain)
+                .map_err(|problem| format!("request {i}: {problem}: round {accepted:?} along {path:?}"))?;
         }
         Ok(())
     })
 }
 
-/// The first `n` draws of plain decoding from a member's root on.
-fn plain_draws(backend: &mut dyn Backend, case: &Case, member: &Member, n: usize) -> Vec<u32> {
+/// `Err` unless a round's request, whose rows begin at `first`, emits what plain decoding does, up to a first draw that the
+/// backend's promise excuses.
+fn emits(round: &Outputs, first: usize, accepted: &Accepted, plain: &[Outputs]) -> Property {
+    let emitted = accepted.path.iter().zip(&accepted.tokens);
+    for (i, ((&node, &token), plain)) in emitted.clone().zip(plain).enumerate() {
+        if token != plain.draws[0] {
+            let runs = [(round, first + node as usize), (plain, 0)];
+            return round
+                .agreement
+                .draws([token, plain.draws[0]], runs)
+                .map_err(|problem| format!("token {i}: {problem}"));
+        }
+    }
+    // The random part of the tree may happen to continue the grafted path: longer is right, shorter is not.
+    if emitted.len() < plain.len() {
+        return Err(format!("{} tokens, plain decoding {}", emitted.len(), plain.len()));
+    }
+    Ok(())
+}
+
+/// The first `n` rows of plain decoding from a member's root on.
+fn plain_rows(backend: &mut dyn Backend, case: &Case, member: &Member, n: usize) -> Vec<Outputs> {
     let mut bed = Bed::new(backend, case.model.clone());
     bed.prefill(&Batch { members: vec![member.clone()] });
     let mut step = Member { tree: Tree::chain(&member.tree.tokens[..1]), ..member.clone() };
-    let mut draws = Vec::new();
+    let mut rows = Vec::new();
     for _ in 0..n {
-        let token = bed.decode(&Batch { members: vec![step.clone()] }, 1, &ANY).draws[0];
-        draws.push(token);
+        let row = bed.decode(&Batch { members: vec![step.clone()] }, 1, &ANY);
         step.prefix.push(step.tree.tokens[0]);
-        step.tree = Tree::chain(&[token]);
+        step.tree = Tree::chain(&row.draws);
+        rows.push(row);
     }
-    draws
+    rows
 }
 
 /// Adds a path of these tokens from the root to a tree, its nodes spread among the others.

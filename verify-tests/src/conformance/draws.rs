@@ -9,7 +9,7 @@ use super::{Property, for_cases, same};
 use crate::arb::{Case, HOUSE_MODELS, cases};
 use crate::batch::{Batch, Member, Sampling, Tree};
 use crate::bed::Bed;
-use crate::near_tie::{DrawContext, Verdict, classify};
+use crate::near_tie::{Verdict, classify};
 use crate::oracle::{Oracle, scores};
 use crate::rng::Rng;
 use crate::tiny_model::{Sizes, TinyModel};
@@ -21,23 +21,14 @@ const TOLERANCE: f64 = 2e-5;
 /// `Err` unless all draws are equal or near-ties on the same logits.
 pub(super) fn excusable(batch: &Batch, logits: &[f32], got: &[u32], want: &[u32]) -> Result<(), String> {
     let vocab = logits.len() / batch.rows();
-    let words = batch.request_words();
-    for (i, member) in batch.members.iter().enumerate() {
-        for node in 0..member.tree.nodes() {
-            let row = batch.first_row(i) + node;
-            let logits = &logits[row * vocab..(row + 1) * vocab];
-            if got[row] == want[row] {
-                continue;
-            }
-            let context = DrawContext {
-                request: Request::read(&words, i),
-                position: (member.prefix.len() + member.tree.depth(node)) as u32,
-                seen: [member.prefix.clone(), member.tree.path_tokens(node)].concat(),
-            };
-            let divergence = classify(row, [got[row], want[row]], [logits, logits], &context, TOLERANCE);
-            if divergence.verdict != Verdict::NearTie {
-                return Err(format!("the draw of row {row}: {divergence}{:?}", member.sampling));
-            }
+    for (row, context) in batch.draw_contexts().iter().enumerate() {
+        let logits = &logits[row * vocab..(row + 1) * vocab];
+        if got[row] == want[row] {
+            continue;
+        }
+        let divergence = classify(row, [got[row], want[row]], [logits, logits], context, TOLERANCE);
+        if divergence.verdict != Verdict::NearTie {
+            return Err(format!("the draw of row {row}: {divergence}{context:?}"));
         }
     }
     Ok(())

@@ -1,9 +1,10 @@
-//! Properties of a forward pass that need no oracle: two runs on one backend, equal bit for bit.
+//! Properties of a forward pass that need no oracle: two runs on one backend agree, bit for bit where it promises that.
 
 use treespark::backend::Backend;
 use treespark_kernel_gen::{MAX_NODES, TreeShape, TreeSpec};
 
-use super::{Property, finite, for_cases, same_row};
+use super::agreement::{equal_row, same_row};
+use super::{Property, finite, for_cases};
 use crate::arb::{Case, cases};
 use crate::batch::{Batch, Member, Sampling, Tree};
 use crate::bed::Bed;
@@ -163,6 +164,37 @@ pub fn a_static_tree_equals_any_tree(backend: &mut dyn Backend) -> Property {
     })
 }
 
+/// A request that has no rows in a pass, as one that has ended since the batch was made, changes nothing for others.
+pub fn a_request_without_rows_is_passed_over(backend: &mut dyn Backend) -> Property {
+    for_cases(backend, 3, cases(), |backend, case| {
+        let Some(ended) = case.batch.members.first().filter(|_| case.batch.members.len() > 1) else { return Ok(()) };
+        let mut bed = Bed::new(backend, case.model.clone());
+        let before = bed.verify(&case.batch, MAX_ROWS, &ANY);
+        let mut others = case.batch.clone();
+        others.members[0].done = ended.tree.nodes();
+        let after = bed.decode(&others, MAX_ROWS, &ANY);
+        (0..others.rows()).try_for_each(|row| {
+            same_row("beside a request that has ended", (&before, ended.rows() + row), (&after, row))
+        })
+    })
+}
+
+/// A pass leaves nothing behind that its next run, on the same rows or others, would notice.
+pub fn a_second_run_equals_the_first(backend: &mut dyn Backend) -> Property {
+    for_cases(backend, 3, cases(), |backend, case| {
+        let mut bed = Bed::new(backend, case.model.clone());
+        let first = bed.verify(&case.batch, MAX_ROWS, &ANY);
+        let mut other = Batch { members: case.batch.members[..1].to_vec() };
+        other.members[0].tree = Tree::chain(&other.members[0].tree.tokens[..1]);
+        bed.decode(&other, MAX_ROWS, &ANY);
+        for _ in 0..2 {
+            let again = bed.decode(&case.batch, MAX_ROWS, &ANY);
+            (0..case.batch.rows()).try_for_each(|row| equal_row("again", (&first, row), (&again, row)))?;
+        }
+        Ok(())
+    })
+}
+
 /// What unwritten memory holds (NaN or zeros, in the cache, between ops, behind the last row) changes nothing.
 pub fn unused_memory_never_leaks(backend: &mut dyn Backend) -> Property {
     for_cases(backend, 4, cases(), |backend, case: Case| {
@@ -171,6 +203,6 @@ pub fn unused_memory_never_leaks(backend: &mut dyn Backend) -> Property {
         let mut bed = Bed::new(backend, case.model.clone());
         bed.clear(&case.model.pass(MAX_ROWS, &ANY, crate::tiny_model::Tail::Draw));
         let clean = bed.verify(&case.batch, MAX_ROWS, &ANY);
-        (0..case.batch.rows()).try_for_each(|row| same_row("NaN and zeros", (&poisoned, row), (&clean, row)))
+        (0..case.batch.rows()).try_for_each(|row| equal_row("NaN and zeros", (&poisoned, row), (&clean, row)))
     })
 }
