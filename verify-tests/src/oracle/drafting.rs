@@ -154,11 +154,9 @@ fn best_nodes(trie: Vec<Node>, max_nodes: usize) -> Vec<Node> {
 /// How many of the nodes to verify: expected tokens over cost are most.
 fn worth_it(nodes: &[Node], row_cost: f32) -> usize {
     let mut best = (0.0, 0);
-    let mut expected = 1.0;
-    for i in 0..nodes.len() {
-        if i > 0 {
-            expected += nodes[i].survival;
-        }
+    let mut expected = 0.0;
+    for (i, node) in nodes.iter().enumerate() {
+        expected += node.survival; // the root's is 1
         let worth: f32 = expected / (1.0 + row_cost * i as f32);
         if worth > best.0 {
             best = (worth, i + 1);
