@@ -6,9 +6,7 @@ use treespark::backend::{BufferId, Extent, PassId};
 use treespark_benches::relative_error;
 use treespark_kernel_gen::layout::HEADER_WORDS;
 use treespark_kernel_gen::op::Batch;
-use treespark_kernel_gen::{
-    ANCESTOR_WORDS, BufferDesc, CacheShape, DType, Op, Pass, Request, Role, Row, TreeShape, TreeSpec,
-};
+use treespark_kernel_gen::{ANCESTOR_WORDS, CacheShape, DType, Op, Pass, Request, Role, Row, TreeShape, TreeSpec};
 use treespark_models::random::{self, RandomBlock};
 
 use super::reference;
@@ -182,7 +180,7 @@ impl<'a> Bed<'a> {
     }
 
     pub fn kernels(&self) -> Result<String> {
-        Ok(self.device.kernels(&self.pass)?.names.join(" + "))
+        Ok(self.device.kernels(&self.pass)?.join(" + "))
     }
 }
 

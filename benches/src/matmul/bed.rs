@@ -65,7 +65,7 @@ impl<'a> Bed<'a> {
             }
         }
         let (error, times) = result?;
-        let kernel = self.device.kernels(&once)?.names.join(" + ");
+        let kernel = self.device.kernels(&once)?.join(" + ");
         Ok((error, times.into_iter().map(|time| time / calls as f64).collect(), kernel))
     }
 
