@@ -81,7 +81,7 @@ pub fn run(args: &Args) -> Result<()> {
             Ok(measured) => measured,
             Err(error) => {
                 failed += 1;
-                println!("{shape:<26} {error:#}");
+                eprintln!("{shape}: {error:#}");
                 continue;
             }
         };
