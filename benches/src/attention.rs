@@ -58,7 +58,7 @@ Examples:
   treespark-bench attention
   treespark-bench attention --shapes 32/8x128:B8:L8192:N16,32/8x128:ragged --json
   treespark-bench attention --mask-off
-  python tree_attention_peers.py peers.json && treespark-bench attention --peers peers.json";
+  python peers/tree_attention_peers.py peers.json && treespark-bench attention --peers peers.json";
 
 pub fn run(args: &Args) -> Result<()> {
     let peers = args.peers.as_deref().map(Peers::read).transpose()?;
@@ -81,7 +81,7 @@ pub fn run(args: &Args) -> Result<()> {
             Ok(measured) => measured,
             Err(error) => {
                 failed += 1;
-                println!("{shape:<26} {error:#}");
+                eprintln!("{shape}: {error:#}");
                 continue;
             }
         };
