@@ -110,7 +110,8 @@ pub fn run(args: &Args) -> Result<()> {
         ours.push((shape.clone(), us));
     }
     if let Some(peers) = peers {
-        peers.compare(ours.iter().map(|(shape, us)| (shape.to_string(), *us)));
+        let table = peers.compare(ours.iter().map(|(shape, us)| (shape.to_string(), *us)));
+        if args.json { eprint!("{table}") } else { print!("{table}") }
     }
     ensure!(failed == 0, "{failed} of {} shapes were not timed", shapes.len());
     Ok(())

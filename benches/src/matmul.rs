@@ -113,7 +113,8 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     if let Some(peers) = peers {
-        peers.compare(&ours);
+        let table = peers.compare(&ours);
+        if args.json { eprint!("{table}") } else { print!("{table}") }
     }
     ensure!(failed == 0, "{failed} products were not timed");
     Ok(())
