@@ -4,6 +4,9 @@ use crate::op::{CacheShape, Op, TreeSpec};
 use crate::pass::{Buf, DType, Pass, PassError, Role};
 use crate::{ANCESTOR_WORDS, MAX_NODES, Request, Row, layout};
 
+/// Ancestors of a drafted node are one 64-bit word.
+const MAX_NGRAM_NODES: usize = 64;
+
 impl Op {
     /// Validates buffers, shapes, dtypes and parameters against the pass. Backends assume that it passed.
     pub fn check(&self, pass: &Pass) -> Result<(), PassError> {
@@ -127,6 +130,26 @@ impl Op {
             Op::Commit { accepted, k_cache, v_cache, .. } => {
                 c.cache(*k_cache, *v_cache, 0)?;
                 c.accepted(*accepted, max_requests)
+            }
+            Op::DraftNgram { accepted, history, state, row_cost, .. } => {
+                c.accepted(*accepted, max_requests)?;
+                c.rank("history", *history, 2)?;
+                let tokens = c.dims(*history)[1];
+                if !tokens.is_multiple_of(4) {
+                    return Err(c.error("history", format!("of {tokens} tokens, expected a multiple of 4")));
+                }
+                c.shape("history", *history, DType::U32, &[max_requests, tokens])?;
+                c.rank("state", *state, 2)?;
+                let nodes = layout::ngram_nodes(c.dims(*state)[1]);
+                c.shape("state", *state, DType::U32, &[max_requests, layout::ngram_state_words(nodes)])?;
+                if nodes == 0 || nodes > MAX_NGRAM_NODES || max_requests * nodes > max_rows {
+                    let problem = format!("for {max_requests} trees of {nodes} nodes, expected 1 to {MAX_NGRAM_NODES}");
+                    return Err(c.error("state", format!("{problem}, and {max_rows} rows for all")));
+                }
+                if !row_cost.is_finite() || *row_cost < 0.0 {
+                    return Err(c.error("row_cost", format!("is {row_cost}, expected at least 0")));
+                }
+                Ok(())
             }
         }
     }

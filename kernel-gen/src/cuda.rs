@@ -14,6 +14,7 @@ mod acceptance;
 mod attention;
 pub mod drafting;
 mod plain_attention;
+mod tiling;
 mod weights;
 
 /// What kernels are chosen by.
@@ -125,6 +126,7 @@ pub fn lower(op: &Op, pass: &Pass, device: &Device) -> Result<Vec<Launch>, Lower
         Op::TopK { .. } => lowering.top_k(),
         Op::Accept { .. } => lowering.accept(),
         Op::Commit { .. } => lowering.commit(),
+        Op::DraftNgram { .. } => lowering.draft_ngram(),
     };
     for launch in &launches {
         if launch.shared_bytes > device.shared_bytes {

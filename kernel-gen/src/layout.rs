@@ -10,6 +10,8 @@
 //! pages     [max_requests, pages_per_request]                page of the pool that holds slots p*PAGE .. (p+1)*PAGE
 //! seen      [max_requests, ceil(vocab / 32)]                 bit t set: token t occurred (for the repetition penalty)
 //! accepted  [max_requests, accepted_words(max_nodes)]        count, path node ids, emitted tokens
+//! history   [max_requests, tokens]                           what an n-gram drafter on the device looks through
+//! state     [max_requests, ngram_state_words(nodes)]         what it remembers, and tells the host: NgramReport
 //! ```
 //!
 //! A request's committed prefix of length L fills cache slots 0..L; node n of its tree has slot L + n, and position
@@ -135,4 +137,60 @@ impl Request {
 /// `tokens[i]` is the target's draw at `path[i]`, so `tokens[..n]` are the accepted draft tokens and the bonus token.
 pub const fn accepted_words(max_nodes: usize) -> usize {
     1 + 2 * max_nodes
+}
+
+/// Words of one request in the `state` buffer of an n-gram drafter whose trees have up to so many nodes: the report, and
+/// the drafter's hit rates. The host writes the first word: how many tokens the request's history may have.
+pub const fn ngram_state_words(nodes: usize) -> usize {
+    ngram_report_words(nodes) + NGRAM_RATE_WORDS
+}
+
+/// The nodes whose state has so many words.
+pub const fn ngram_nodes(state_words: usize) -> usize {
+    state_words.saturating_sub(NGRAM_RATE_WORDS + 4) / 4
+}
+
+/// Words of an [`NgramReport`].
+pub const fn ngram_report_words(nodes: usize) -> usize {
+    4 + 4 * nodes
+}
+
+/// Hits and trials of 12 classes of nodes.
+const NGRAM_RATE_WORDS: usize = 2 * 12;
+
+/// The first words of a request's state, as the host reads them after a round:
+/// `[limit, nodes, rows, accepted, tokens[nodes], links[nodes], path[nodes], drawn[nodes]]`.
+#[derive(Debug, Clone, Copy)]
+pub struct NgramReport<'a> {
+    words: &'a [u32],
+    max_nodes: usize,
+}
+
+impl<'a> NgramReport<'a> {
+    pub fn new(words: &'a [u32], max_nodes: usize) -> NgramReport<'a> {
+        NgramReport { words: &words[..ngram_report_words(max_nodes)], max_nodes }
+    }
+
+    /// Nodes of the next tree that have a row; 0 where the history has reached its limit.
+    pub fn rows(&self) -> usize {
+        self.words[2] as usize
+    }
+
+    pub fn token(&self, node: usize) -> u32 {
+        self.words[4 + node]
+    }
+
+    pub fn parent(&self, node: usize) -> usize {
+        (self.words[4 + self.max_nodes + node] & 0xff) as usize
+    }
+
+    /// Node ids that the last round accepted, as in `accepted`.
+    pub fn path(&self) -> &'a [u32] {
+        &self.words[4 + 2 * self.max_nodes..][..self.words[3] as usize]
+    }
+
+    /// The draws along the path.
+    pub fn drawn(&self) -> &'a [u32] {
+        &self.words[4 + 3 * self.max_nodes..][..self.words[3] as usize]
+    }
 }

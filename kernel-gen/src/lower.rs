@@ -42,6 +42,8 @@ pub enum LowerError {
     Grid { op: &'static str, needed: usize, limit: usize },
     #[error("{op}: heads of {head_dim} do not fit the banks of {buffer}")]
     HeadInTwoBanks { op: &'static str, buffer: String, head_dim: usize },
+    #[error("{op}: only CUDA has a kernel for it; draft on the host")]
+    OnlyCuda { op: &'static str },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -159,6 +161,7 @@ pub fn lower(op: &Op, pass: &Pass, limits: &Limits) -> Result<Vec<KernelCall>, L
         Op::TopK { .. } => lowering.top_k(),
         Op::Accept { .. } => lowering.accept(),
         Op::Commit { .. } => lowering.commit(),
+        Op::DraftNgram { .. } => Err(LowerError::OnlyCuda { op: op.name() }),
     }?;
     calls.iter().try_for_each(|call| lowering.check(call))?;
     Ok(calls)

@@ -206,6 +206,21 @@ pub enum Op {
         k_cache: Buf,
         v_cache: Buf,
     },
+    /// Observes what the last round accepted (it is appended to the history, the prefix grows by it, hit rates learn of
+    /// it), and drafts the next: writes `rows` and `requests` with trees of what followed the end of the history where it
+    /// occurred before. A request whose history has reached its limit gets no rows. What is drafted changes the speed,
+    /// never the tokens: see `shaders/cuda/draft_ngram.cu`.
+    DraftNgram {
+        batch: Batch,
+        /// U32 `[B, accepted_words(max_nodes)]` of the last round
+        accepted: Buf,
+        /// U32 `[B, T]`, T a multiple of 4
+        history: Buf,
+        /// U32 `[B, ngram_state_words(nodes)]`: trees of up to so many nodes, at most 64
+        state: Buf,
+        /// Of a further row, relative to a pass of one.
+        row_cost: f32,
+    },
 }
 
 impl Op {
@@ -222,6 +237,7 @@ impl Op {
             Op::TopK { .. } => "top_k",
             Op::Accept { .. } => "accept",
             Op::Commit { .. } => "commit",
+            Op::DraftNgram { .. } => "draft_ngram",
         }
     }
 
@@ -236,7 +252,8 @@ impl Op {
             | Op::Draw { batch, .. }
             | Op::TopK { batch, .. }
             | Op::Accept { batch, .. }
-            | Op::Commit { batch, .. } => batch,
+            | Op::Commit { batch, .. }
+            | Op::DraftNgram { batch, .. } => batch,
         }
     }
 
@@ -274,6 +291,9 @@ impl Op {
             Op::Accept { draws, accepted, .. } => list.extend([("draws", draws), ("accepted", accepted)]),
             Op::Commit { accepted, k_cache, v_cache, .. } => {
                 list.extend([("accepted", accepted), ("k_cache", k_cache), ("v_cache", v_cache)]);
+            }
+            Op::DraftNgram { accepted, history, state, .. } => {
+                list.extend([("accepted", accepted), ("history", history), ("state", state)]);
             }
         }
         list

@@ -41,7 +41,7 @@ pub enum Role {
     Weight,
     /// Keys or values, kept between passes.
     Cache,
-    /// Written by the host before a pass.
+    /// Written by the host before a pass, or by a pass that drafts.
     Input,
     /// Written and read within a pass; holds nothing between passes.
     Scratch,

@@ -4,7 +4,7 @@
 //! All passes of a model share their buffers by name, so a buffer is described in one place only: here, or for weights
 //! in the list that the architecture gives ([`Weight`]).
 
-use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words};
+use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, ngram_state_words};
 use treespark_kernel_gen::op::Batch;
 use treespark_kernel_gen::{
     Buf, BufferDesc, CacheShape, DType, MAX_NODES, Op, Pass, PassError, Request, Role, Row, TreeSpec,
@@ -31,6 +31,15 @@ pub struct Dims {
     /// The trees that attention and acceptance are compiled for. Not bounded by the rows of a pass: a draft pass may
     /// run one level of a tree whose other nodes are in the cache.
     pub tree: TreeSpec,
+}
+
+/// Sizes of an n-gram drafter on the device.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NgramDims {
+    /// Of a request's largest tree, root included; 1 drafts nothing: plain decoding.
+    pub nodes: usize,
+    /// Of a further row, relative to a pass of one.
+    pub row_cost: f32,
 }
 
 /// A weight buffer, and what it is made of.
@@ -157,6 +166,16 @@ impl<'a> Builder<'a> {
         let draws = self.pass.add("draws", Role::Output, DType::U32, &[self.dims.max_rows]);
         self.push(Op::Draw { batch, seen, logits, draws });
         self.push(Op::Accept { batch, tree, draws, accepted });
+    }
+
+    /// Drafts the next round on the device, of up to so many nodes for each request.
+    pub fn draft_ngram(&mut self, drafter: NgramDims) {
+        let (batch, accepted, &Dims { max_requests, context, .. }) = (self.batch, self.accepted(), self.dims);
+        let NgramDims { nodes, row_cost } = drafter;
+        let mut input = |name: &str, words: usize| self.pass.add(name, Role::Input, DType::U32, &[max_requests, words]);
+        let (history, state) =
+            (input("history", context.next_multiple_of(4)), input("state", ngram_state_words(nodes)));
+        self.push(Op::DraftNgram { batch, accepted, history, state, row_cost });
     }
 
     /// What ends a draft pass.

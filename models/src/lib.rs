@@ -20,7 +20,7 @@ mod stored;
 pub mod tensor;
 pub mod tokenizer;
 
-pub use builder::{Dims, Source, Weight};
+pub use builder::{Dims, NgramDims, Source, Weight};
 pub use chat::{ChatTemplate, Message};
 pub use checkpoint::Checkpoint;
 pub use config::Config;

@@ -15,7 +15,7 @@
 
 use treespark_kernel_gen::{Buf, Op, Pass, PassError};
 
-use crate::builder::{Builder, Dims, Weight, WeightList};
+use crate::builder::{Builder, Dims, NgramDims, Weight, WeightList};
 use crate::config::Config;
 
 /// Embeds and runs all layers for their keys and values: what a prompt needs but for its last token. The last layer
@@ -56,8 +56,25 @@ pub fn draft_pass(config: &Config, dims: &Dims, rows: usize) -> Result<Pass, Pas
 /// Moves the accepted rows of the cache next to the prefix. It reads no weights and works on requests, not on rows.
 pub fn commit_pass(config: &Config, dims: &Dims) -> Result<Pass, PassError> {
     let mut llama = Llama::new("commit", config, dims, dims.max_rows);
-    let (batch, accepted, (k_cache, v_cache)) = (llama.builder.batch, llama.builder.accepted(), llama.cache());
-    llama.builder.push(Op::Commit { batch, accepted, k_cache, v_cache });
+    llama.commit();
+    llama.builder.finish()
+}
+
+/// A whole round that needs the host only to wait for it: verify and commit the trees in the batch buffers, then draft
+/// those of the next round into them.
+pub fn round_pass(config: &Config, dims: &Dims, rows: usize, drafter: NgramDims) -> Result<Pass, PassError> {
+    let mut llama = Llama::new("round", config, dims, rows);
+    llama.forward();
+    llama.builder.draw_and_accept();
+    llama.commit();
+    llama.builder.draft_ngram(drafter);
+    llama.builder.finish()
+}
+
+/// Drafts the first round's trees on the device.
+pub fn ngram_pass(config: &Config, dims: &Dims, drafter: NgramDims) -> Result<Pass, PassError> {
+    let mut llama = Llama::new("draft n-grams", config, dims, dims.max_rows);
+    llama.builder.draft_ngram(drafter);
     llama.builder.finish()
 }
 
@@ -195,6 +212,11 @@ impl<'a> Llama<'a> {
         self.builder.push(op);
     }
 
+    fn commit(&mut self) {
+        let (batch, accepted, (k_cache, v_cache)) = (self.builder.batch, self.builder.accepted(), self.cache());
+        self.builder.push(Op::Commit { batch, accepted, k_cache, v_cache });
+    }
+
     fn x(&mut self) -> Buf {
         self.builder.scratch("x", &[self.config.hidden])
     }
@@ -246,6 +268,8 @@ mod tests {
         }
     }
 
+    const DRAFTER: NgramDims = NgramDims { nodes: 8, row_cost: 0.01 };
+
     fn all_passes(config: &Config) -> Vec<Pass> {
         let dims = dims();
         vec![
@@ -254,6 +278,8 @@ mod tests {
             verify_pass(config, &dims, 8).unwrap(),
             draft_pass(config, &dims, 4).unwrap(),
             commit_pass(config, &dims).unwrap(),
+            round_pass(config, &dims, 8, DRAFTER).unwrap(),
+            ngram_pass(config, &dims, DRAFTER).unwrap(),
         ]
     }
 
@@ -292,6 +318,14 @@ out=ffn:f32[16, 48]
         assert_eq!(op_names(&pass), [&["embed"], &layer[..], &["qkv"]].concat());
         assert!(matches!(pass.ops.last(), Some(Op::Qkv { layer: 1, .. })));
         assert!(pass.buffers.iter().all(|b| b.name != "layers.1.o" && b.name != "logits"), "{pass}");
+    }
+
+    #[test]
+    fn a_round_pass_is_a_verify_pass_and_what_follows_it() {
+        let config = config("LlamaForCausalLM", true);
+        let verify = op_names(&verify_pass(&config, &dims(), 4).unwrap());
+        let round = round_pass(&config, &dims(), 4, DRAFTER).unwrap();
+        assert_eq!(op_names(&round), [&verify[..], &["commit", "draft_ngram"]].concat());
     }
 
     #[test]

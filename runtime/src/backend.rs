@@ -47,10 +47,20 @@ impl PassCost {
         let ((r0, c0), (r1, c1)) = (points[next - 1], points[next]);
         c0 + (c1 - c0) * (rows as f32 - r0 as f32) / (r1 - r0) as f32
     }
+
+    /// What a row costs beside the first, on the average of a usual tree.
+    pub fn of_a_row(&self) -> f32 {
+        (self.of(16) - 1.0) / 15.0
+    }
 }
 
 pub trait Backend {
     fn info(&self) -> &DeviceInfo;
+
+    /// Whether it runs `Op::DraftNgram`, so that a round needs the host only to wait for it.
+    fn drafts(&self) -> bool {
+        false
+    }
 
     /// A weight: the parts, stacked along the first dimension, are the buffer. Parts have the buffer's dtype.
     fn load(&mut self, desc: &BufferDesc, parts: &[Tensor]) -> Result<BufferId>;

@@ -51,6 +51,11 @@ pub trait Drafter {
     /// Forgets the sequence.
     fn reset(&mut self);
 
+    /// Nodes of the largest tree, root included, where the device drafts in its place. `None`: it cannot.
+    fn nodes_on_device(&self) -> Option<usize> {
+        None
+    }
+
     /// Device memory of its own.
     fn memory_use(&self) -> MemoryUse {
         MemoryUse::default()
@@ -75,6 +80,10 @@ impl Drafter for NoDrafter {
     }
 
     fn reset(&mut self) {}
+
+    fn nodes_on_device(&self) -> Option<usize> {
+        Some(1)
+    }
 }
 
 /// Measured acceptance of classes of nodes, given that their parent was accepted.

@@ -17,6 +17,8 @@ pub struct Engine {
     pub(crate) drafter: Box<dyn Drafter>,
     pub(crate) scheduler: Scheduler,
     pub(crate) context: usize,
+    /// Nodes of the largest tree where the device drafts; `None` where the host does.
+    nodes_on_device: Option<usize>,
 }
 
 /// What one round did.
@@ -38,7 +40,10 @@ impl Engine {
         scheduler: Scheduler,
         context: usize,
     ) -> Engine {
-        Engine { backend, target, drafter, scheduler, context }
+        let plan = scheduler.plan(0);
+        let on_device = backend.drafts() && plan.shape.is_none();
+        let nodes_on_device = drafter.nodes_on_device().filter(|_| on_device).map(|nodes| nodes.min(plan.max_nodes));
+        Engine { backend, target, drafter, scheduler, context, nodes_on_device }
     }
 
     /// Runs the prompt: all of it but the last token, which is the root of the first round's tree.
@@ -68,6 +73,10 @@ impl Engine {
 
     /// One speculative round: draft, verify, accept, commit.
     pub fn round(&mut self, seq: &mut Sequence, stats: &mut Statistics) -> Result<Round> {
+        // What a repetition penalty needs to know of a sequence, the device does not note.
+        if let (Some(nodes), None) = (self.nodes_on_device, seq.seen()) {
+            return self.round_on_device(nodes, seq, stats);
+        }
         let Engine { backend, target, drafter, scheduler, .. } = self;
         let backend = backend.as_mut();
         let mut clock = stats.start_round();
@@ -93,6 +102,28 @@ impl Engine {
         target.commit(backend, &mut seq.kv, &accepted.path)?;
         drafter.observe(backend, &draft, &accepted)?;
         clock.committed(stats);
+
+        stats.record(drafter.name(), &tree, &accepted, tokens.len());
+        Ok(Round { tree, accepted, tokens })
+    }
+
+    /// The same round where the device drafts: one run of one pass.
+    fn round_on_device(&mut self, nodes: usize, seq: &mut Sequence, stats: &mut Statistics) -> Result<Round> {
+        let Engine { backend, target, drafter, .. } = self;
+        let backend = backend.as_mut();
+        let mut clock = stats.start_round();
+
+        // Draft. The pass of the round before has.
+        let tree = target.drafted(backend, seq, nodes)?;
+        clock.drafted(stats);
+
+        // Verify and commit. The pass then drafts the next round, behind the path that it accepted.
+        let accepted = target.round(backend, &mut seq.kv, &tree, nodes)?; // the round's only wait
+        clock.verified(stats);
+
+        // Accept. A stop token or the end of the context may lie inside the path; then there is no next round.
+        let tokens = seq.push(&accepted.tokens).to_vec();
+        clock.accepted(stats);
 
         stats.record(drafter.name(), &tree, &accepted, tokens.len());
         Ok(Round { tree, accepted, tokens })

@@ -1,13 +1,17 @@
 //! A language model on a device: its weights, its cache pool and its compiled passes. Target and draft model alike.
+//! `rounds` holds what a round needs where the device drafts.
+
+mod rounds;
 
 use std::collections::HashMap;
 
-use treespark_kernel_gen::{DType, MAX_NODES, Pass, TreeSpec, layout};
-use treespark_models::{Config, Dims, Model, llama};
+use rounds::Drafted;
+use treespark_kernel_gen::{DType, MAX_NODES, Pass, TreeSpec};
+use treespark_models::{Config, Dims, Model, NgramDims, llama};
 
 use crate::backend::{Backend, Extent, PassId};
 use crate::batch::Batch;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kv::{KvCache, PagePool};
 use crate::memory::{Memory, MemoryUse};
 use crate::sampling::Sampling;
@@ -28,6 +32,10 @@ enum Kind {
     Draft,
     /// Moves accepted rows.
     Commit,
+    /// All of a round, then a draft of the next on the device, of up to so many nodes.
+    Round { nodes: usize },
+    /// The device's draft of the first round.
+    Ngram { nodes: usize },
 }
 
 /// Sizes that a user chooses.
@@ -48,6 +56,8 @@ pub struct Network {
     passes: HashMap<(Kind, usize), PassId>,
     pool: PagePool,
     pass_weight_bytes: usize,
+    /// What the device has left in the batch buffers, if it is a tree.
+    drafted: Option<Drafted>,
 }
 
 impl Network {
@@ -88,6 +98,7 @@ impl Network {
             passes: HashMap::new(),
             pool: PagePool::new(pages, PAGE_SIZE),
             pass_weight_bytes: 0,
+            drafted: None,
             dims,
         })
     }
@@ -146,11 +157,7 @@ impl Network {
     /// What the last verify pass accepted. Waits for the device.
     pub fn accepted(&self, backend: &mut dyn Backend, kv: &KvCache) -> Result<Accepted> {
         let words = backend.read(self.memory.get("accepted"), 0, ACCEPTED_WORDS)?;
-        let accepted = Accepted::from_words(&words, MAX_NODES);
-        match accepted.tokens.iter().position(|&token| token == layout::NO_TOKEN) {
-            Some(depth) => Err(Error::NotANumber { position: kv.len() + depth }),
-            None => Ok(accepted),
-        }
+        Accepted::from_words(&words, MAX_NODES).checked(kv.len())
     }
 
     /// The most likely next tokens of some nodes of a tree, with their logits: `top_k` of each, descending. Waits.
@@ -186,6 +193,7 @@ impl Network {
 
     /// Gives a finished sequence's pages back.
     pub fn release(&mut self, kv: &mut KvCache) {
+        self.drafted = None;
         kv.release(&mut self.pool);
     }
 
@@ -194,7 +202,8 @@ impl Network {
         self.write_and_run(backend, pass, batch)
     }
 
-    fn write_and_run(&self, backend: &mut dyn Backend, pass: PassId, batch: &Batch) -> Result<()> {
+    fn write_and_run(&mut self, backend: &mut dyn Backend, pass: PassId, batch: &Batch) -> Result<()> {
+        self.drafted = None;
         for (name, words) in batch.words() {
             backend.write(self.memory.get(name), 0, words)?;
         }
@@ -207,13 +216,16 @@ impl Network {
         if let Some(&pass) = self.passes.get(&(kind, rows)) {
             return Ok(pass);
         }
+        let drafter = |nodes: usize| NgramDims { nodes, row_cost: backend.info().cost.of_a_row() };
         let pass = match kind {
             Kind::Extend => llama::extend_pass(&self.config, &self.dims, rows),
             Kind::Verify => llama::verify_pass(&self.config, &self.dims, rows),
             Kind::Draft => llama::draft_pass(&self.config, &self.dims, rows),
             Kind::Commit => llama::commit_pass(&self.config, &self.dims),
+            Kind::Round { nodes } => llama::round_pass(&self.config, &self.dims, rows, drafter(nodes)),
+            Kind::Ngram { nodes } => llama::ngram_pass(&self.config, &self.dims, drafter(nodes)),
         }?;
-        if kind == Kind::Verify {
+        if matches!(kind, Kind::Verify | Kind::Round { .. }) {
             self.pass_weight_bytes = pass.weight_bytes();
         }
         let buffers = self.memory.bind(backend, &pass)?;

@@ -76,6 +76,14 @@ impl Accepted {
         Accepted { path, tokens }
     }
 
+    /// The same, unless the target drew a token from logits that are no numbers. The path begins at position `prefix`.
+    pub fn checked(self, prefix: usize) -> Result<Accepted> {
+        match self.tokens.iter().position(|&token| token == layout::NO_TOKEN) {
+            Some(depth) => Err(Error::NotANumber { position: prefix + depth }),
+            None => Ok(self),
+        }
+    }
+
     /// The words that the commit op reads: count and path.
     pub fn path_words(path: &[usize]) -> Vec<u32> {
         std::iter::once(path.len()).chain(path.iter().copied()).map(|word| word as u32).collect()

@@ -15,15 +15,16 @@
 // history  [requests, HISTORY]: the tokens so far. The cache holds all but the last one, which is the next root: so
 //          prefix + 1 tokens are valid
 // state    [requests, STATE_WORDS], see below; zeros are a request that is finished and that nothing is known of
-// accepted is that of the last round. Before the first round of a request its count is 0
+// accepted is that of the last round, of a tree that this kernel drafted. Before the first round of a request its count
+//          is 0
 //
-// The host writes a request's history, prefix and limit, and zeros the rest. The history never grows past the limit. A
-// request that has reached it gets no rows, so that accept and commit find nothing to do.
+// To start a request the host writes its history, prefix and limit, and zeros the count of accepted. It reads what
+// became of a round, and the next tree, from the state. The history never grows past the limit, and no row lies further
+// than NODES slots behind it. A request that has reached it gets no rows, so that accept and commit find nothing to do.
 
 // constants-begin
 constexpr u32 HISTORY = 8192; // tokens a request may have, a multiple of 4
-constexpr u32 SLOTS = 8192; // slots of a request in the cache
-constexpr u32 NODES = 32; // most nodes of a tree, root included: rows of the pass / requests, up to 64
+constexpr u32 NODES = 32; // most nodes of a tree, root included, up to 64; 1 drafts nothing
 constexpr u32 DEPTH = 16; // tokens taken from one occurrence
 constexpr float ROW_COST = 0.02f; // of a further row, relative to a pass of one row
 // constants-end
@@ -42,14 +43,18 @@ __device__ constexpr float PRIORS[CLASSES] = {0.08f, 0.2f,  0.35f, 0.55f, 0.7f, 
 constexpr float PRIOR_TRIALS = 4.0f;
 constexpr float MEMORY_TRIALS = 64.0f;
 
-// Words of a request's state.
+// Words of a request's state, as kernel-gen/src/layout.rs has them.
 constexpr u32 STATE_LIMIT = 0; // tokens that the history may have
 constexpr u32 STATE_NODES = 1; // of the last proposal, verified or not
-constexpr u32 STATE_HITS = 2; // float [CLASSES]
-constexpr u32 STATE_TRIALS = STATE_HITS + CLASSES; // float [CLASSES]
-constexpr u32 STATE_TOKENS = STATE_TRIALS + CLASSES; // [NODES]
+constexpr u32 STATE_ROWS = 2; // nodes of it that are verified
+constexpr u32 STATE_ACCEPTED = 3; // nodes that the round before accepted
+constexpr u32 STATE_TOKENS = 4; // [NODES] of the proposal
 constexpr u32 STATE_LINKS = STATE_TOKENS + NODES; // [NODES]: parent, class << 8, depth << 16
-constexpr u32 STATE_WORDS = STATE_LINKS + NODES;
+constexpr u32 STATE_PATH = STATE_LINKS + NODES; // [NODES] that the round before accepted
+constexpr u32 STATE_DRAWN = STATE_PATH + NODES; // [NODES]: the draws along the path
+constexpr u32 STATE_HITS = STATE_DRAWN + NODES; // float [CLASSES]
+constexpr u32 STATE_TRIALS = STATE_HITS + CLASSES; // float [CLASSES]
+constexpr u32 STATE_WORDS = STATE_TRIALS + CLASSES;
 
 struct Block {
     u32 maxima[WARPS];
@@ -90,13 +95,19 @@ __device__ u32 max_of_block(u32 mine, Block& block) {
     return __reduce_max_sync(FULL_WARP, block.maxima[threadIdx.x % 32]);
 }
 
-// Appends the accepted tokens, and counts for all children of accepted nodes whether their token was drawn.
+// Appends the accepted tokens, tells the host of them, and counts for all children of accepted nodes whether their token
+// was drawn.
 __device__ void observe(const u32* accepted, u32* end_of_history, u32* state, Block& block) {
     const u32 t = threadIdx.x;
     const u32 n = accepted[0];
     const u32 *path = accepted + ACCEPTED_PATH, *drawn = accepted + ACCEPTED_TOKENS;
     if (t < CLASSES) block.hits[t] = block.trials[t] = 0;
-    if (t < n) end_of_history[t] = drawn[t];
+    if (t == 0) state[STATE_ACCEPTED] = n;
+    if (t < n) {
+        end_of_history[t] = drawn[t];
+        state[STATE_PATH + t] = path[t];
+        state[STATE_DRAWN + t] = drawn[t];
+    }
     __syncthreads();
     if (t > 0 && t < NODES && t < state[STATE_NODES]) {
         const u32 link = state[STATE_LINKS + t];
@@ -238,7 +249,11 @@ __device__ void write_row(u32* row, u32 token, u32 position, u32 request, u32 no
 __device__ void write(u32* rows, u32 request, u32 prefix, u32 root, u32 n_rows, u32 n_followed, u32* state,
                       const Block& block) {
     const auto [j, d] = place_of_thread();
-    if (threadIdx.x == THREADS - 1) write_row(rows, root, prefix, request, 0, 1);
+    if (threadIdx.x == THREADS - 1) {
+        write_row(rows, root, prefix, request, 0, 1);
+        state[STATE_TOKENS] = root;
+        state[STATE_LINKS] = 0;
+    }
     if (j >= n_followed || block.survivals[threadIdx.x] == 0.0f || block.nodes[j][d] >= NODES) return;
     const u32 node = block.nodes[j][d], token = block.tokens[j][d];
     const u32 parent = d == 0 ? 0 : block.nodes[block.owners[j][d - 1]][d - 1];
@@ -259,18 +274,19 @@ __device__ u32 draft(u32* rows, u32* requests, u32 request, const u32* accepted,
 
     const u32 limit = min(state[STATE_LIMIT], HISTORY);
     u32 n_nodes = 0, n_rows = 0;
-    if (length < limit && prefix < SLOTS) {
+    if (length < limit) {
         // The bonus token takes one place; a node deeper than the rest could never be emitted.
         const u32 max_depth = limit - length - 1;
-        const u32 n_followed = match(history, length, block);
+        const u32 n_followed = NODES > 1 ? match(history, length, block) : 0;
         merge(history, length, n_followed, block);
         n_nodes = rank(n_followed, max_depth, block);
-        n_rows = min(choose(n_nodes, block), SLOTS - prefix);
+        n_rows = choose(n_nodes, block);
         write(rows, request, prefix, history[prefix], n_rows, n_followed, state, block);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
         state[STATE_NODES] = n_nodes;
+        state[STATE_ROWS] = n_rows;
         requests[HEADER_WORDS + request * REQUEST_WORDS + REQUEST_PREFIX] = prefix;
     }
     return n_rows;

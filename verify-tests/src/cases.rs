@@ -24,6 +24,12 @@ pub const SHAPES: [&str; 10] = [
     "parents:0,0,0,0,0,4,4,3,3,2,1,10,11,12",
 ];
 
+/// The committed models of random weights, one of each architecture.
+pub fn tiny_models() -> Vec<PathBuf> {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity");
+    ["tiny-llama", "tiny-qwen2", "tiny-qwen3"].map(|name| folder.join(name)).to_vec()
+}
+
 /// Greedy, and temperatures with every filter.
 pub fn samplings() -> Vec<(&'static str, Sampling)> {
     let sampled = |temperature, seed| Sampling { temperature, seed, ..Sampling::default() };

@@ -4,6 +4,7 @@
 //! it is written, as the op's definition says), and runs a pass when it is asked to, op by op, row by row. It is a
 //! [`Backend`] too, so that the same properties are run on it: they must hold of the definition itself.
 
+mod drafting;
 mod layers;
 mod philox;
 mod sampling;
@@ -53,6 +54,10 @@ impl Oracle {
 impl Backend for Oracle {
     fn info(&self) -> &DeviceInfo {
         &self.info
+    }
+
+    fn drafts(&self) -> bool {
+        true
     }
 
     fn load(&mut self, desc: &BufferDesc, parts: &[Tensor]) -> Result<BufferId> {
@@ -122,6 +127,7 @@ impl Backend for Oracle {
                 Op::TopK { .. } => step.top_k(op),
                 Op::Accept { .. } => step.accept(op),
                 Op::Commit { .. } => step.commit(op),
+                Op::DraftNgram { .. } => step.draft_ngram(op),
             }
         }
         Ok(())

@@ -3,8 +3,6 @@
 //! On the CPU backend, and between speculative and plain on the wgpu backend, equality is exact: a row's sums do not
 //! depend on its neighbours. Random tiny models are covered here; SmolLM2 in `smollm2.rs`.
 
-use std::path::PathBuf;
-
 use treespark::backend::{Backend, PassCost};
 use treespark::cpu::CpuBackend;
 use treespark::draft::model::{MAX_CHILDREN, ModelDrafter};
@@ -18,7 +16,7 @@ use treespark::{Engine, Sampling, Sequence, Statistics};
 use treespark_kernel_gen::DType;
 use treespark_kernel_gen::TreeShape;
 use treespark_models::Model;
-use treespark_verify_tests::cases::{SHAPES, samplings};
+use treespark_verify_tests::cases::{SHAPES, samplings, tiny_models};
 #[cfg(feature = "wgpu")]
 use treespark_verify_tests::{
     logits::logits,
@@ -27,11 +25,6 @@ use treespark_verify_tests::{
 
 const CONTEXT: usize = 160;
 const NEW_TOKENS: usize = 60;
-
-fn tiny_models() -> Vec<PathBuf> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity");
-    ["tiny-llama", "tiny-qwen2", "tiny-qwen3"].map(|name| folder.join(name)).to_vec()
-}
 
 /// A drafter that knows what plain decoding produced and proposes it in part, among wrong branches.
 struct HalfRight {

@@ -3,16 +3,18 @@
 use std::path::Path;
 use std::sync::Mutex;
 
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use treespark::backend::Backend;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark::cpu::CpuBackend;
 use treespark::devices::BackendChoice;
 use treespark::{DrafterChoice, GenerateOptions, Llm, LlmOptions, Message, Sampling};
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark_kernel_gen::DType;
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark_models::Model;
 use treespark_verify_tests::cases::{SHAPES, default_model, samplings};
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark_verify_tests::{
     logits::logits,
     near_tie::{Verdict, draw_context, first_divergence},
@@ -84,32 +86,45 @@ fn speculative_equals_plain_on_wgpu() {
     assert_eq!(got, expected);
 }
 
-/// On a real GPU long answers to many prompts, on a software rasteriser short answers to a few.
-#[cfg(feature = "wgpu")]
-#[test]
-fn backends_agree_up_to_near_ties() {
-    // Of scaled logits: keys and values are rounded to bf16, and a rounding may fall either way.
-    const TOLERANCE: f64 = 0.2;
-    const PROMPTS: [&str; 8] = [
-        "Write a Python function that reverses a list.",
-        "What is 17 times 3?",
-        "Write a haiku about rain.",
-        "Explain gravity to a child.",
-        "List five uses of a brick.",
-        "Who wrote Hamlet?",
-        "Why do cats purr?",
-        "Give me a recipe for pancakes.",
-    ];
-    let _guard = ONE_AT_A_TIME.lock();
-    let Some(path) = default_model() else { return };
-    let Some(mut gpu) = treespark_verify_tests::cases::gpu() else { return };
-    let is_software = gpu.info().cost.of(16) > 3.0;
-    let (prompts, max_new_tokens) = if is_software { (2, 16) } else { (PROMPTS.len(), 128) };
-    let mut llms =
-        [BackendChoice::Cpu, BackendChoice::Wgpu(None)].map(|choice| load(&path, DrafterChoice::Ngram, None, choice));
-    for prompt in &PROMPTS[..prompts] {
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+const PROMPTS: [&str; 20] = [
+    "Write a Python function that reverses a list.",
+    "What is 17 times 3?",
+    "Write a haiku about rain.",
+    "Explain gravity to a child.",
+    "List five uses of a brick.",
+    "Who wrote Hamlet?",
+    "Why do cats purr?",
+    "Give me a recipe for pancakes.",
+    "Repeat after me, three times: the cat sat on the mat.",
+    "Count from one to thirty in words.",
+    "Write a C function that adds two vectors.",
+    "Translate to French: good morning, my friend.",
+    "Name the planets, the largest first.",
+    "What makes bread rise?",
+    "Tell me a short story about a lighthouse.",
+    "How do I tie a bowline?",
+    "Summarize the plot of Romeo and Juliet.",
+    "Write a SQL query that counts the users of each country.",
+    "Which is heavier, a kilogram of iron or of feathers?",
+    "Give three reasons to learn Rust.",
+];
+
+/// One of two runs that ought to agree: who answers, and a device of the same kind to ask for logits.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+struct Side {
+    llm: Llm,
+    backend: Box<dyn Backend>,
+}
+
+/// Every prompt, greedy and sampled: answers differ at near-ties only, of scaled logits within the tolerance.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+fn check_agreement(path: &Path, mut sides: [Side; 2], prompts: &[&str], max_new_tokens: usize, tolerance: f64) {
+    let model = Model::open(path).unwrap();
+    let (mut differing, mut spread) = (0, 0.0f64);
+    for prompt in prompts {
         for sampling in [Sampling::default(), Sampling { temperature: 0.8, seed: 9, ..Sampling::default() }] {
-            let runs = llms.each_mut().map(|llm| {
+            let runs = sides.each_mut().map(|Side { llm, .. }| {
                 let mut text = llm.chat_prompt(&[Message::user(*prompt)]).unwrap();
                 let options = GenerateOptions { sampling: sampling.clone(), max_new_tokens, stop: vec![] };
                 let mut generation = llm.generate(text.clone(), &options).unwrap();
@@ -117,17 +132,70 @@ fn backends_agree_up_to_near_ties() {
                 text.extend(generation.tokens());
                 text
             });
-            let divergence = first_divergence([&runs[0], &runs[1]], TOLERANCE, |at| {
-                let model = Model::open(&path).unwrap();
+            let divergence = first_divergence([&runs[0], &runs[1]], tolerance, |at| {
                 let text = [runs[0][..at].to_vec()];
-                let rows: [&mut dyn treespark::backend::Backend; 2] = [&mut CpuBackend::new(None), gpu.as_mut()];
-                let rows = rows.map(|backend| logits(backend, &model, DType::BF16, &text).remove(0).pop().unwrap());
+                let last_row =
+                    |side: &mut Side| logits(side.backend.as_mut(), &model, DType::BF16, &text).remove(0).pop();
+                let rows = sides.each_mut().map(|side| last_row(side).expect("the text is not empty"));
                 (rows, draw_context(&sampling, &runs[0][..at]))
             });
             if let Some(divergence) = divergence {
                 println!("{prompt}, temperature {}: {divergence}", sampling.temperature);
                 assert_eq!(divergence.verdict, Verdict::NearTie, "{prompt}: {divergence}");
+                (differing, spread) = (differing + 1, spread.max(divergence.spread));
+            } else {
+                assert_eq!(runs[0].len(), runs[1].len(), "{prompt}: one ends early");
             }
         }
+    }
+    println!("{differing} of {} answers differ, all at near-ties; largest spread {spread:.3}", 2 * prompts.len());
+}
+
+/// On a real GPU long answers to many prompts, on a software rasteriser short answers to a few.
+#[cfg(feature = "wgpu")]
+#[test]
+fn backends_agree_up_to_near_ties() {
+    // Of scaled logits: keys and values are rounded to bf16, and a rounding may fall either way.
+    const TOLERANCE: f64 = 0.2;
+    let _guard = ONE_AT_A_TIME.lock();
+    let Some(path) = default_model() else { return };
+    let Some(gpu) = treespark_verify_tests::cases::gpu() else { return };
+    let is_software = gpu.info().cost.of(16) > 3.0;
+    let (prompts, max_new_tokens) = if is_software { (2, 16) } else { (8, 128) };
+    let side = |choice, backend| Side { llm: load(&path, DrafterChoice::Ngram, None, choice), backend };
+    let sides = [side(BackendChoice::Cpu, Box::new(CpuBackend::new(None))), side(BackendChoice::Wgpu(None), gpu)];
+    check_agreement(&path, sides, &PROMPTS[..prompts], max_new_tokens, TOLERANCE);
+}
+
+/// CUDA's attention rounds queries and the weights of a softmax to bf16, beside keys and values.
+#[cfg(feature = "cuda")]
+const CUDA_TOLERANCE: f64 = 0.35;
+
+#[cfg(feature = "cuda")]
+#[test]
+fn cuda_and_the_cpu_agree_up_to_near_ties() {
+    let _guard = ONE_AT_A_TIME.lock();
+    let Some(gpu) = treespark_verify_tests::cases::nvidia() else { return };
+    let Some(path) = default_model() else { return };
+    let side = |choice, backend| Side { llm: load(&path, DrafterChoice::Ngram, None, choice), backend };
+    let sides = [side(BackendChoice::Cpu, Box::new(CpuBackend::new(None))), side(BackendChoice::Cuda(None), gpu)];
+    check_agreement(&path, sides, &PROMPTS, 128, CUDA_TOLERANCE);
+}
+
+/// The tree corner of CUDA's attention may group sums otherwise than the prefix: a near-tie may fall either way.
+#[cfg(feature = "cuda")]
+#[test]
+fn speculative_equals_plain_on_cuda_up_to_near_ties() {
+    let _guard = ONE_AT_A_TIME.lock();
+    let Some(path) = default_model() else { return };
+    for (drafter, tree) in [(DrafterChoice::Ngram, None), (DrafterChoice::Ngram, Some("4x2x2x1"))] {
+        let plain = (DrafterChoice::None, None);
+        let mut sides = Vec::new();
+        for (drafter, tree) in [plain, (drafter, tree)] {
+            let Some(backend) = treespark_verify_tests::cases::nvidia() else { return };
+            sides.push(Side { llm: load(&path, drafter, tree, BackendChoice::Cuda(None)), backend });
+        }
+        let Ok(sides) = <[Side; 2]>::try_from(sides) else { unreachable!("two were pushed") };
+        check_agreement(&path, sides, &PROMPTS, 128, CUDA_TOLERANCE);
     }
 }

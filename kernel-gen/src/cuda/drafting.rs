@@ -1,58 +1,27 @@
-//! Drafting on the device, so that draft, verify, accept and commit are one graph. No op yet stands for these kernels:
-//! whoever records a round adds their launches to those of its passes.
+//! Drafting on the device, so that draft, verify, accept and commit are one graph. No op yet stands for a draft model's
+//! growth: whoever records such a round adds its launches to those of its passes.
 
-use super::{Argument, Launch};
+use super::{Argument, Launch, Lowering};
 use crate::TreeShape;
+use crate::layout::ngram_nodes;
+use crate::op::Op;
 use crate::pass::{Buf, Pass};
 use crate::spec::KernelSpec;
 
-/// Words of one request's state in [`Ngram::state`], all zero for a request that is finished or new; but for the first,
-/// the number of tokens that its history may have.
-pub const fn ngram_state_words(nodes: usize) -> usize {
-    2 + 2 * 12 + 2 * nodes
-}
-
-/// The n-gram drafter: observes the last round, proposes the trees of the next. `shaders/cuda/draft_ngram.cu` says how the
-/// buffers go together.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Ngram {
-    pub rows: Buf,
-    pub requests: Buf,
-    /// U32 `[B, accepted_words(MAX_NODES)]` of the last round
-    pub accepted: Buf,
-    /// U32 `[B, tokens]`
-    pub history: Buf,
-    /// U32 `[B, ngram_state_words(nodes)]`
-    pub state: Buf,
-    /// Slots that a request has in the cache.
-    pub slots: usize,
-    /// Cost of a further row of the pass, relative to a pass of one.
-    pub row_cost: f32,
-}
-
-impl Ngram {
-    /// Nodes of a request's tree, root included, in a pass of so many rows for so many requests.
-    pub const fn nodes(rows: usize, requests: usize) -> usize {
-        let share = rows / requests;
-        if share < 64 { share } else { 64 }
-    }
-
-    pub fn launch(&self, pass: &Pass) -> Launch {
+impl Lowering<'_> {
+    pub(super) fn draft_ngram(&self) -> Vec<Launch> {
         const DEPTH: usize = 16;
-        let &[requests, history] = pass.buffer(self.history).shape.as_slice() else {
-            panic!("history has two dimensions")
+        let &Op::DraftNgram { accepted, history, state, row_cost, .. } = self.op else {
+            unreachable!("lowering another op")
         };
-        let nodes = Ngram::nodes(pass.rows, requests);
-        assert!(history.is_multiple_of(4), "a history of {history} tokens is not read four by four");
-        assert_eq!(pass.buffer(self.state).shape, [requests, ngram_state_words(nodes)]);
+        let [tokens, state_words] = [history, state].map(|buf| self.desc(buf).shape[1]);
         let spec = KernelSpec::new("draft_ngram")
-            .size("HISTORY", "t", history)
-            .size("NODES", "n", nodes)
+            .size("HISTORY", "t", tokens)
+            .size("NODES", "n", ngram_nodes(state_words))
             .size("DEPTH", "d", DEPTH)
-            .with("SLOTS", self.slots)
-            .with("ROW_COST", self.row_cost);
-        let operands = [self.rows, self.requests, self.accepted, self.history, self.state];
-        launch(spec, operands.map(Argument::from).to_vec(), 1, 1024)
+            .with("ROW_COST", row_cost);
+        let operands = [self.batch.rows, self.batch.requests, accepted, history, state];
+        vec![launch(spec, operands.map(Argument::from).to_vec(), 1, 1024)]
     }
 }
 
@@ -97,28 +66,47 @@ fn launch(spec: KernelSpec, arguments: Vec<Argument>, blocks: usize, threads: us
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cuda::{Device, lower};
     use crate::emit::{Lang, emit};
-    use crate::layout::accepted_words;
-    use crate::{DType, MAX_NODES, Role};
+    use crate::layout::{HEADER_WORDS, accepted_words, ngram_state_words};
+    use crate::op::Batch;
+    use crate::{DType, MAX_NODES, Request, Role, Row};
+
+    fn source(launch: &Launch) -> String {
+        emit(&launch.spec, Lang::Cuda).unwrap()
+    }
 
     #[test]
-    fn specs_give_the_constants_that_sources_have() {
+    fn a_drafter_is_compiled_for_the_sizes_of_its_buffers() {
+        let mut pass = Pass::new("round", 1);
+        let mut add = |name: &str, shape: &[usize]| pass.add(name, Role::Input, DType::U32, shape);
+        let batch = Batch {
+            rows: add("rows", &[32, Row::WORDS]),
+            requests: add("requests", &[HEADER_WORDS + 2 * Request::WORDS]),
+            pages: add("pages", &[2, 8]),
+        };
+        let accepted = add("accepted", &[2, accepted_words(MAX_NODES)]);
+        let (history, state) = (add("history", &[2, 4096]), add("state", &[2, ngram_state_words(16)]));
+        let op = Op::DraftNgram { batch, accepted, history, state, row_cost: 0.01 };
+        op.check(&pass).unwrap();
+        let launch = lower(&op, &pass, &Device::H100).unwrap().remove(0);
+        assert_eq!(launch.spec.name(), "draft_ngram__t4096_n16_d16");
+        assert!(source(&launch).contains("constexpr u32 NODES = 16u;"));
+        for (buffer, words, problem) in [(4, 4095, "history of 4095 tokens"), (5, 4 + 4 * 17 + 24, "2 trees of 17")] {
+            let mut pass = pass.clone();
+            pass.buffers[buffer].shape[1] = words;
+            let refused = op.check(&pass).unwrap_err().to_string();
+            assert!(refused.contains(problem), "{refused}");
+        }
+    }
+
+    #[test]
+    fn growth_is_compiled_level_by_level() {
         let mut pass = Pass::new("round", 32);
         let mut add = |name: &str, shape: &[usize]| pass.add(name, Role::Input, DType::U32, shape);
         let [rows, requests, draft_rows, draft_requests] =
             ["rows", "requests", "draft.rows", "draft.requests"].map(|name| add(name, &[32 * 12]));
-        let ngram = Ngram {
-            rows,
-            requests,
-            accepted: add("accepted", &[2, accepted_words(MAX_NODES)]),
-            history: add("history", &[2, 4096]),
-            state: add("state", &[2, ngram_state_words(16)]),
-            slots: 4096,
-            row_cost: 0.01,
-        };
         let grow = Grow { ids: add("ids", &[8, 4]), requests, rows, draft_requests, draft_rows };
-        let source = |launch: &Launch| emit(&launch.spec, Lang::Cuda).unwrap();
-        assert!(source(&ngram.launch(&pass)).contains("constexpr u32 NODES = 16u;"));
 
         let shape: TreeShape = "3x2x1".parse().unwrap();
         let grown: Vec<Launch> = (0..3).map(|depth| grow.launch(&pass, &shape, depth, 2)).collect();

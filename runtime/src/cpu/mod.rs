@@ -23,7 +23,7 @@ mod testing;
 mod tests;
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
-use treespark_kernel_gen::{BufferDesc, Pass};
+use treespark_kernel_gen::{BufferDesc, Op, Pass};
 use treespark_models::Tensor;
 
 use crate::backend::{Backend, BufferId, DeviceInfo, Extent, PassCost, PassId};
@@ -122,6 +122,9 @@ impl Backend for CpuBackend {
 
     fn compile(&mut self, pass: &Pass, buffers: &[BufferId]) -> Result<PassId> {
         assert_eq!(pass.buffers.len(), buffers.len(), "one buffer for each that the pass names");
+        if pass.ops.iter().any(|op| matches!(op, Op::DraftNgram { .. })) {
+            return Err(Error::Device(format!("pass {} drafts, which the CPU backend leaves to the host", pass.name)));
+        }
         self.passes.push(Compiled { pass: pass.clone(), buffers: buffers.to_vec() });
         Ok(PassId(self.passes.len() - 1))
     }

@@ -190,6 +190,10 @@ impl Backend for CudaBackend {
         &self.info
     }
 
+    fn drafts(&self) -> bool {
+        true
+    }
+
     fn load(&mut self, desc: &BufferDesc, parts: &[Tensor]) -> Result<BufferId> {
         let id = self.alloc(desc)?;
         let mut to = self.buffer(id).address();

@@ -20,6 +20,8 @@ const MAX_OCCURRENCES: usize = 512;
 const MAX_FOLLOWED: usize = 32;
 /// Tokens taken from one occurrence.
 const MAX_DEPTH: usize = 24;
+/// Nodes of a tree that the device drafts: more are seldom accepted, and the next larger pass costs more.
+const NODES_ON_DEVICE: usize = 16;
 /// Hit rates before anything is measured, by match class: first continuations, then further siblings.
 const PRIORS: [f32; 2 * MATCH_CLASSES] = [0.08, 0.2, 0.35, 0.55, 0.7, 0.85, 0.04, 0.08, 0.12, 0.15, 0.15, 0.1];
 const MATCH_CLASSES: usize = 6;
@@ -185,5 +187,9 @@ impl Drafter for NgramDrafter {
     fn reset(&mut self) {
         self.follows.clear();
         self.indexed = 0;
+    }
+
+    fn nodes_on_device(&self) -> Option<usize> {
+        Some(NODES_ON_DEVICE)
     }
 }

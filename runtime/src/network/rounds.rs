@@ -1,0 +1,96 @@
+//! Rounds in which the device drafts: one run of one pass verifies a tree, commits what it accepts and drafts the next.
+//!
+//! The host starts a sequence: reserves pages for all that it may become, and writes its tokens. From then on it writes
+//! nothing. It runs the pass that is large enough for the tree, waits, and reads what became of it and how the next looks.
+
+use treespark_kernel_gen::layout::{NgramReport, ngram_report_words};
+
+use super::{Kind, Network, compiled_rows};
+use crate::backend::{Backend, Extent};
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::kv::KvCache;
+use crate::sequence::Sequence;
+use crate::tree::{Accepted, TokenTree};
+
+/// A tree that the device has put into the batch buffers, and whose it is.
+pub(super) struct Drafted {
+    /// No two sequences hold the same page.
+    first_page: Option<u32>,
+    prefix: usize,
+    tree: TokenTree,
+}
+
+impl Drafted {
+    fn is_of(&self, kv: &KvCache) -> bool {
+        self.first_page.is_some() && self.first_page == kv.pages().first().copied() && self.prefix == kv.len()
+    }
+}
+
+impl Network {
+    /// The tree of the sequence's next round, of up to `nodes` nodes. The round before has drafted it; only before the
+    /// first round is there something to run and to wait for.
+    pub fn drafted(&mut self, backend: &mut dyn Backend, seq: &mut Sequence, nodes: usize) -> Result<TokenTree> {
+        match self.drafted.take() {
+            Some(drafted) if drafted.is_of(&seq.kv) => Ok(drafted.tree),
+            _ => self.start(backend, seq, nodes),
+        }
+    }
+
+    /// One round on the tree that [`Network::drafted`] returned: verify, accept, commit, and draft the next. Waits.
+    pub fn round(
+        &mut self,
+        backend: &mut dyn Backend,
+        kv: &mut KvCache,
+        tree: &TokenTree,
+        nodes: usize,
+    ) -> Result<Accepted> {
+        let prefix = kv.len();
+        let pass = self.pass(backend, Kind::Round { nodes }, tree.len())?;
+        let keys = prefix + tree.shape().max_depth() + 1;
+        backend.run(pass, Extent { rows: tree.len(), requests: 1, keys })?;
+        let words = self.report(backend, nodes)?; // the round's only wait
+        let report = NgramReport::new(&words, nodes);
+        let path = report.path().iter().map(|&node| node as usize).collect();
+        let accepted = Accepted { path, tokens: report.drawn().to_vec() }.checked(prefix)?;
+        kv.commit(accepted.path.len());
+        if report.rows() > 0 {
+            let first_page = kv.pages().first().copied();
+            self.drafted = Some(Drafted { first_page, prefix: kv.len(), tree: drafted_tree(&report)? });
+        }
+        Ok(accepted)
+    }
+
+    /// Tells the device of a sequence, and has it draft the first tree.
+    fn start(&mut self, backend: &mut dyn Backend, seq: &mut Sequence, nodes: usize) -> Result<TokenTree> {
+        let limit = seq.tokens().len() + seq.room();
+        seq.kv.reserve(&mut self.pool, limit + nodes - seq.kv.len())?;
+        let root = TokenTree::root(seq.tokens()[seq.tokens().len() - 1]);
+        let mut batch = Batch::new(self.dims.pages_per_request);
+        batch.add(&seq.kv, &root, &[], &seq.sampling);
+        // All that rounds may need: they wait for no compiler.
+        for rows in (1..=nodes).filter(|&rows| rows == compiled_rows(rows) || rows == nodes) {
+            self.pass(backend, Kind::Round { nodes }, rows)?;
+        }
+        let pass = self.pass(backend, Kind::Ngram { nodes }, 1)?;
+        backend.write(self.memory.get("history"), 0, seq.tokens())?;
+        // Hit rates, further on, are kept from one sequence to the next.
+        backend.write(self.memory.get("state"), 0, &[limit as u32])?;
+        backend.write(self.memory.get("accepted"), 0, &[0])?;
+        self.write_and_run(backend, pass, &batch)?;
+        let words = self.report(backend, nodes)?;
+        drafted_tree(&NgramReport::new(&words, nodes))
+    }
+
+    fn report(&self, backend: &mut dyn Backend, nodes: usize) -> Result<Vec<u32>> {
+        backend.read(self.memory.get("state"), 0, ngram_report_words(nodes))
+    }
+}
+
+fn drafted_tree(report: &NgramReport) -> Result<TokenTree> {
+    let mut tree = TokenTree::root(report.token(0));
+    for node in 1..report.rows() {
+        tree.push(report.parent(node), report.token(node))?;
+    }
+    Ok(tree)
+}

@@ -1,0 +1,290 @@
+//! Rounds in which the device drafts, on CUDA without a GPU: the drafter's op proposes what the oracle does, and whatever
+//! it proposes, the tokens are those of plain decoding.
+
+#![cfg(feature = "cuda")]
+
+use std::sync::Mutex;
+
+use treespark::backend::{Backend, BufferId, Extent, PassCost};
+use treespark::draft::ngram::NgramDrafter;
+use treespark::draft::{Drafter, NoDrafter};
+use treespark::network::{Limits, Network};
+use treespark::scheduler::Scheduler;
+use treespark::{Engine, FinishReason, Round, Sampling, Sequence, Statistics};
+use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, ngram_state_words};
+use treespark_kernel_gen::op::Batch;
+use treespark_kernel_gen::{DType, MAX_NODES, Op, Pass, Request, Role, Row, TreeShape};
+use treespark_models::Model;
+use treespark_verify_tests::cases::{cuda_on_cpu, samplings, tiny_models};
+use treespark_verify_tests::oracle::Oracle;
+use treespark_verify_tests::rng::Rng;
+
+/// The emulation uses all cores.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+const CONTEXT: usize = 96;
+
+struct Job {
+    prompt: Vec<u32>,
+    sampling: Sampling,
+    max_new_tokens: usize,
+    stop_tokens: Vec<u32>,
+}
+
+impl Job {
+    fn sequence(&self, engine: &Engine) -> Sequence {
+        let Job { prompt, sampling, max_new_tokens, stop_tokens } = self;
+        let vocab = engine.target().config().vocab_size;
+        Sequence::new(prompt.clone(), sampling.clone(), *max_new_tokens, stop_tokens.clone(), CONTEXT, vocab)
+    }
+
+    fn run(&self, engine: &mut Engine) -> Done {
+        let mut seq = self.sequence(engine);
+        let (mut stats, mut rounds) = (Statistics::default(), Vec::new());
+        engine.prefill(&mut seq, &mut stats, &mut |_| {}).unwrap();
+        while seq.finished().is_none() {
+            rounds.push(engine.round(&mut seq, &mut stats).unwrap());
+        }
+        engine.release(&mut seq);
+        Done { tokens: seq.tokens().to_vec(), why: seq.finished().unwrap(), rounds }
+    }
+}
+
+struct Done {
+    tokens: Vec<u32>,
+    why: FinishReason,
+    rounds: Vec<Round>,
+}
+
+/// An engine on the emulation. With a shape the host drafts.
+fn engine(model: &Model, drafter: Box<dyn Drafter>, shape: Option<TreeShape>) -> Option<Engine> {
+    let mut backend = cuda_on_cpu()?;
+    let limits = Limits { context: CONTEXT, max_nodes: 16, top_k: 1 };
+    let target = Network::load(backend.as_mut(), model, limits, &mut |_, _| {}).unwrap();
+    let scheduler = Scheduler::new(shape, 16, PassCost(&[(1, 1.0), (2, 1.001)]));
+    Some(Engine::new(backend, target, drafter, scheduler, CONTEXT))
+}
+
+/// Plain decoding as the host drives it, on the device, and with the device's n-gram trees.
+fn engines(model: &Model) -> Option<[Engine; 3]> {
+    Some([
+        engine(model, Box::new(NoDrafter), Some(TreeShape::root()))?,
+        engine(model, Box::new(NoDrafter), None)?,
+        engine(model, Box::new(NgramDrafter::default()), None)?,
+    ])
+}
+
+/// A phrase of one to four tokens, over and over: models of random weights often answer with one of their own.
+fn prompt(seed: u64, len: usize, vocab: u32) -> Vec<u32> {
+    let mut rng = Rng::new(seed);
+    let phrase: Vec<u32> = (0..1 + seed % 4).map(|_| rng.below(vocab as usize) as u32).collect();
+    phrase.into_iter().cycle().take(len).collect()
+}
+
+#[test]
+fn what_the_device_drafts_changes_no_token() {
+    let _guard = ONE_AT_A_TIME.lock();
+    let (mut accepted, mut branches, mut sizes) = (0, 0, Vec::new());
+    for path in tiny_models() {
+        let model = Model::open(&path).unwrap();
+        let vocab = model.config().vocab_size as u32;
+        let Some([mut by_host, mut plain, mut ngram]) = engines(&model) else { return };
+        // Chosen so that guesses are accepted.
+        for (i, ((name, sampling), seed)) in samplings().into_iter().zip([11, 9, 6, 2, 7, 10]).enumerate() {
+            let job = Job { prompt: prompt(seed, 24, vocab), sampling, max_new_tokens: 30, stop_tokens: vec![] };
+            let expected = job.run(&mut by_host).tokens;
+            let done = job.run(&mut ngram);
+            assert_eq!(done.tokens, expected, "{}, {name}", path.display());
+            if i % 3 == 0 {
+                assert_eq!(job.run(&mut plain).tokens, expected, "{}, {name}, no drafts", path.display());
+            }
+            accepted += done.rounds.iter().map(|round| round.accepted.draft_len()).sum::<usize>();
+            branches += done.rounds.iter().filter(|round| !round.tree.shape().is_chain()).count();
+            sizes.extend(done.rounds.iter().map(|round| round.tree.len()));
+        }
+    }
+    println!("{accepted} drafts accepted, {branches} trees with branches");
+    // The comparison would be empty without.
+    assert!(accepted > 100 && branches > 10, "{accepted} accepted, {branches} branches");
+    assert!(sizes.contains(&1) && sizes.contains(&16), "{sizes:?}");
+}
+
+/// A stop token inside a path, and every way to run out of tokens.
+#[test]
+fn sequences_end_where_plain_decoding_ends_them() {
+    let _guard = ONE_AT_A_TIME.lock();
+    let model = Model::open(&tiny_models()[0]).unwrap();
+    let vocab = model.config().vocab_size as u32;
+    let Some([mut by_host, mut plain, mut ngram]) = engines(&model) else { return };
+    let job = |len: usize, max_new_tokens: usize, stop_tokens: &[u32]| {
+        let sampling = Sampling::default();
+        Job { prompt: prompt(3, len, vocab), sampling, max_new_tokens, stop_tokens: stop_tokens.to_vec() }
+    };
+    let long = job(40, 40, &[]).run(&mut by_host).tokens;
+    let first_of = |at: usize| long[40..].iter().position(|token| *token == long[40 + at]).unwrap();
+    for (job, why) in [
+        (job(40, 40, &[long[40 + first_of(7)]]), FinishReason::StopToken),
+        (job(40, 40, &[long[40 + first_of(12)]]), FinishReason::StopToken),
+        (job(40, 1, &[]), FinishReason::Length),
+        (job(40, 2, &[]), FinishReason::Length),
+        (job(40, 9, &[]), FinishReason::Length),
+        (job(1, 9, &[]), FinishReason::Length),
+        (job(CONTEXT - 1, 9, &[]), FinishReason::Context),
+        (job(CONTEXT - 9, 40, &[]), FinishReason::Context),
+    ] {
+        let expected = job.run(&mut by_host);
+        assert_eq!(expected.why, why);
+        for engine in [&mut plain, &mut ngram] {
+            let done = job.run(engine);
+            assert_eq!((done.tokens, done.why), (expected.tokens.clone(), why));
+        }
+    }
+}
+
+/// What lies on the device is one sequence's: others that come between are told of again.
+#[test]
+fn sequences_may_take_turns() {
+    let _guard = ONE_AT_A_TIME.lock();
+    let model = Model::open(&tiny_models()[1]).unwrap();
+    let vocab = model.config().vocab_size as u32;
+    let Some(mut engine) = engine(&model, Box::new(NgramDrafter::default()), None) else { return };
+    let penalty = Sampling { repetition_penalty: 1.3, ..Sampling::default() };
+    let jobs: Vec<Job> = [Sampling::default(), penalty, Sampling { temperature: 0.7, ..Sampling::default() }]
+        .into_iter()
+        .enumerate()
+        .map(|(i, sampling)| Job {
+            prompt: prompt(i as u64, 15, vocab),
+            sampling,
+            max_new_tokens: 12,
+            stop_tokens: vec![],
+        })
+        .collect();
+    let alone: Vec<Vec<u32>> = jobs.iter().map(|job| job.run(&mut engine).tokens).collect();
+
+    let mut stats = Statistics::default();
+    let mut sequences: Vec<Sequence> = jobs.iter().map(|job| job.sequence(&engine)).collect();
+    for seq in &mut sequences {
+        engine.prefill(seq, &mut stats, &mut |_| {}).unwrap();
+    }
+    while sequences.iter().any(|seq| seq.finished().is_none()) {
+        for seq in sequences.iter_mut().filter(|seq| seq.finished().is_none()) {
+            engine.round(seq, &mut stats).unwrap();
+        }
+    }
+    let together: Vec<Vec<u32>> = sequences.iter().map(|seq| seq.tokens().to_vec()).collect();
+    assert_eq!(together, alone);
+}
+
+const REQUESTS: usize = 4;
+const HISTORY: usize = 192;
+
+/// The drafter's op alone on one backend, between rounds that the test makes up.
+struct Drafting {
+    backend: Box<dyn Backend>,
+    pass: treespark::backend::PassId,
+    buffers: Vec<BufferId>,
+    sizes: Vec<usize>,
+}
+
+/// Places of the buffers in the pass.
+const ROWS: usize = 0;
+const REQUEST_WORDS: usize = 1;
+const ACCEPTED: usize = 3;
+const HISTORIES: usize = 4;
+const STATES: usize = 5;
+
+impl Drafting {
+    fn new(mut backend: Box<dyn Backend>, nodes: usize, row_cost: f32) -> Drafting {
+        let mut pass = Pass::new("draft", 1);
+        let mut add = |name: &str, shape: &[usize]| pass.add(name, Role::Input, DType::U32, shape);
+        let batch = Batch {
+            rows: add("rows", &[REQUESTS * nodes, Row::WORDS]),
+            requests: add("requests", &[HEADER_WORDS + REQUESTS * Request::WORDS]),
+            pages: add("pages", &[REQUESTS, 1]),
+        };
+        let accepted = add("accepted", &[REQUESTS, accepted_words(MAX_NODES)]);
+        let history = add("history", &[REQUESTS, HISTORY]);
+        let state = add("state", &[REQUESTS, ngram_state_words(nodes)]);
+        pass.ops.push(Op::DraftNgram { batch, accepted, history, state, row_cost });
+        pass.check().unwrap();
+        let buffers: Vec<BufferId> = pass.buffers.iter().map(|desc| backend.alloc(desc).unwrap()).collect();
+        let sizes = pass.buffers.iter().map(|desc| desc.len()).collect();
+        Drafting { pass: backend.compile(&pass, &buffers).unwrap(), backend, buffers, sizes }
+    }
+
+    fn write(&mut self, buffer: usize, offset: usize, words: &[u32]) {
+        self.backend.write(self.buffers[buffer], offset, words).unwrap();
+    }
+
+    fn run(&mut self) -> Vec<Vec<u32>> {
+        self.backend.run(self.pass, Extent { rows: 0, requests: REQUESTS, keys: 0 }).unwrap();
+        [ROWS, REQUEST_WORDS, HISTORIES, STATES]
+            .map(|buffer| self.backend.read(self.buffers[buffer], 0, self.sizes[buffer]).unwrap())
+            .to_vec()
+    }
+}
+
+/// What a target might accept of a request's tree: at each node a child's token, or another.
+fn made_up_round(rows: &[Row], alphabet: usize, rng: &mut Rng) -> Vec<u32> {
+    let mut words = vec![0; accepted_words(MAX_NODES)];
+    let (mut node, mut n) = (0, 0);
+    while let Some(at) = rows.iter().find(|row| row.node == node) {
+        let depth = at.path().count();
+        let is_child = |row: &&Row| row.is_ancestor(node as usize) && row.path().count() == depth + 1;
+        let children: Vec<&Row> = rows.iter().filter(is_child).collect();
+        let hit = !children.is_empty() && rng.below(4) > 0;
+        let token = if hit { rng.pick(&children).token } else { rng.below(alphabet) as u32 };
+        (words[1 + n], words[1 + MAX_NODES + n]) = (node, token);
+        n += 1;
+        let Some(child) = children.iter().find(|row| row.token == token) else { break };
+        node = child.node;
+    }
+    words[0] = n as u32;
+    words
+}
+
+#[test]
+fn the_device_drafts_what_the_oracle_drafts() {
+    let _guard = ONE_AT_A_TIME.lock();
+    for (seed, (nodes, alphabet, row_cost)) in
+        [(16, 3, 0.001f32), (16, 12, 0.02), (64, 4, 0.0), (5, 2, 0.3), (1, 3, 0.01)].into_iter().enumerate()
+    {
+        let Some(cuda) = cuda_on_cpu() else { return };
+        let mut both = [cuda, Box::new(Oracle::new()) as Box<dyn Backend>].map(|b| Drafting::new(b, nodes, row_cost));
+        let mut rng = Rng::new(seed as u64);
+        // One request is stopped from the start, one is at its limit but for a token.
+        let mut requests = vec![0, REQUESTS as u32, 0, 0];
+        for request in 0..REQUESTS {
+            let len = 1 + rng.below(60);
+            let limit = [HISTORY, 0, len + 1, 90][request] as u32;
+            let history: Vec<u32> = (0..len).map(|_| rng.below(alphabet) as u32).collect();
+            requests.extend([&[len as u32 - 1, 0, 0][..], &[7; Request::WORDS - 3]].concat());
+            for drafting in &mut both {
+                drafting.write(HISTORIES, request * HISTORY, &history);
+                drafting.write(STATES, request * ngram_state_words(nodes), &[limit]);
+            }
+        }
+        both.iter_mut().for_each(|drafting| drafting.write(REQUEST_WORDS, 0, &requests));
+        let (mut largest, mut stopped) = (0, 0);
+        for round in 0..60 {
+            let [got, want] = both.each_mut().map(Drafting::run);
+            for (name, i) in [("rows", 0), ("requests", 1), ("history", 2), ("state", 3)] {
+                let differ = (0..want[i].len()).find(|&at| got[i][at] != want[i][at]);
+                let values = differ.map(|at| (at, got[i][at], want[i][at]));
+                assert_eq!(values, None, "{name} (place, CUDA, oracle), round {round}, up to {nodes} nodes");
+            }
+            for request in 0..REQUESTS {
+                let Request { first_row, n_rows, .. } = Request::read(&want[1], request);
+                let rows: Vec<Row> =
+                    (first_row..first_row + n_rows).map(|row| Row::read(&want[0], row as usize)).collect();
+                (largest, stopped) = (largest.max(rows.len()), stopped + usize::from(rows.is_empty()));
+                let accepted = made_up_round(&rows, alphabet, &mut rng);
+                for drafting in &mut both {
+                    drafting.write(ACCEPTED, request * accepted_words(MAX_NODES), &accepted);
+                }
+            }
+        }
+        println!("up to {nodes} nodes: {largest} rows at most, {stopped} times none");
+        assert!(stopped > 60 && (nodes == 1 || largest > 2), "{stopped} {largest}");
+    }
+}
