@@ -58,7 +58,7 @@ Examples:
   treespark-bench attention
   treespark-bench attention --shapes 32/8x128:B8:L8192:N16,32/8x128:ragged --json
   treespark-bench attention --mask-off
-  python tree_attention_peers.py peers.json && treespark-bench attention --peers peers.json";
+  python peers/tree_attention_peers.py peers.json && treespark-bench attention --peers peers.json";
 
 pub fn run(args: &Args) -> Result<()> {
     let peers = args.peers.as_deref().map(Peers::read).transpose()?;
@@ -81,7 +81,7 @@ pub fn run(args: &Args) -> Result<()> {
             Ok(measured) => measured,
             Err(error) => {
                 failed += 1;
-                println!("{shape:<26} {error:#}");
+                eprintln!("{shape}: {error:#}");
                 continue;
             }
         };
@@ -110,7 +110,8 @@ pub fn run(args: &Args) -> Result<()> {
         ours.push((shape.clone(), us));
     }
     if let Some(peers) = peers {
-        peers.compare(ours.iter().map(|(shape, us)| (shape.to_string(), *us)));
+        let table = peers.compare(ours.iter().map(|(shape, us)| (shape.to_string(), *us)));
+        if args.json { eprint!("{table}") } else { print!("{table}") }
     }
     ensure!(failed == 0, "{failed} of {} shapes were not timed", shapes.len());
     Ok(())

@@ -8,7 +8,6 @@ use treespark::devices::{self, BackendChoice, Devices};
 use treespark_kernel_gen::Pass;
 #[cfg(cuda)]
 use treespark_kernel_gen::cuda::lower_pass;
-use treespark_kernel_gen::release::PORTABLE;
 
 pub enum Device {
     #[cfg(cuda)]
@@ -86,22 +85,16 @@ impl Device {
         }
     }
 
-    /// The names of the kernels that a pass becomes, as far as they can be known; else how many there are on a GPU.
-    pub fn kernels(&self, pass: &Pass) -> Result<Kernels> {
+    /// The names of the kernels that a pass becomes, in their order.
+    #[cfg_attr(not(cuda), allow(unused_variables))]
+    pub fn kernels(&self, pass: &Pass) -> Result<Vec<String>> {
         match self {
             #[cfg(cuda)]
             Device::Cuda(cuda) => {
                 let launches = lower_pass(pass, &cuda.gpu().device)?;
-                let names: Vec<String> = launches.iter().map(|launch| launch.spec.name().to_string()).collect();
-                Ok(Kernels { count: names.len(), names })
+                Ok(launches.iter().map(|launch| launch.spec.name().to_string()).collect())
             }
-            Device::Other(_) => Ok(Kernels { count: pass.kernels(&PORTABLE)?, names: Vec::new() }),
+            Device::Other(_) => bail!("only CUDA's kernels are known by name"),
         }
     }
-}
-
-pub struct Kernels {
-    pub count: usize,
-    /// Empty where only their number is known.
-    pub names: Vec<String>,
 }

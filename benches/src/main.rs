@@ -67,8 +67,8 @@ struct PassArgs {
 }
 
 const PASS_EXAMPLES: &str = "The median is by the host's clock, from writing the batch to reading the result. On an \
-NVIDIA GPU 'device ms' is the pass alone, by the GPU's clock, and 'of floor' the share of it that a device copy would \
-need for the weights' bytes.
+NVIDIA GPU 'device ms' is the pass alone, by the GPU's clock, and 'weights' the share of it that a device copy would need for the \
+weights' bytes. Passes are compiled for 1, 4, 16, 64 and 256 rows: others run in the next larger.
 
 Examples:
   treespark-bench pass --backend cpu --rows 1,2,4,8,16

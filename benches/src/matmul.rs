@@ -77,17 +77,17 @@ pub fn run(args: &Args) -> Result<()> {
     for (model, config) in &configs {
         for &kind in kinds {
             let [n, k] = kind.size(config);
-            let mut bed = Bed::new(&mut device, config, kind)?;
+            let mut bed = Bed::new(&mut device, config, kind, bed::copies(config, kind))?;
             for &rows in &args.rows {
-                let (error, times, kernel) = match bed.measure(rows, args.repeats) {
+                let measured = measure(&mut bed, rows, args.repeats);
+                let Measured { error, samples, kernel } = match measured {
                     Ok(measured) => measured,
                     Err(error) => {
                         failed += 1;
-                        println!("{model:<14} {:<8} {:>14} {rows:>5} {error:#}", kind.name(), format!("{n}x{k}"));
+                        eprintln!("{model}, {} of {n}x{k}, {rows} rows: {error:#}", kind.name());
                         continue;
                     }
                 };
-                let samples = Samples::of(times);
                 let (us, p10, p90) = (samples.median(), samples.quantile(0.1), samples.quantile(0.9));
                 let speed = (2 * n * k) as f64 / (us * 1e-6);
                 let of_copy = speed / bandwidth;
@@ -113,8 +113,24 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     if let Some(peers) = peers {
-        peers.compare(&ours);
+        let table = peers.compare(&ours);
+        if args.json { eprint!("{table}") } else { print!("{table}") }
     }
     ensure!(failed == 0, "{failed} products were not timed");
     Ok(())
+}
+
+struct Measured {
+    error: f64,
+    samples: Samples,
+    kernel: String,
+}
+
+fn measure(bed: &mut Bed, rows: usize, repeats: usize) -> Result<Measured> {
+    let product = bed.product(rows)?;
+    let error = bed.check(&product)?;
+    ensure!(error <= LARGEST_ERROR, "wrong: relative error {error:.2e}");
+    let (samples, kernel) = (Samples::of(bed.time(&product, repeats)?), bed.kernels(&product)?);
+    bed.free(product);
+    Ok(Measured { error, samples, kernel })
 }

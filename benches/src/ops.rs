@@ -3,7 +3,6 @@
 use anyhow::{Context, Result};
 use treespark::backend::{Backend, BufferId, Extent, PassId};
 use treespark::batch::Batch;
-use treespark::devices;
 use treespark::kv::{KvCache, PagePool};
 use treespark::memory::Memory;
 use treespark::sampling::Sampling;
@@ -12,28 +11,29 @@ use treespark_kernel_gen::release::PORTABLE;
 use treespark_kernel_gen::{DType, MAX_NODES, Op, Pass, TreeSpec};
 use treespark_models::{Dims, llama};
 
+use crate::device::Device;
 use crate::{PassArgs, bushy, models};
 
 const PAGE_SIZE: usize = 16;
 
 pub fn run(args: &PassArgs) -> Result<()> {
     let model = models::open(&args.model)?;
-    let mut backend = devices::open(&args.backend)?;
-    let backend = backend.as_mut();
-    eprintln!("{}", circumstances(&backend.info().name));
+    let mut device = Device::open(args.backend)?;
+    eprintln!("{}", circumstances(&device.name()));
     let dims = dims(args, model.dtype())?;
     let mut memory = Memory::default();
     for weight in model.weights(dims.context) {
         let (desc, parts) = weight?;
-        memory.load(backend, desc, &parts)?;
+        memory.load(device.backend(), desc, &parts)?;
     }
     for &rows in &args.rows {
         let whole = llama::verify_pass(model.config(), &dims, rows)?;
-        let buffers = memory.bind(backend, &whole)?;
-        let extent = write_batch(backend, &memory, &dims, args, rows)?;
-        let mut bench = |pass: &Pass| time(backend, pass, &buffers, extent, memory.get("accepted"), args.repeats);
+        let buffers = memory.bind(device.backend(), &whole)?;
+        let extent = write_batch(device.backend(), &memory, &dims, args, rows)?;
+        let kernels = if device.has_clock() { device.kernels(&whole)?.len() } else { whole.kernels(&PORTABLE)? };
+        let mut bench = |pass: &Pass| time(&mut device, pass, &buffers, extent, memory.get("accepted"), args.repeats);
         let idle = bench(&Pass { ops: vec![], ..whole.clone() })?;
-        let (ops, kernels, mb) = (whole.ops.len(), whole.kernels(&PORTABLE)?, whole.weight_bytes() as f64 / 1e6);
+        let (ops, mb) = (whole.ops.len(), whole.weight_bytes() as f64 / 1e6);
         println!("{rows} rows, {} keys: {ops} ops, {kernels} GPU kernels, {mb:.1} MB of weights", extent.keys);
         println!("  a pass without ops: {idle:.3} ms");
         println!("  {:<16} {:>6} {:>10} {:>10}", "op", "times", "us each", "ms");
@@ -96,19 +96,22 @@ fn kinds(pass: &Pass) -> Vec<&'static str> {
     names
 }
 
-/// Median milliseconds of a pass, the wait for a word of its result included.
+/// Median milliseconds of a pass: by the device's clock where it has one, else with the wait for a word of its result.
 fn time(
-    backend: &mut dyn Backend,
+    device: &mut Device,
     pass: &Pass,
     buffers: &[BufferId],
     extent: Extent,
     result: BufferId,
     repeats: usize,
 ) -> Result<f64> {
-    let id: PassId = backend.compile(pass, buffers)?;
+    let id: PassId = device.backend().compile(pass, buffers)?;
+    if device.has_clock() {
+        return Ok(Samples::of(device.time(&[id], repeats)?).median() / 1e3);
+    }
     let samples = Samples::take(repeats, || {
-        backend.run(id, extent)?;
-        backend.read(result, 0, 1).map(drop)
+        device.backend().run(id, extent)?;
+        device.backend().read(result, 0, 1).map(drop)
     })?;
     Ok(samples.median())
 }

@@ -1,7 +1,7 @@
 //! One verify pass of a model by the number of its rows: as the host sees it, and where a clock tells, as the device does.
 
 use anyhow::{Context, Result};
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use treespark::backend::{Backend, Extent};
 use treespark::network::{Limits, Network};
 use treespark::sampling::Sampling;
@@ -22,10 +22,9 @@ pub fn run(args: &PassArgs) -> Result<()> {
     let context = args.depth + MAX_NODES;
     let limits = Limits { context, max_nodes, top_k: 1 };
     let mut network = Network::load(device.backend(), &model, limits, &mut |_, _| {})?;
-    let name = device.name();
-    eprintln!("{}", circumstances(&name));
-    if let Some(driver) = device.driver() {
-        eprintln!("driver   {driver}\ncopy     {:.3} TB/s", bandwidth.unwrap_or_default() / 1e12);
+    eprintln!("{}", circumstances(&device.name()));
+    if let (Some(driver), Some(bandwidth)) = (device.driver(), bandwidth) {
+        eprintln!("driver   {driver}\ncopy     {:.3} TB/s", bandwidth / 1e12);
     }
 
     let vocab = model.config().vocab_size;
@@ -35,52 +34,107 @@ pub fn run(args: &PassArgs) -> Result<()> {
     let prompt: Vec<u32> = (0..args.depth).map(token).collect();
     network.extend(device.backend(), &mut seq.kv, &prompt, &mut |_| {})?;
 
-    let dispatch = dispatch_ms(device.backend(), args.repeats)?;
+    let op_us = dispatch_ms(device.backend(), args.repeats)? * 1e3;
     if !args.json {
-        println!("an op of one workgroup: {:.2} us", dispatch * 1e3);
-        print!(
-            "{:>5} {:>10} {:>10} {:>10} {:>8} {:>10} {:>8}",
-            "rows", "median ms", "p10", "p90", "of 1 row", "rows/s", "kernels"
-        );
-        println!("{}", if device.has_clock() { "  device ms   of 1 row   of floor" } else { "" });
+        println!("an op of one workgroup: {op_us:.2} us");
+        print!("{:>5} {:>10} {:>10} {:>10} {:>8} {:>10}", "rows", "median ms", "p10", "p90", "of 1 row", "rows/s");
+        println!("{}", if bandwidth.is_some() { "  device ms of 1 row   weights  kernels" } else { "" });
     }
-    let mut one_row = None;
+    let mut first: Option<Measured> = None;
     for &rows in &args.rows {
         let tree = bushy(rows, token)?;
-        let samples = Samples::take(args.repeats, || {
+        let host = Samples::take(args.repeats, || {
             network.verify(device.backend(), &mut seq, &tree)?;
             network.accepted(device.backend(), &seq.kv).map(drop)
         })?;
-        let (pass, id) = network.verify_pass(device.backend(), rows)?;
-        let kernels = device.kernels(&pass)?.count;
         let alone = match bandwidth {
-            Some(_) => Some(Samples::of(device.time(&[id], args.repeats)?).median() / 1e3),
+            Some(bandwidth) => Some(Alone::measure(&mut device, &mut network, args, rows, bandwidth)?),
             None => None,
         };
-        let (median, p10, p90) = (samples.median(), samples.quantile(0.1), samples.quantile(0.9));
-        let (first, first_alone) = *one_row.get_or_insert((median, alone));
-        let (ratio, per_second) = (median / first, rows as f64 / median * 1e3);
-        let alone_ratio = alone.zip(first_alone).map(|(alone, first)| alone / first);
-        // The share of the device's time that its memory needs for the weights.
-        let weights_ms = bandwidth.map(|bandwidth| pass.weight_bytes() as f64 / bandwidth * 1e3);
-        let of_floor = alone.zip(weights_ms).map(|(alone, weights)| weights / alone);
+        let measured = Measured { rows, host, alone };
+        let first = first.get_or_insert_with(|| measured.clone());
         if args.json {
-            let line = json!({
-                "bench": "pass", "device": name, "driver": device.driver(), "commit": commit(), "model": args.model,
-                "depth": args.depth, "rows": rows, "temperature": args.temperature, "median_ms": median, "p10_ms": p10,
-                "p90_ms": p90, "ratio": ratio, "op_us": dispatch * 1e3, "kernels": kernels, "device_ms": alone,
-                "device_ratio": alone_ratio, "weights_ms": weights_ms, "of_weights_floor": of_floor,
+            let mut line = json!({
+                "bench": "pass", "device": device.name(), "driver": device.driver(), "commit": commit(),
+                "model": args.model, "depth": args.depth, "temperature": args.temperature, "op_us": op_us,
             });
+            line.as_object_mut().into_iter().for_each(|line| line.append(&mut measured.json(first)));
             println!("{line}");
         } else {
-            print!("{rows:>5} {median:>10.3} {p10:>10.3} {p90:>10.3} {ratio:>8.2} {per_second:>10.0} {kernels:>8}");
-            if let (Some(alone), Some(ratio), Some(of_floor)) = (alone, alone_ratio, of_floor) {
-                print!(" {alone:>10.3} {ratio:>10.2} {:>9.1}%", 100.0 * of_floor);
-            }
-            println!();
+            println!("{}", measured.line(first));
         }
     }
     Ok(())
+}
+
+/// What a pass of so many rows took.
+#[derive(Clone)]
+struct Measured {
+    rows: usize,
+    /// From writing the batch to reading the result.
+    host: Samples,
+    alone: Option<Alone>,
+}
+
+/// The pass by itself, by the device's clock.
+#[derive(Clone)]
+struct Alone {
+    kernels: usize,
+    ms: f64,
+    /// What a copy would need for the weights' bytes.
+    weights_ms: f64,
+}
+
+impl Alone {
+    fn measure(
+        device: &mut Device,
+        network: &mut Network,
+        args: &PassArgs,
+        rows: usize,
+        bandwidth: f64,
+    ) -> Result<Alone> {
+        let (pass, id) = network.verify_pass(device.backend(), rows)?;
+        let ms = Samples::of(device.time(&[id], args.repeats)?).median() / 1e3;
+        Ok(Alone {
+            kernels: device.kernels(&pass)?.len(),
+            ms,
+            weights_ms: pass.weight_bytes() as f64 / bandwidth * 1e3,
+        })
+    }
+}
+
+impl Measured {
+    fn ratio(&self, first: &Measured) -> f64 {
+        self.host.median() / first.host.median()
+    }
+
+    /// The ratio of the device's times.
+    fn alone_ratio(&self, first: &Measured) -> Option<f64> {
+        Some(self.alone.as_ref()?.ms / first.alone.as_ref()?.ms)
+    }
+
+    fn line(&self, first: &Measured) -> String {
+        let (median, p10, p90) = (self.host.median(), self.host.quantile(0.1), self.host.quantile(0.9));
+        let per_second = self.rows as f64 / median * 1e3;
+        let (rows, ratio) = (self.rows, self.ratio(first));
+        let mut line = format!("{rows:>5} {median:>10.3} {p10:>10.3} {p90:>10.3} {ratio:>8.2} {per_second:>10.0}");
+        if let (Some(Alone { kernels, ms, weights_ms }), Some(ratio)) = (&self.alone, self.alone_ratio(first)) {
+            line += &format!(" {ms:>10.3} {ratio:>8.2} {:>8.1}% {kernels:>8}", 100.0 * weights_ms / ms);
+        }
+        line
+    }
+
+    fn json(&self, first: &Measured) -> Map<String, Value> {
+        let alone = self.alone.as_ref();
+        let fields = json!({
+            "rows": self.rows, "median_ms": self.host.median(), "p10_ms": self.host.quantile(0.1),
+            "p90_ms": self.host.quantile(0.9), "ratio": self.ratio(first), "device_ms": alone.map(|alone| alone.ms),
+            "device_ratio": self.alone_ratio(first), "weights_ms": alone.map(|alone| alone.weights_ms),
+            "of_weights_floor": alone.map(|alone| alone.weights_ms / alone.ms),
+            "kernels": alone.map(|alone| alone.kernels),
+        });
+        fields.as_object().cloned().unwrap_or_default()
+    }
 }
 
 /// What an op costs that does next to nothing: many acceptances of one node, in one pass.

@@ -14,6 +14,7 @@ mod acceptance;
 mod attention;
 pub mod drafting;
 mod plain_attention;
+mod tiling;
 mod weights;
 
 /// What kernels are chosen by.

@@ -44,12 +44,17 @@ impl Lang {
         }
     }
 
+    /// Of files.
+    pub const fn extension(self) -> &'static str {
+        match self {
+            Lang::Wgsl => "wgsl",
+            Lang::Cuda => "cu",
+        }
+    }
+
     /// What its sources are called.
     fn file(self, stem: &str) -> String {
-        match self {
-            Lang::Wgsl => format!("shaders/wgsl/{stem}.wgsl"),
-            Lang::Cuda => format!("shaders/cuda/{stem}.cu"),
-        }
+        format!("shaders/{}/{stem}.{}", self.name(), self.extension())
     }
 }
 

@@ -94,17 +94,23 @@ pub fn goldens() -> Vec<(String, String)> {
     let model = &MODELS[0];
     let static_tree = |text: &str| TreeSpec::Static(text.parse().expect("a tree"));
     let kernels = [
-        ("qkv", TreeSpec::Any(64)),
-        ("tree_attention", TreeSpec::Any(64)),
-        ("tree_attention", static_tree("chain:8")),
-        ("tree_attention", static_tree("4x2x2x1")),
+        (Lang::Wgsl, "qkv", TreeSpec::Any(64)),
+        (Lang::Wgsl, "tree_attention", TreeSpec::Any(64)),
+        (Lang::Wgsl, "tree_attention", static_tree("chain:8")),
+        (Lang::Wgsl, "tree_attention", static_tree("4x2x2x1")),
+        (Lang::Cuda, "qkv", TreeSpec::Any(64)),
+        (Lang::Cuda, "tree_attention", TreeSpec::Any(64)),
     ];
-    let golden = |(stem, tree): (&str, TreeSpec)| {
+    let golden = |(lang, stem, tree): (Lang, &str, TreeSpec)| {
+        const FITS: &str = "the release's sizes fit every device";
         let pass = model.pass(16, tree);
         let op = pass.ops.iter().find(|op| op.name() == stem).expect("a pass has each op");
-        let call = lower(op, &pass, &PORTABLE).expect("the release's sizes fit every device").swap_remove(0);
-        let source = emit(&call.spec, Lang::Wgsl).expect("the release's kernels exist");
-        (format!("{}.wgsl", call.spec.name()), source)
+        let spec = match lang {
+            Lang::Wgsl => lower(op, &pass, &PORTABLE).expect(FITS).swap_remove(0).spec,
+            Lang::Cuda => cuda::lower(op, &pass, &Device::H100).expect(FITS).swap_remove(0).spec,
+        };
+        let source = emit(&spec, lang).expect("the release's kernels exist");
+        (format!("{}.{}", spec.name(), lang.extension()), source)
     };
     kernels.into_iter().map(golden).collect()
 }

@@ -25,7 +25,7 @@ pub struct Model {
 
 /// Where tensors come from.
 enum Origin {
-    Checkpoint(Checkpoint),
+    Checkpoint(Box<Checkpoint>),
     Random(RandomTensors),
 }
 
@@ -36,7 +36,7 @@ impl Model {
         let config = Config::from_json(checkpoint.config(), checkpoint.dtype(), path)?;
         check_tensors(&config, &checkpoint)?;
         check_rope_factors(&config, &checkpoint)?;
-        Ok(Model { config, origin: Origin::Checkpoint(checkpoint) })
+        Ok(Model { config, origin: Origin::Checkpoint(Box::new(checkpoint)) })
     }
 
     /// A model of these sizes that says nothing: random weights, no tokenizer. For whoever measures speed.

@@ -49,12 +49,16 @@ impl RandomBlock {
         Tensor { dtype: self.dtype, shape: shape.to_vec(), bytes: self.bytes.part(start, bytes) }
     }
 
-    /// Flat tensors that, one after the other, have `len` elements: more than the block has, if need be.
-    pub fn parts(&self, len: usize, which: u64) -> Vec<Tensor> {
+    /// Tensors that, stacked along the first dimension, have this shape, which may hold more than the block does.
+    pub fn parts(&self, shape: &[usize], which: u64) -> Vec<Tensor> {
+        let row: usize = shape[1..].iter().product();
         // Half a block leaves as much to choose a place from.
-        let most = self.bytes.as_slice().len() / self.dtype.size() / 2;
-        let starts = (0..len).step_by(most.max(1));
-        starts.enumerate().map(|(i, start)| self.tensor(&[most.min(len - start)], which + i as u64)).collect()
+        let most = (self.bytes.as_slice().len() / self.dtype.size() / 2 / row).max(1);
+        let part = |first: usize| {
+            let part = [&[most.min(shape[0] - first)], &shape[1..]].concat();
+            self.tensor(&part, which + first as u64)
+        };
+        (0..shape[0]).step_by(most).map(part).collect()
     }
 }
 
@@ -131,9 +135,11 @@ mod tests {
     #[test]
     fn parts_add_up_and_differ() {
         let block = RandomBlock::new(DType::BF16, 1000, 1.0, 1);
-        let (one, other) = (values(&block.parts(2345, 0)), values(&block.parts(2345, 10)));
+        let parts = block.parts(&[335, 7], 0);
+        assert!(parts.len() > 1 && parts.iter().all(|part| part.shape[1] == 7));
+        let (one, other) = (values(&parts), values(&block.parts(&[335, 7], 1000)));
         assert_eq!((one.len(), other.len()), (2345, 2345));
         assert_ne!(one, other);
-        assert_eq!(one, values(&RandomBlock::new(DType::BF16, 1000, 1.0, 1).parts(2345, 0)));
+        assert_eq!(one, values(&RandomBlock::new(DType::BF16, 1000, 1.0, 1).parts(&[335, 7], 0)));
     }
 }

@@ -11,7 +11,7 @@ constexpr bool NORMED = true; // x by its root mean square
 constexpr float EPS = 1e-5f; // of the norm
 constexpr u32 TOKENS = 16; // of a tile
 constexpr u32 TOKEN_TILES = 1;
-constexpr u32 M_TILES = 1; // 16 weight rows each, of a warp
+constexpr u32 ROW_TILES = 2; // of eight weight rows, of a warp
 constexpr u32 WARPS_M = 1; // warps along the weight rows
 constexpr u32 WARPS_K = 9; // warps along the columns
 constexpr u32 CLUSTER = 1; // blocks along the columns
@@ -26,7 +26,8 @@ __device__ __forceinline__ float silu(float g) { return g / (1.0f + expf(-g)); }
 
 // Blocks: CLUSTER * tiles of tokens * tiles of weight rows.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    gate_up(const u32* requests, const float* x, const float* norm, const void* weight, float* out) { // out [rows, WIDTH]
+    gate_up(const u32* requests, const float* x, const float* norm, const void* weight,
+            float* out) { // [rows, WIDTH]
     release_next();
     DYNAMIC_SHARED(shared);
     const Tile tile = tile_of_block(requests);
@@ -39,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (TOKEN_TILES == 1 || tile.n_tokens > 0) matmul.begin(shared, tile, weight, norm, weight_row);
     wait_for_previous();
     if (tile.n_tokens == 0) return;
-    matmul.multiply(x, weight, norm, weight_row);
+    matmul.multiply(x, norm, weight_row);
 
     for (u32 i = threadIdx.x;; i += THREADS) {
         const u32 token = i / (ROWS / 8) * CLUSTER + tile.rank, output = i % (ROWS / 8) * 4;

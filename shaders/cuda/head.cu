@@ -12,7 +12,7 @@ constexpr bool NORMED = true; // x by its root mean square
 constexpr float EPS = 1e-5f; // of the norm
 constexpr u32 TOKENS = 16; // of a tile
 constexpr u32 TOKEN_TILES = 1;
-constexpr u32 M_TILES = 1; // 16 weight rows each, of a warp
+constexpr u32 ROW_TILES = 2; // of eight weight rows, of a warp
 constexpr u32 WARPS_M = 1; // warps along the weight rows
 constexpr u32 WARPS_K = 9; // warps along the columns
 constexpr u32 CLUSTER = 1; // blocks along the columns
@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     wait_for_previous();
     if (tile.n_tokens == 0) return;
-    matmul.multiply(x, weight, norm, weight_row);
+    matmul.multiply(x, norm, weight_row);
 
     // A warp finishes a token.
     for (u32 token = threadIdx.x / 32 * CLUSTER + tile.rank; token < tile.n_tokens; token += THREADS / 32 * CLUSTER) {

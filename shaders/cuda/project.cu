@@ -9,7 +9,7 @@ constexpr bool NORMED = false; // x by its root mean square
 constexpr float EPS = 0.0f; // of the norm
 constexpr u32 TOKENS = 16; // of a tile
 constexpr u32 TOKEN_TILES = 1;
-constexpr u32 M_TILES = 1; // 16 weight rows each, of a warp
+constexpr u32 ROW_TILES = 2; // of eight weight rows, of a warp
 constexpr u32 WARPS_M = 1; // warps along the weight rows
 constexpr u32 WARPS_K = 9; // warps along the columns
 constexpr u32 CLUSTER = 1; // blocks along the columns
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (EARLY && first.token < tile.n_tokens) {
         early = load_row4<WIDTH>(residual_row(first.token), tile.index * ROWS + first.row);
     }
-    matmul.multiply(x, weight, nullptr, weight_row);
+    matmul.multiply(x, nullptr, weight_row);
 
     for (u32 i = threadIdx.x;; i += THREADS) {
         const Four four(tile, i);

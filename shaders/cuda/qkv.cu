@@ -1,9 +1,9 @@
 // needs: ptx layout formats paged matmul
 // q, k, v = rms_norm(x[r]) · weightᵀ + bias; q and k heads normed and turned by their position; k and v cached.
 //
-// Rope turns elements i and i + D/2 of a head together: such a *pair* of outputs. A tile has the first elements of eight
-// pairs, then their second ones, and so on; where heads are normed, all pairs of whole heads. Pairs are finished four
-// neighbours at a time.
+// Rope turns elements i and i + D/2 of a head together: such a *pair* of outputs. A tile has the first elements of
+// eight pairs, then their second ones, and so on; where heads are normed, all pairs of whole heads. Pairs are finished
+// four neighbours at a time.
 
 // constants-begin
 constexpr u32 COLUMNS = 576; // elements of a row of x, columns of the weight
@@ -24,7 +24,7 @@ constexpr bool K_NORM = false;
 constexpr u32 TILE_PAIRS = 8; // of a tile
 constexpr u32 TOKENS = 16; // of a tile
 constexpr u32 TOKEN_TILES = 1;
-constexpr u32 M_TILES = 1; // 16 weight rows each, of a warp
+constexpr u32 ROW_TILES = 2; // of eight weight rows, of a warp
 constexpr u32 WARPS_M = 1; // warps along the weight rows
 constexpr u32 WARPS_K = 9; // warps along the columns
 constexpr u32 CLUSTER = 1; // blocks along the columns
@@ -48,7 +48,8 @@ constexpr u32 GROUPS = TILE_PAIRS / 4 / GROUP; // of a tile
 constexpr bool EARLY = GROUPS * GROUP_LANES * ((TOKENS + CLUSTER - 1) / CLUSTER) <= THREADS;
 
 __device__ __forceinline__ float4 scale(float4 v, float4 gamma, float factor) {
-    return make_float4(v.x * (factor * gamma.x), v.y * (factor * gamma.y), v.z * (factor * gamma.z), v.w * (factor * gamma.w));
+    const float4 by = mul4(gamma, factor);
+    return make_float4(v.x * by.x, v.y * by.y, v.z * by.z, v.w * by.w);
 }
 
 // Where the vectors of a token go.
@@ -149,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     wait_for_previous();
     if (tile.n_tokens == 0) return;
-    matmul.multiply(x, weight, norm, weight_row);
+    matmul.multiply(x, norm, weight_row);
 
     // Lanes of a warp stay together, because they add up the squares of a head.
     for (u32 i = threadIdx.x; Four(tile, i / 32 * 32).is_token; i += THREADS) {
@@ -164,7 +165,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (HEAD_NORM) {
             float squares = i % GROUP_LANES < GROUP ? add_squares(v.second, add_squares(v.first, 0.0f)) : 0.0f;
 #pragma unroll
-            for (u32 lanes = GROUP_LANES / 2; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(FULL_WARP, squares, lanes);
+            for (u32 lanes = GROUP_LANES / 2; lanes > 0; lanes /= 2) {
+                squares += __shfl_xor_sync(FULL_WARP, squares, lanes);
+            }
             if (four.head < HEADS ? Q_NORM : K_NORM && four.head < HEADS + KV_HEADS) {
                 const float head_factor = 1.0f / sqrtf(squares / HEAD_DIM + EPS);
                 const Pairs gamma = load_pairs((four.head < HEADS ? q_norm : k_norm) + four.d);

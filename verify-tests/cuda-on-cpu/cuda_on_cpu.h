@@ -66,7 +66,10 @@ inline void launch(void (*kernel)(A...), dim3 grid, dim3 block, unsigned cluster
     Launch launch = {"(launched by hand)", nullptr, (void**)&bound, grid, block, cluster, shared_bytes, 0, &machine};
     launch.body = [](void** b) { call(((Bound*)b)->kernel, ((Bound*)b)->arguments); };
     launch.seed = seed ? strtoull(seed, nullptr, 10) : 0;
+    catch_bad_addresses();
+    running = &machine;
     run(launch);
+    running = nullptr;
 }
 
 } // namespace emu

@@ -1,16 +1,18 @@
 // A make-believe libcuda: the functions of the driver that the runtime calls, on kernels that nvrtc.cpp made.
 //
-// Work on a stream is carried out late, when something waits for it, so that a missing wait shows; a copy from memory of
-// the host that is not pinned takes its bytes at once, as the real driver does. Memory of the device lies between pages
-// that may not be touched. While a stream captures, what the real driver forbids is an error.
+// Work on a stream is carried out late, when something waits for it and by the thread that does, so that a missing wait
+// shows; a copy from memory of the host that is not pinned takes its bytes at once, as the real driver does. Memory of the
+// device lies between pages that may not be touched. While a stream captures, what the real driver forbids is an error.
 #include <dlfcn.h>
 #include <elf.h>
 #include <time.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -34,13 +36,16 @@ enum Result {
     CAPTURE_INVALIDATED = 901,
 };
 
-using Work = std::function<void()>;
+struct Stream;
+using Work = std::function<void(Stream&)>; // given the stream that it is carried out on
 
 struct Graph {
     std::vector<Work> nodes;
 };
 
 struct Stream {
+    std::recursive_mutex turn; // who holds it carries out the queue
+    emu::Machine machine;
     bool waits_for_default = true;
     std::deque<Work> queue;
     Graph* capturing = nullptr;
@@ -49,12 +54,13 @@ struct Stream {
 
 struct Event {
     Stream* stream = nullptr; // where it was recorded last
-    unsigned pending = 0;
+    std::atomic<unsigned> pending{0};
     double seconds = 0;
 };
 
 struct Function {
     std::string name;
+    std::mutex* turn; // of its library, which runs one launch at a time
     void (*run)(emu::Launch);
     std::vector<size_t> argument_sizes;
     int max_dynamic_shared = 48 << 10;
@@ -63,6 +69,7 @@ struct Function {
 
 struct Module {
     void* library;
+    std::mutex turn;
     std::map<std::string, Function> functions;
 };
 
@@ -74,21 +81,24 @@ int arch() {
 
 constexpr size_t TOTAL_MEMORY = (size_t)8 << 30;
 
-// All that there is; every function holds `mutex`.
+// All that there is. Who holds `mutex` looks into it or changes it, and carries out nothing meanwhile.
 std::recursive_mutex mutex;
 std::map<uintptr_t, emu::Guarded> device_memory, pinned_memory;
 size_t used_memory = 0;
 Stream default_stream;
-std::vector<Stream*> streams;
-unsigned n_forbidding = 0;            // captures that forbid all threads
+std::vector<std::shared_ptr<Stream>> streams;
+unsigned n_forbidding = 0;             // captures that forbid all threads
 thread_local unsigned n_capturing = 0; // captures that this thread has begun
-uint64_t n_launches = 0;
-emu::Machine machine;
+std::atomic<uint64_t> n_launches;
 
 #define LOCK std::lock_guard<std::recursive_mutex> lock(mutex)
-#define NOT_WHILE_CAPTURING                        \
-    LOCK;                                          \
-    if (n_forbidding || n_capturing) return complain(CAPTURE_UNSUPPORTED, __func__, "while a stream captures")
+bool is_capturing() {
+    LOCK;
+    return n_forbidding || n_capturing;
+}
+
+#define NOT_WHILE_CAPTURING \
+    if (is_capturing()) return complain(CAPTURE_UNSUPPORTED, __func__, "while a stream captures")
 
 int complain(Result result, const char* function, const char* problem) {
     fprintf(stderr, "cuda_on_cpu: %s: %s\n", function, problem);
@@ -98,26 +108,38 @@ int complain(Result result, const char* function, const char* problem) {
 Stream& stream_of(void* stream) { return stream ? *(Stream*)stream : default_stream; }
 
 void carry_out(Stream& stream) {
-    while (!stream.queue.empty()) {
-        const Work work = std::move(stream.queue.front());
-        stream.queue.pop_front();
-        work();
+    std::lock_guard<std::recursive_mutex> turn(stream.turn);
+    for (;;) {
+        Work work;
+        {
+            LOCK;
+            if (stream.queue.empty()) return;
+            work = std::move(stream.queue.front());
+            stream.queue.pop_front();
+        }
+        work(stream);
     }
+}
+
+std::vector<std::shared_ptr<Stream>> all_streams() {
+    LOCK;
+    return streams;
 }
 
 void carry_out_all() {
     carry_out(default_stream);
-    for (Stream* stream : streams) carry_out(*stream);
+    for (const auto& stream : all_streams()) carry_out(*stream);
 }
 
 // As a call on the default stream does, which waits for all streams but those that do not want it.
 void carry_out_default() {
     carry_out(default_stream);
-    for (Stream* stream : streams)
+    for (const auto& stream : all_streams())
         if (stream->waits_for_default) carry_out(*stream);
 }
 
 int enqueue(void* stream, Work work) {
+    LOCK;
     Stream& s = stream_of(stream);
     if (s.capturing) s.capturing->nodes.push_back(std::move(work));
     else s.queue.push_back(std::move(work));
@@ -126,6 +148,7 @@ int enqueue(void* stream, Work work) {
 
 // Whether the bytes lie in one allocation.
 bool is_inside(const std::map<uintptr_t, emu::Guarded>& memory, uintptr_t begin, size_t bytes) {
+    LOCK;
     auto after = memory.upper_bound(begin);
     if (after == memory.begin()) return false;
     const emu::Guarded& g = std::prev(after)->second;
@@ -138,6 +161,7 @@ bool is_pinned(const void* begin, size_t bytes) { return is_inside(pinned_memory
     if (!is_device(pointer, bytes)) return complain(INVALID_VALUE, __func__, "not inside one allocation of the device")
 
 int allocate(std::map<uintptr_t, emu::Guarded>& memory, size_t bytes, uint64_t* pointer) {
+    LOCK;
     if (!bytes) return complain(INVALID_VALUE, "allocate", "no bytes");
     if (used_memory + bytes > TOTAL_MEMORY) return OUT_OF_MEMORY;
     emu::Guarded g = emu::Guarded::allocate(bytes, 256);
@@ -149,25 +173,18 @@ int allocate(std::map<uintptr_t, emu::Guarded>& memory, size_t bytes, uint64_t* 
 }
 
 int release(std::map<uintptr_t, emu::Guarded>& memory, uint64_t pointer) {
+    carry_out_all();
+    LOCK;
     auto found = memory.find(pointer);
     if (found == memory.end()) return complain(INVALID_VALUE, "release", "not the beginning of an allocation");
-    carry_out_all();
     used_memory -= found->second.bytes;
     found->second.release();
     memory.erase(found);
     return SUCCESS;
 }
 
-void launch(const Function& function, emu::Launch launch, const std::vector<std::vector<char>>& arguments) {
-    std::vector<void*> pointers;
-    for (const auto& argument : arguments) pointers.push_back((void*)argument.data());
-    launch.kernel = function.name.c_str();
-    launch.arguments = pointers.data();
-    launch.machine = &machine;
-    const char* seed = getenv("EMU_SEED");
-    launch.seed = seed ? strtoull(seed, nullptr, 10) : 0;
-    if (launch.seed) launch.seed += n_launches++;
-    function.run(launch);
+void check_guards(const emu::Launch& launch) {
+    LOCK;
     for (const auto& memory : {std::cref(device_memory), std::cref(pinned_memory)}) {
         for (const auto& entry : memory.get()) {
             if (entry.second.is_intact()) continue;
@@ -176,6 +193,21 @@ void launch(const Function& function, emu::Launch launch, const std::vector<std:
             abort();
         }
     }
+}
+
+void launch(const Function& function, emu::Launch launch, const std::vector<std::vector<char>>& arguments) {
+    std::lock_guard<std::mutex> turn(*function.turn);
+    std::vector<void*> pointers;
+    for (const auto& argument : arguments) pointers.push_back((void*)argument.data());
+    launch.kernel = function.name.c_str();
+    launch.arguments = pointers.data();
+    const char* seed = getenv("EMU_SEED");
+    launch.seed = seed ? strtoull(seed, nullptr, 10) : 0;
+    if (launch.seed) launch.seed += n_launches++;
+    emu::running = launch.machine;
+    function.run(launch);
+    emu::running = nullptr;
+    check_guards(launch);
 }
 
 int enqueue_launch(void* f, emu::Launch l, void* stream, void** parameters) {
@@ -196,7 +228,12 @@ int enqueue_launch(void* f, emu::Launch l, void* stream, void** parameters) {
         const char* argument = (const char*)parameters[i];
         arguments.emplace_back(argument, argument + function.argument_sizes[i]);
     }
-    return enqueue(stream, [&function, l, arguments] { launch(function, l, arguments); });
+    // What a graph captured runs on the stream that it is launched on: the machine is known only then.
+    return enqueue(stream, [&function, l, arguments](Stream& on) {
+        emu::Launch now = l;
+        now.machine = &on.machine;
+        launch(function, now, arguments);
+    });
 }
 
 double now() {
@@ -235,7 +272,10 @@ void* load_library(const void* image, size_t bytes) {
 
 // ---- the device
 
-DRIVER cuInit(unsigned) { return SUCCESS; }
+DRIVER cuInit(unsigned) {
+    emu::catch_bad_addresses();
+    return SUCCESS;
+}
 
 DRIVER cuDriverGetVersion(int* version) {
     *version = 13000;
@@ -301,7 +341,7 @@ DRIVER cuDeviceGetAttribute(int* value, int attribute, int) {
 // ---- contexts: there is one
 
 DRIVER cuDevicePrimaryCtxRetain(void** context, int) {
-    *context = &machine;
+    *context = &default_stream;
     return SUCCESS;
 }
 DRIVER cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
@@ -400,16 +440,15 @@ DRIVER cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* s
     LOCK;
     CHECK_DEVICE(to, bytes);
     if (is_pinned(from, bytes) || stream_of(stream).capturing) {
-        return enqueue(stream, [=] { memcpy((void*)to, from, bytes); });
+        return enqueue(stream, [=](Stream&) { memcpy((void*)to, from, bytes); });
     }
     const std::vector<char> taken((const char*)from, (const char*)from + bytes);
-    return enqueue(stream, [=] { memcpy((void*)to, taken.data(), bytes); });
+    return enqueue(stream, [=](Stream&) { memcpy((void*)to, taken.data(), bytes); });
 }
 
 DRIVER cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
-    LOCK;
     CHECK_DEVICE(from, bytes);
-    enqueue(stream, [=] { memcpy(to, (const void*)from, bytes); });
+    enqueue(stream, [=](Stream&) { memcpy(to, (const void*)from, bytes); });
     if (!is_pinned(to, bytes) && !stream_of(stream).capturing) carry_out(stream_of(stream));
     return SUCCESS;
 }
@@ -418,19 +457,19 @@ DRIVER cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* stre
     LOCK;
     CHECK_DEVICE(to, bytes);
     CHECK_DEVICE(from, bytes);
-    return enqueue(stream, [=] { memmove((void*)to, (const void*)from, bytes); });
+    return enqueue(stream, [=](Stream&) { memmove((void*)to, (const void*)from, bytes); });
 }
 
 DRIVER cuMemsetD8Async(uint64_t to, unsigned char value, size_t n, void* stream) {
     LOCK;
     CHECK_DEVICE(to, n);
-    return enqueue(stream, [=] { memset((void*)to, value, n); });
+    return enqueue(stream, [=](Stream&) { memset((void*)to, value, n); });
 }
 
 DRIVER cuMemsetD32Async(uint64_t to, unsigned value, size_t n, void* stream) {
     LOCK;
     CHECK_DEVICE(to, n * 4);
-    return enqueue(stream, [=] {
+    return enqueue(stream, [=](Stream&) {
         for (size_t i = 0; i < n; i++) ((unsigned*)to)[i] = value;
     });
 }
@@ -453,22 +492,20 @@ DRIVER cuMemsetD32_v2(uint64_t to, unsigned value, size_t n) {
 
 DRIVER cuStreamCreate(void** stream, unsigned flags) {
     LOCK;
-    Stream* s = new Stream();
-    s->waits_for_default = (flags & 1) == 0;
-    streams.push_back(s);
-    *stream = s;
+    streams.push_back(std::make_shared<Stream>());
+    streams.back()->waits_for_default = (flags & 1) == 0;
+    *stream = streams.back().get();
     return SUCCESS;
 }
 
 DRIVER cuStreamCreateWithPriority(void** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
 
 DRIVER cuStreamDestroy_v2(void* stream) {
-    LOCK;
     carry_out(stream_of(stream));
+    LOCK;
     for (size_t i = 0; i < streams.size(); i++) {
-        if (streams[i] != stream) continue;
+        if (streams[i].get() != stream) continue;
         streams.erase(streams.begin() + (long)i);
-        delete (Stream*)stream;
         return SUCCESS;
     }
     return INVALID_HANDLE;
@@ -484,7 +521,10 @@ DRIVER cuStreamSynchronize(void* stream) {
 // Who asks again and again gets the work done in the end.
 DRIVER cuStreamQuery(void* stream) {
     NOT_WHILE_CAPTURING;
-    if (stream_of(stream).queue.empty()) return SUCCESS;
+    {
+        LOCK;
+        if (stream_of(stream).queue.empty()) return SUCCESS;
+    }
     carry_out(stream_of(stream));
     return NOT_READY;
 }
@@ -495,7 +535,6 @@ DRIVER cuEventCreate(void** event, unsigned) {
 }
 
 DRIVER cuEventDestroy_v2(void* event) {
-    LOCK;
     Event* e = (Event*)event;
     if (e->pending) carry_out(*e->stream);
     delete e;
@@ -507,9 +546,9 @@ DRIVER cuEventRecord(void* event, void* stream) {
     Event* e = (Event*)event;
     e->stream = &stream_of(stream);
     e->pending++;
-    return enqueue(stream, [e] {
-        e->pending -= e->pending > 0;
+    return enqueue(stream, [e](Stream&) {
         e->seconds = now();
+        if (e->pending) e->pending--;
     });
 }
 
@@ -521,7 +560,6 @@ DRIVER cuEventSynchronize(void* event) {
 }
 
 DRIVER cuEventQuery(void* event) {
-    LOCK;
     Event* e = (Event*)event;
     if (!e->pending) return SUCCESS;
     carry_out(*e->stream);
@@ -531,7 +569,7 @@ DRIVER cuEventQuery(void* event) {
 DRIVER cuStreamWaitEvent(void* stream, void* event, unsigned) {
     LOCK;
     Event* e = (Event*)event;
-    return enqueue(stream, [e] {
+    return enqueue(stream, [e](Stream&) {
         if (e->pending) carry_out(*e->stream);
     });
 }
@@ -551,7 +589,7 @@ DRIVER cuEventElapsedTime_v2(float* milliseconds, void* from, void* to) {
 
 DRIVER cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
     LOCK;
-    return enqueue(stream, [=] { function(data); });
+    return enqueue(stream, [=](Stream&) { function(data); });
 }
 
 // ---- kernels
@@ -562,7 +600,9 @@ DRIVER cuModuleLoadData(void** module, const void* image) {
     if (!bytes) return complain(INVALID_IMAGE, __func__, "not a kernel of the make-believe nvrtc");
     void* library = load_library(image, bytes);
     if (!library) return INVALID_IMAGE;
-    *module = new Module{library, {}};
+    Module* m = new Module();
+    m->library = library;
+    *module = m;
     return SUCCESS;
 }
 
@@ -571,7 +611,6 @@ DRIVER cuModuleLoadDataEx(void** module, const void* image, unsigned, void*, voi
 }
 
 DRIVER cuModuleUnload(void* module) {
-    LOCK;
     carry_out_all();
     dlclose(((Module*)module)->library);
     delete (Module*)module;
@@ -584,6 +623,7 @@ DRIVER cuModuleGetFunction(void** function, void* module, const char* name) {
     const std::string run = std::string("emu_run_") + name, sizes = std::string("emu_sizes_") + name;
     Function f;
     f.name = name;
+    f.turn = &m.turn;
     f.run = (void (*)(emu::Launch))dlsym(m.library, run.c_str());
     auto get_sizes = (unsigned (*)(size_t*))dlsym(m.library, sizes.c_str());
     if (!f.run || !get_sizes) return complain(NOT_FOUND, __func__, name);

@@ -192,6 +192,7 @@ inline float exp2_approx(float x) {
 inline void named_barrier(unsigned id, unsigned threads) { emu::barrier(id, threads); }
 inline unsigned cluster_rank() { return emu::current->block->rank; }
 inline void cluster_sync() { emu::cluster_barrier(); }
+inline void cluster_leave() { emu::cluster_barrier(); }
 
 template <class T>
 inline T* cluster_map(T* p, unsigned rank) {

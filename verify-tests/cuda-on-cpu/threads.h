@@ -168,9 +168,11 @@ struct BulkCopy {
     uint64_t* barrier;
 };
 
-// What outlives a launch: stacks of threads and shared memory, for as many blocks as ran together so far.
+// What outlives a launch: stacks of threads and shared memory, for as many blocks as ran together so far. It serves one
+// launch at a time.
 struct Machine {
     Block* blocks[MAX_CLUSTER] = {};
+    void (*print_place)() = nullptr; // of the launch that it serves
 };
 
 // One launch of a kernel.
@@ -239,10 +241,26 @@ inline const char* name_of(Wait wait) {
     return "";
 }
 
-inline void on_bad_address(int, siginfo_t* info, void*) {
-    print_place();
+// The machine that this thread of the operating system lets run.
+EMU_STATE thread_local Machine* running;
+
+inline void on_bad_address(int signal, siginfo_t* info, void*) {
+    if (!running || !running->print_place) {
+        ::signal(signal, SIG_DFL); // no kernel did that: it happens again, and ends the process
+        return;
+    }
+    running->print_place();
     fprintf(stderr, "bad address %p (out of bounds, misaligned, or the stack of a thread is full)\n", info->si_addr);
     abort();
+}
+
+// From now on a kernel's bad address ends the process with a message. Who launches kernels calls it once.
+inline void catch_bad_addresses() {
+    struct sigaction handler = {};
+    handler.sa_sigaction = on_bad_address;
+    handler.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &handler, nullptr);
+    sigaction(SIGBUS, &handler, nullptr);
 }
 
 // ---- chance
@@ -653,7 +671,7 @@ inline void run_cluster() {
     }
 }
 
-// Runs all blocks of a launch, a cluster at a time.
+// Runs all blocks of a launch, a cluster at a time. A library runs one launch at a time.
 inline void run(const Launch& launch) {
     current_launch = launch;
     current = nullptr;
@@ -675,16 +693,12 @@ inline void run(const Launch& launch) {
         cluster[rank] = launch.machine->blocks[rank];
     }
 
-    // A handler with a stack of its own: a thread's may be full.
+    // Signals are handled on a stack of their own: a thread's may be full.
     stack_t on_signal = {}, stack_before;
     on_signal.ss_sp = signal_stack;
     on_signal.ss_size = sizeof signal_stack;
     sigaltstack(&on_signal, &stack_before);
-    struct sigaction handler = {}, before[2];
-    handler.sa_sigaction = on_bad_address;
-    handler.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    sigaction(SIGSEGV, &handler, &before[0]);
-    sigaction(SIGBUS, &handler, &before[1]);
+    launch.machine->print_place = print_place;
 
     const unsigned clusters = (unsigned)(blocks / launch.cluster);
     unsigned* order = new unsigned[clusters];
@@ -700,8 +714,7 @@ inline void run(const Launch& launch) {
         run_cluster();
     }
     delete[] order;
-    sigaction(SIGSEGV, &before[0], nullptr);
-    sigaction(SIGBUS, &before[1], nullptr);
+    launch.machine->print_place = nullptr;
     sigaltstack(&stack_before, nullptr);
 }
 

@@ -6,9 +6,7 @@ use treespark::backend::{BufferId, Extent, PassId};
 use treespark_benches::relative_error;
 use treespark_kernel_gen::layout::HEADER_WORDS;
 use treespark_kernel_gen::op::Batch;
-use treespark_kernel_gen::{
-    ANCESTOR_WORDS, BufferDesc, CacheShape, DType, Op, Pass, Request, Role, Row, TreeShape, TreeSpec,
-};
+use treespark_kernel_gen::{ANCESTOR_WORDS, CacheShape, DType, Op, Pass, Request, Role, Row, TreeShape, TreeSpec};
 use treespark_models::random::{self, RandomBlock};
 
 use super::reference;
@@ -86,8 +84,8 @@ impl<'a> Bed<'a> {
             let id = match desc.role {
                 Role::Output => backend.alloc(desc)?,
                 // Random numbers are as random in any order: `load` does not put a cache into the device's own.
-                Role::Cache => backend.load(desc, &halves.parts(desc.len(), which))?,
-                _ => backend.load(desc, &floats.parts(desc.len(), which))?,
+                Role::Cache => backend.load(desc, &halves.parts(&[desc.len()], which))?,
+                _ => backend.load(desc, &floats.parts(&[desc.len()], which))?,
             };
             self.buffers.push(id);
             ids.push(id);
@@ -182,7 +180,7 @@ impl<'a> Bed<'a> {
     }
 
     pub fn kernels(&self) -> Result<String> {
-        Ok(self.device.kernels(&self.pass)?.names.join(" + "))
+        Ok(self.device.kernels(&self.pass)?.join(" + "))
     }
 }
 
@@ -230,4 +228,21 @@ fn shuffled_pages(members: &[Member]) -> Vec<Vec<u32>> {
 fn binary_tree(nodes: usize) -> Result<TreeShape> {
     let parents: Vec<u32> = (0..nodes as u32).map(|node| node.saturating_sub(1) / 2).collect();
     Ok(TreeShape::from_parents(&parents)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use treespark::cpu::CpuBackend;
+
+    use super::*;
+
+    #[test]
+    fn the_cpu_backend_agrees_with_the_reference() {
+        let mut device = Device::Other(Box::new(CpuBackend::new(Some(2))));
+        for shape in ["4/2x64:B3:L100:N12", "3/3x128:B1:L16:N40"] {
+            let mut bed = Bed::new(&mut device, &shape.parse().unwrap()).unwrap();
+            let error = bed.check(Mask::Tree).unwrap();
+            assert!(error < 1e-5, "{shape}: {error}");
+        }
+    }
 }

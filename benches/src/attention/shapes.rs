@@ -32,7 +32,7 @@ pub struct Member {
 }
 
 impl Shape {
-    /// The shapes of the peers' script, and one ragged batch.
+    /// The shapes of `peers/tree_attention_peers.py`, and one ragged batch.
     pub fn all() -> Vec<Shape> {
         let qwen = |count, prefix, nodes| Shape {
             heads: 32,

@@ -2,7 +2,6 @@
 
 use half::bf16;
 use rayon::prelude::*;
-use treespark_kernel_gen::DType;
 use treespark_models::{Config, Tensor};
 
 use super::shapes::Kind;
@@ -19,7 +18,7 @@ pub struct Inputs<'a> {
     pub q_norm: &'a [f32],
     /// What is in `out` before: the residual.
     pub before: f32,
-    /// Flat bf16 tensors, all but the last of one length, that are the weight one after the other.
+    /// Of bf16, stacked; all but the last have the same number of rows.
     pub weight: &'a [Tensor],
 }
 
@@ -62,13 +61,9 @@ impl Inputs<'_> {
     }
 
     fn weight_row(&self, row: usize, columns: usize) -> Vec<f64> {
-        let length = self.weight[0].shape[0];
-        let element = |at: usize| {
-            let bytes = &self.weight[at / length].bytes.as_slice()[at % length * 2..][..2];
-            bf16::from_le_bytes([bytes[0], bytes[1]]).to_f64()
-        };
-        assert_eq!(self.weight[0].dtype, DType::BF16);
-        (row * columns..(row + 1) * columns).map(element).collect()
+        let rows = self.weight[0].shape[0];
+        let bytes = &self.weight[row / rows].bytes.as_slice()[row % rows * columns * 2..][..columns * 2];
+        bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f64()).collect()
     }
 }
 

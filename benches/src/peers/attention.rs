@@ -27,26 +27,27 @@ impl Peers {
         Ok(Peers { about, best })
     }
 
-    /// Prints our times, of shapes by name, beside the best peer's.
-    pub fn compare(&self, ours: impl Iterator<Item = (String, f64)>) {
-        println!("\npeers: {}", self.about);
-        println!("{:<26} {:>9} {:>9}  {:<16} {:>8}", "shape", "us", "peer's", "peer", "we are");
+    /// Our times, of shapes by name, beside the best peer's: a table.
+    pub fn compare(&self, ours: impl Iterator<Item = (String, f64)>) -> String {
+        let mut table = format!("\npeers: {}\n", self.about);
+        table += &format!("{:<26} {:>9} {:>9}  {:<16} {:>8}\n", "shape", "us", "peer's", "peer", "we are");
         let mut ratios = Vec::new();
         for (shape, us) in ours {
             let Some((_, peer)) = self.best.iter().find(|(known, _)| *known == shape) else {
-                println!("{shape:<26} {us:>9.2} {:>9}", "-");
+                table += &format!("{shape:<26} {us:>9.2} {:>9}\n", "-");
                 continue;
             };
             let ratio = peer.us / us;
             ratios.push(ratio);
             let verdict = if ratio >= 1.0 { "" } else { "  LOSS" };
-            println!("{shape:<26} {us:>9.2} {:>9.2}  {:<16} {ratio:>7.2}x{verdict}", peer.us, peer.name);
+            table += &format!("{shape:<26} {us:>9.2} {:>9.2}  {:<16} {ratio:>7.2}x{verdict}\n", peer.us, peer.name);
         }
         let wins = ratios.iter().filter(|&&ratio| ratio >= 1.0).count();
         if !ratios.is_empty() {
             let (losses, mean) = (ratios.len() - wins, geometric_mean(&ratios));
-            println!("{wins} wins, {losses} losses; geometric mean {mean:.2}x as fast as the best peer");
+            table += &format!("{wins} wins, {losses} losses; geometric mean {mean:.2}x as fast as the best peer\n");
         }
+        table
     }
 }
 

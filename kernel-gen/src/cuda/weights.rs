@@ -1,170 +1,10 @@
-//! The ops that read a weight: qkv, project, gate/up, head; and which tiles of `lib/matmul.cuh` suit a matrix.
+//! The ops that read a weight: qkv, project, gate/up, head.
 
-use super::{Argument, Device, Launch, Lowering, Source};
+use super::tiling::{DRAW_BYTES, Matrix, PLACES_BYTES, Tiling};
+use super::{Argument, Launch, Lowering, Source};
 use crate::op::Op;
-use crate::pass::{Buf, DType, Role};
+use crate::pass::{Buf, Role};
 use crate::spec::KernelSpec;
-
-/// Columns of a step, as in `matmul.cuh`.
-const STEP: usize = 64;
-/// A matrix of fewer bytes a multiprocessor is done before the memory has reached its speed: what counts is latency.
-const SMALL_SHARE: usize = 128 << 10;
-
-/// How `lib/matmul.cuh` cuts a matrix. The order of sums is that of `cluster` and `warps_k`: they must not depend on the
-/// rows of the pass. The others may.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Tiling {
-    tokens: usize,
-    m_tiles: usize,
-    warps_m: usize,
-    warps_k: usize,
-    cluster: usize,
-    ahead: usize,
-    depth: usize,
-    split: bool,
-}
-
-/// The matrix of an op.
-#[derive(Debug, Clone, Copy)]
-struct Matrix {
-    rows: usize,
-    columns: usize,
-    dtype: DType,
-    /// Epsilon of the norm of the op's input, if that is normed.
-    eps: Option<f32>,
-    /// Rows of which a tile must have a whole number: heads that are normed.
-    unit: usize,
-}
-
-impl Matrix {
-    fn steps(&self) -> usize {
-        self.columns.div_ceil(STEP)
-    }
-}
-
-impl Tiling {
-    fn new(matrix: &Matrix, pass_rows: usize, device: &Device) -> Tiling {
-        let tokens = pass_rows.next_power_of_two().clamp(8, 64);
-        let share = matrix.rows * matrix.columns * matrix.dtype.size() / device.multiprocessors;
-        if matrix.dtype == DType::F32 || share < SMALL_SHARE {
-            Tiling::small(matrix, tokens, device)
-        } else {
-            Tiling::streaming(matrix, tokens, device)
-        }
-    }
-
-    /// Many narrow tiles, each warp with columns of its own: weights are requested before the kernel before this one has
-    /// ended, and no warp waits for another until the sums are added up.
-    fn small(matrix: &Matrix, tokens: usize, device: &Device) -> Tiling {
-        // Matrices that are read again for more tokens come from the cache.
-        let tokens = tokens.min(16);
-        let warps_m = if matrix.unit > 1 { matrix.unit.div_ceil(16) } else { 1 };
-        let tiles = matrix.rows.div_ceil(16 * warps_m);
-        let bytes = 16 * warps_m * matrix.columns * matrix.dtype.size();
-        let mut cluster = 1;
-        // More than this is slow to arrive in one multiprocessor.
-        while device.has_clusters() && bytes / cluster > 64 << 10 && 2 * cluster * tiles <= device.multiprocessors {
-            cluster *= 2;
-        }
-        let steps = matrix.steps().div_ceil(cluster);
-        let each = steps.div_ceil((12 / warps_m).max(1));
-        // Where there are more tiles than multiprocessors, wider ones load the activations less often.
-        let m_tiles = if warps_m == 1 && tiles > device.multiprocessors { 2 } else { 1 };
-        let (ahead, depth) = (each.min(if tokens > 8 { 2 } else { 4 }), each.min(4));
-        Tiling { tokens, m_tiles, warps_m, warps_k: steps.div_ceil(each), cluster, ahead, depth, split: true }
-    }
-
-    /// Wide tiles, so that activations are staged for many weight rows. Columns are shared, by a cluster or by teams, so
-    /// that the blocks come close to a whole number a multiprocessor: the tiling is the one whose busiest multiprocessor
-    /// moves the fewest bytes.
-    fn streaming(matrix: &Matrix, tokens: usize, device: &Device) -> Tiling {
-        const M_TILES: usize = 2;
-        /// Warps along rows and along columns, blocks along columns.
-        const CLUSTERS: &[[usize; 3]] = &[
-            [12, 1, 1],
-            [8, 1, 1],
-            [6, 1, 1],
-            [4, 1, 1],
-            [12, 1, 2],
-            [8, 1, 2],
-            [6, 1, 2],
-            [4, 1, 2],
-            [12, 1, 4],
-            [8, 1, 4],
-            [6, 1, 4],
-            [4, 1, 4],
-            [12, 1, 8],
-            [8, 1, 8],
-            [6, 1, 8],
-            [4, 1, 8],
-        ];
-        const BLOCKS: &[[usize; 3]] = &[[8, 1, 1], [4, 2, 1], [2, 4, 1]];
-
-        let split = matrix.dtype == DType::F16;
-        // Sums of 64 tokens for both halves leave registers for half the rows.
-        let halve = |m_tiles: usize| if split { m_tiles / 2 } else { m_tiles };
-        let cost = |&[warps_m, warps_k, cluster]: &[usize; 3]| {
-            let rows = 16 * M_TILES * warps_m;
-            let columns = matrix.steps().div_ceil(cluster) * STEP;
-            let blocks = matrix.rows.div_ceil(rows) * cluster;
-            // Weights, activations of 32 tokens, and their sums.
-            let sums = if cluster * warps_k > 1 { 4 * 32 * rows * warps_k } else { 0 };
-            blocks.div_ceil(device.multiprocessors) * (columns * (2 * rows + 4 * 32) + sums)
-        };
-        let candidates =
-            if device.has_clusters() { CLUSTERS } else { BLOCKS }.iter().filter(|[warps_m, warps_k, cluster]| {
-                (16 * halve(M_TILES) * warps_m).is_multiple_of(matrix.unit) && matrix.steps() >= 4 * warps_k * cluster
-            });
-        let Some(&[warps_m, warps_k, cluster]) = candidates.min_by_key(|candidate| cost(candidate)) else {
-            return Tiling::small(matrix, tokens, device);
-        };
-        // Each team stages its own activations.
-        let tokens = if warps_k > 1 { tokens.min(32) } else { tokens };
-        let m_tiles = if tokens > 32 { halve(M_TILES) } else { M_TILES };
-        let with_depth = |depth| Tiling { tokens, m_tiles, warps_m, warps_k, cluster, ahead: 1, depth, split };
-        // As deep as leaves room for a block of the next kernel, which requests its weights early.
-        let has_room = |&depth: &usize| with_depth(depth).blocks(device, matrix) == 2;
-        let fits = |&depth: &usize| with_depth(depth).shared_bytes(matrix) + DRAW_BYTES * tokens <= device.shared_bytes;
-        let depth = (2..=4).rev().find(has_room).or_else(|| (2..=3).rev().find(fits));
-        with_depth(depth.unwrap_or(2))
-    }
-
-    fn threads(&self) -> usize {
-        32 * self.warps_m * self.warps_k
-    }
-
-    /// Weight rows of a tile.
-    fn rows(&self) -> usize {
-        16 * self.m_tiles * self.warps_m
-    }
-
-    /// `MATMUL_BYTES` of `matmul.cuh`.
-    fn shared_bytes(&self, matrix: &Matrix) -> usize {
-        let is_plain = matrix.dtype == DType::F32;
-        let ring = if is_plain { 0 } else { self.depth * self.m_tiles * 4 * 32 * 16 };
-        let sums = self.tokens * (16 * self.m_tiles + 4) * 4;
-        let units = if is_plain || self.warps_m == 1 { 0 } else { 2 * self.tokens * (STEP / 4 + 1) * 16 };
-        self.warps_k * (self.warps_m * ring.max(sums) + units + self.tokens * 4)
-    }
-
-    /// Blocks that a multiprocessor should have room for: two, if shared memory and registers allow it.
-    fn blocks(&self, device: &Device, matrix: &Matrix) -> usize {
-        // A block takes 1 KiB more than it asks for.
-        let fits = 2 * (self.shared_bytes(matrix) + DRAW_BYTES * self.tokens + 1024) <= device.shared_bytes + 1024;
-        // Sums, weights of half a step, activations ahead, the rest.
-        let sums = self.m_tiles * self.tokens / 8 * 4 * if self.split { 2 } else { 1 };
-        let units =
-            if self.warps_m == 1 { 4 * (self.tokens / 8 + 1) } else { self.tokens.div_ceil(2 * self.warps_m) + 1 };
-        let registers = sums + self.m_tiles * 8 + self.ahead * units * 4 + 28;
-        // A multiprocessor has four times 512 registers for each lane of a warp.
-        let warps = (2 * self.warps_m * self.warps_k).div_ceil(4);
-        if fits && registers <= 512 / warps / 8 * 8 { 2 } else { 1 }
-    }
-}
-
-/// What `qkv` and `head` keep of a token behind the shared memory of the product: where its vectors go, how it is drawn.
-const PLACES_BYTES: usize = 12;
-const DRAW_BYTES: usize = 28;
 
 impl Lowering<'_> {
     pub(super) fn qkv(&self) -> Vec<Launch> {
@@ -307,7 +147,7 @@ impl Lowering<'_> {
             .with("EPS", matrix.eps.unwrap_or(0.0))
             .size("TOKENS", "t", tiling.tokens)
             .with("TOKEN_TILES", token_tiles)
-            .with("M_TILES", tiling.m_tiles)
+            .with("ROW_TILES", tiling.row_tiles)
             .with("WARPS_M", tiling.warps_m)
             .with("WARPS_K", tiling.warps_k)
             .with("CLUSTER", tiling.cluster)
@@ -330,7 +170,7 @@ impl Lowering<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::lower;
+    use crate::cuda::{Device, lower};
     use crate::emit::{Lang, emit};
     use crate::op::TreeSpec;
     use crate::release::MODELS;

@@ -202,6 +202,12 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Until all threads of the cluster have come here: after it, nobody reads this block's shared memory any more. Unlike
+// `cluster_sync` it does not wait for what was written.
+__device__ __forceinline__ void cluster_leave() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 // Where `p`, in this block's shared memory, lies in that of block `rank` of the cluster.
 template <class T>
 __device__ __forceinline__ T* cluster_map(T* p, u32 rank) {
@@ -212,6 +218,7 @@ __device__ __forceinline__ T* cluster_map(T* p, u32 rank) {
 #else
 __device__ __forceinline__ u32 cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ void cluster_leave() {}
 template <class T>
 __device__ __forceinline__ T* cluster_map(T* p, u32) { return p; }
 #endif

@@ -1,0 +1,175 @@
+//! How `shaders/cuda/lib/matmul.cuh` cuts a matrix: which tiles suit which sizes.
+//!
+//! The knobs are all here: `SMALL_SHARE`; in `small` the bytes a block may have, the warps (`most`) and rows of a tile; in
+//! `streaming` the `shapes`, their `cost`, and the depths. Whatever they are, the order of sums must follow from matrix
+//! and device alone: `cluster`, `warps_k`, `split`, and whether `warps_m` is 1.
+
+use super::Device;
+use crate::pass::DType;
+
+/// Columns of a step, as in `matmul.cuh`.
+const STEP: usize = 64;
+/// A matrix of fewer bytes a multiprocessor is done before the memory has reached its speed: what counts is latency.
+const SMALL_SHARE: usize = 128 << 10;
+
+/// What `qkv` and `head` keep of a token behind the shared memory of the product: where its vectors go, how it is drawn.
+pub(super) const PLACES_BYTES: usize = 12;
+pub(super) const DRAW_BYTES: usize = 28;
+
+/// The constants of `lib/matmul.cuh` of the same names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Tiling {
+    pub(super) tokens: usize,
+    pub(super) row_tiles: usize,
+    pub(super) warps_m: usize,
+    pub(super) warps_k: usize,
+    pub(super) cluster: usize,
+    pub(super) ahead: usize,
+    pub(super) depth: usize,
+    pub(super) split: bool,
+}
+
+/// The matrix of an op.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Matrix {
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) dtype: DType,
+    /// Epsilon of the norm of the op's input, if that is normed.
+    pub(super) eps: Option<f32>,
+    /// Rows of which a tile must have a whole number: heads that are normed.
+    pub(super) unit: usize,
+}
+
+impl Matrix {
+    fn steps(&self) -> usize {
+        self.columns.div_ceil(STEP)
+    }
+}
+
+impl Tiling {
+    pub(super) fn new(matrix: &Matrix, pass_rows: usize, device: &Device) -> Tiling {
+        let tokens = pass_rows.next_power_of_two().clamp(8, 64);
+        let share = matrix.rows * matrix.columns * matrix.dtype.size() / device.multiprocessors;
+        if matrix.dtype == DType::F32 || share < SMALL_SHARE {
+            Tiling::small(matrix, tokens, device)
+        } else {
+            Tiling::streaming(matrix, tokens, device)
+        }
+    }
+
+    /// Many narrow tiles, each warp with columns of its own: weights are requested before the kernel before this one has
+    /// ended, and no warp waits for another until the sums are added up.
+    fn small(matrix: &Matrix, tokens: usize, device: &Device) -> Tiling {
+        // Matrices that are read again for more tokens come from the cache.
+        let tokens = tokens.min(16);
+        let warps_m = if matrix.unit > 1 { matrix.unit.div_ceil(16) } else { 1 };
+        let tiles = matrix.rows.div_ceil(16 * warps_m);
+        let bytes = 16 * warps_m * matrix.columns * matrix.dtype.size();
+        let mut cluster = 1;
+        // More than this is slow to arrive in one multiprocessor.
+        while device.has_clusters() && bytes / cluster > 64 << 10 && 2 * cluster * tiles <= device.multiprocessors {
+            cluster *= 2;
+        }
+        // Where there are more tiles than multiprocessors, wider ones load the activations less often.
+        let row_tiles = if warps_m == 1 && tiles > device.multiprocessors { 4 } else { 2 };
+        // Sums of wider tiles leave registers for fewer warps.
+        let most = if row_tiles > 2 { 9 } else { 12 };
+        let steps = matrix.steps().div_ceil(cluster);
+        let each = steps.div_ceil((most / warps_m).max(1));
+        let warps_k = steps.div_ceil(each);
+        let depth = each.min(4);
+        let tiling = |ahead| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead, depth, split: true };
+        tiling((2..=each.min(4)).rev().find(|&ahead| tiling(ahead).has_registers(1, matrix)).unwrap_or(1))
+    }
+
+    /// Wide tiles, so that activations are staged for many weight rows. Columns are shared, by a cluster or by teams, so
+    /// that the blocks come close to a whole number a multiprocessor: the tiling is the one whose busiest multiprocessor
+    /// moves the fewest bytes.
+    fn streaming(matrix: &Matrix, tokens: usize, device: &Device) -> Tiling {
+        const ROW_TILES: usize = 4;
+        let split = matrix.dtype == DType::F16;
+        // Sums of 64 tokens for both halves leave registers for half the rows.
+        let least = if split { ROW_TILES / 2 } else { ROW_TILES };
+        let cost = |&[warps_m, warps_k, cluster]: &[usize; 3]| {
+            let rows = 8 * ROW_TILES * warps_m;
+            let columns = matrix.steps().div_ceil(cluster) * STEP;
+            let blocks = matrix.rows.div_ceil(rows) * cluster;
+            // Weights, activations of 32 tokens, and their sums.
+            let sums = if cluster * warps_k > 1 { 4 * 32 * rows * warps_k } else { 0 };
+            blocks.div_ceil(device.multiprocessors) * (columns * (2 * rows + 4 * 32) + sums)
+        };
+        // Warps along rows and along columns, blocks along columns.
+        let shapes: Vec<[usize; 3]> = if device.has_clusters() {
+            [1, 2, 4, 8].into_iter().flat_map(|cluster| [12, 8, 6, 4].map(|warps| [warps, 1, cluster])).collect()
+        } else {
+            vec![[8, 1, 1], [4, 2, 1], [2, 4, 1]]
+        };
+        let is_possible = |&&[warps_m, warps_k, cluster]: &&[usize; 3]| {
+            (8 * least * warps_m).is_multiple_of(matrix.unit) && matrix.steps() >= 4 * warps_k * cluster
+        };
+        let Some(&[warps_m, warps_k, cluster]) = shapes.iter().filter(is_possible).min_by_key(|shape| cost(shape))
+        else {
+            return Tiling::small(matrix, tokens, device);
+        };
+        // Each team stages its own activations.
+        let tokens = if warps_k > 1 { tokens.min(32) } else { tokens };
+        let row_tiles = if tokens > 32 { least } else { ROW_TILES };
+        let with_depth = |depth| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead: 1, depth, split };
+        // As deep as leaves room for a block of the next kernel, which requests its weights early.
+        let has_room = |&depth: &usize| with_depth(depth).blocks(device, matrix) == 2;
+        let fits = |&depth: &usize| with_depth(depth).shared_bytes(matrix) + DRAW_BYTES * tokens <= device.shared_bytes;
+        let depth = (2..=4).rev().find(has_room).or_else(|| (2..=3).rev().find(fits));
+        with_depth(depth.unwrap_or(2))
+    }
+
+    pub(super) fn threads(&self) -> usize {
+        32 * self.warps_m * self.warps_k
+    }
+
+    /// Tiles of tensor cores.
+    fn token_tiles(&self) -> usize {
+        self.tokens.div_ceil(16)
+    }
+
+    /// Weight rows of a tile.
+    pub(super) fn rows(&self) -> usize {
+        8 * self.row_tiles * self.warps_m
+    }
+
+    /// `MATMUL_BYTES` of `matmul.cuh`.
+    pub(super) fn shared_bytes(&self, matrix: &Matrix) -> usize {
+        let is_plain = matrix.dtype == DType::F32;
+        let ring = if is_plain { 0 } else { self.depth * self.row_tiles * 2 * 32 * 16 };
+        let sums = self.tokens * (8 * self.row_tiles + 4) * 4;
+        let units = if is_plain || self.warps_m == 1 { 0 } else { 2 * self.token_tiles() * 16 * (STEP / 4 + 1) * 16 };
+        self.warps_k * (self.warps_m * ring.max(sums) + units + self.tokens * 4)
+    }
+
+    /// Blocks that a multiprocessor should have room for: two, if shared memory and registers allow it.
+    pub(super) fn blocks(&self, device: &Device, matrix: &Matrix) -> usize {
+        // A block takes 1 KiB more than it asks for.
+        let shared_bytes = self.shared_bytes(matrix) + DRAW_BYTES * self.tokens + 1024;
+        if 2 * shared_bytes <= device.shared_bytes + 1024 && self.has_registers(2, matrix) { 2 } else { 1 }
+    }
+
+    /// Whether so many blocks of a multiprocessor have registers enough, by what the compiler was seen to need.
+    fn has_registers(&self, blocks: usize, matrix: &Matrix) -> bool {
+        let is_alone = self.warps_m == 1;
+        let sums = self.row_tiles * self.token_tiles() * 4 * if self.split { 2 } else { 1 };
+        let weights = self.row_tiles * 4;
+        let units = if is_alone { 4 * self.token_tiles() } else { (4 * self.token_tiles()).div_ceil(self.warps_m) };
+        let gamma = if matrix.eps.is_none() {
+            0
+        } else if is_alone {
+            16
+        } else {
+            8
+        };
+        let ahead = self.ahead * (units * if self.tokens > 8 { 8 } else { 4 } + gamma);
+        let rest = if is_alone { 44 + 16 * self.ahead } else { 36 };
+        // A multiprocessor has four times 512 registers for each lane of a warp; a lane can have 255.
+        let warps = (blocks * self.warps_m * self.warps_k).div_ceil(4);
+        sums + weights + ahead + rest <= (512 / warps / 8 * 8).min(255)
+    }
+}

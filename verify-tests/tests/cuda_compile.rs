@@ -1,0 +1,78 @@
+//! Every CUDA kernel of the release, and of the models that the conformance suite uses, compiles with NVRTC for each
+//! architecture that kernels differ by, and keeps its numbers in registers.
+//!
+//! Needs no GPU: NVRTC comes as a library of its own (`pip install nvidia-cuda-nvrtc`).
+
+#![cfg(all(feature = "cuda", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use treespark::cuda::{DriverVersion, Nvrtc};
+use treespark_kernel_gen::cuda::{Device, Launch, lower_pass};
+use treespark_kernel_gen::emit::{Lang, emit};
+use treespark_kernel_gen::{MAX_NODES, TreeSpec, release};
+use treespark_verify_tests::arb::HOUSE_MODELS;
+use treespark_verify_tests::cases;
+use treespark_verify_tests::tiny_model::{Tail, TinyModel};
+
+/// What kernels are compiled for: an A100 and an H100.
+const TARGETS: [(&str, Device); 2] = [("sm_80", Device::A100), ("sm_90a", Device::H100)];
+
+/// Kernels that may spill, by the beginning of their name, and why.
+const MAY_SPILL: [(&str, &str); 0] = [];
+
+/// The newest CUDA there is a driver for: what is compiled here is not run.
+const ANY_DRIVER: DriverVersion = DriverVersion { major: i32::MAX, minor: 0 };
+
+#[test]
+fn every_kernel_compiles_and_spills_no_register() {
+    let Some(nvrtc) = cases::needed("TREESPARK_REQUIRE_NVRTC", Nvrtc::find(ANY_DRIVER)) else { return };
+    let work: Vec<(&str, Launch)> =
+        TARGETS.iter().flat_map(|(target, device)| launches(device).into_iter().map(|l| (*target, l))).collect();
+    let (next, problems) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                while let Some((target, launch)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(problem) = compile(nvrtc, target, launch) {
+                        problems.lock().expect("no thread panics").push(format!("{target}: {problem}"));
+                    }
+                }
+            });
+        }
+    });
+    let problems = problems.into_inner().expect("no thread panics");
+    assert!(problems.is_empty(), "of {} kernels, with NVRTC {}:\n{}", work.len(), nvrtc.version, problems.join("\n"));
+}
+
+/// Each kernel once.
+fn launches(device: &Device) -> Vec<Launch> {
+    let mut launches = release::cuda_launches(device).expect("the release's sizes fit this GPU");
+    for sizes in HOUSE_MODELS {
+        let model = TinyModel { sizes, seed: 0 };
+        for rows in [1, 16, 256] {
+            let pass = model.pass(rows, &TreeSpec::Any(MAX_NODES), Tail::Commit);
+            launches.extend(lower_pass(&pass, device).expect("small sizes fit any GPU"));
+        }
+    }
+    let named = launches.into_iter().map(|launch| (launch.spec.name().to_string(), launch));
+    named.collect::<BTreeMap<String, Launch>>().into_values().collect()
+}
+
+fn compile(nvrtc: &Nvrtc, target: &str, launch: &Launch) -> Result<(), String> {
+    let name = launch.spec.name();
+    let source = emit(&launch.spec, Lang::Cuda).map_err(|e| e.to_string())?;
+    let log = nvrtc.compile(name, &source, target).map_err(|e| e.to_string())?.log;
+    let may_spill = MAY_SPILL.iter().any(|(beginning, _)| name.starts_with(beginning));
+    let mut lines = log.lines().filter(|line| line.contains("spill stores")).peekable();
+    if lines.peek().is_none() {
+        return Err(format!("{name}: the log says nothing of spills: {log}"));
+    }
+    match lines.find(|line| !line.contains(", 0 bytes spill stores, 0 bytes spill loads")) {
+        Some(line) if !may_spill => Err(format!("{name}: {}", line.trim())),
+        _ => Ok(()),
+    }
+}
