@@ -35,14 +35,14 @@ impl Lowering<'_> {
         let spills = !self.device.has_wgmma() && cache.head_dim > 64 && m >= 32;
         let groups = if m <= 64 && (cluster > 2 || spills) { 1 } else { 2 };
         // A small block leaves room for one of the next kernel beside it.
-        let blocks = if m == 16 && cluster > 2 && cache.head_dim == 64 { 2 } else { 1 };
-        let tile_bytes = 2 * TILE * cache.head_dim * 2;
+        let blocks = if m <= 64 && cluster > 2 && cache.head_dim == 64 { 2 } else { 1 };
+        let stage_bytes = TILE * cache.head_dim * 2; // keys of a tile, or values
         let key_groups = groups / m.div_ceil(64);
         let parts_bytes = key_groups * (64 / m).max(1) * m * ((cache.head_dim + 4) * 4 + 8);
         let rest = key_groups * m * ANCESTOR_STRIDE * 4 + 512;
-        let stages = (self.device.shared_bytes / blocks - 1024 - parts_bytes - rest) / tile_bytes;
-        let stages = stages.min(6) / key_groups * key_groups;
-        let shared_bytes = stages * tile_bytes + parts_bytes + rest;
+        let stages = (self.device.shared_bytes / blocks - 1024 - parts_bytes - rest) / stage_bytes;
+        let stages = stages.min(12) / (2 * key_groups) * (2 * key_groups);
+        let shared_bytes = stages * stage_bytes + parts_bytes + rest;
         let spec = self
             .paged(KernelSpec::new("tree_attention"), *k_cache)
             .size("GROUP", "g", group)
