@@ -1,4 +1,4 @@
-// needs: ptx wgmma layout paged
+// needs: ptx wgmma layout paged chunks accumulator
 // Tree attention on tensor cores: every node of every tree attends to the committed prefix and to its own ancestors.
 //
 // The query rows of a request (node) and the query heads that share a kv head are packed: row = node row * GROUP + head of
@@ -44,16 +44,6 @@ constexpr u32 TREE_WORDS = 8;
 __device__ constexpr u32 TREE[] = {0x0}; // [nodes, TREE_WORDS]
 // constants-end
 
-constexpr u32 HEADS = KV_HEADS * GROUP;
-constexpr u32 TILE = 64; // keys
-constexpr u32 HALVES = HEAD_DIM / 64; // a vector is read in pieces of 64 elements
-constexpr u32 HALF_BYTES = TILE * 128; // of a tile
-constexpr u32 TILE_BYTES = HALVES * HALF_BYTES;
-constexpr u32 ROW_GROUPS = (M + 63) / 64; // groups that share a tile
-constexpr u32 KEY_GROUPS = GROUPS / ROW_GROUPS; // that take tiles in turn
-constexpr u32 ROW_WARPS = M / ROW_GROUPS / 16;
-constexpr u32 KEY_WARPS = 4 / ROW_WARPS;
-constexpr u32 WARP_KEYS = TILE / KEY_WARPS; // of a tile
 constexpr u32 CONSUMERS = GROUPS * 128; // threads
 // Registers move between groups of four warps, from the producer's to the consumers': where they do, three warps idle.
 constexpr bool MOVES_REGISTERS = WGMMA && (GROUPS == 2 || BLOCKS == 2);
@@ -63,8 +53,6 @@ constexpr u32 PART_ROW = HEAD_DIM + 4; // floats of a row of a partial result: p
 constexpr u32 QUADS = HEAD_DIM / 4; // threads that finish a row, four elements each
 constexpr u32 ROWS_EACH = (M + CLUSTER - 1) / CLUSTER; // rows that a block of the cluster finishes
 constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
-constexpr float LOG2_E = 1.4426950408889634f;
-#define NEVER __uint_as_float(0xff800000u) // minus infinity
 
 // Results of all warps of the cluster for the rows that this block finishes.
 struct Parts {
@@ -82,140 +70,11 @@ struct Shared {
     u32 arrived; // chunks that came before this one
 };
 
-// What a cluster has to do next: a chunk of a unit.
-struct Item {
-    u32 request;
-    u32 head;
-    u32 slab;
-    u32 chunk, chunks;
-    u32 tile, end; // tiles of the chunk
-    u32 cut; // index among the chunks of units that have several
-};
-
-__device__ __forceinline__ u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }
-
-struct Request {
-    u32 prefix, first_row, n_rows;
-    u32 keys; // slots that some row may see
-};
-
-__device__ __forceinline__ Request read_request(const u32* rows, const u32* requests, u32 index) {
-    const u32* words = requests + HEADER_WORDS + index * REQUEST_WORDS;
-    Request r = {words[REQUEST_PREFIX], words[REQUEST_FIRST_ROW], words[REQUEST_ROWS], 0};
-    // Rows come in node order: the last one has the highest slot.
-    if (r.n_rows > 0) r.keys = r.prefix + rows[(r.first_row + r.n_rows - 1) * ROW_WORDS + ROW_NODE] + 1;
-    return r;
-}
-
-// The same in every thread that asks: how long chunks are, and which chunk comes at a place in the order of all.
-struct Schedule {
-    const u32* rows;
-    const u32* requests;
-    u32 n_requests;
-    u32 chunk; // most tiles of a chunk
-
-    // Units of a request and tiles of each. A lane past the last request has none.
-    __device__ void size(u32 request, u32& units, u32& tiles) const {
-        units = tiles = 0;
-        if (request >= n_requests) return;
-        const Request r = read_request(rows, requests, request);
-        if (r.n_rows == 0) return;
-        units = divide_up(r.n_rows * GROUP, M) * KV_HEADS;
-        tiles = divide_up(r.keys, TILE);
-    }
-
-    __device__ static u32 sum(u32 value) {
-#pragma unroll
-        for (u32 step = 16; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
-        return value;
-    }
-
-    // Chunks of all units if a chunk has at most `most` tiles.
-    __device__ u32 count(u32 most, u32 lane) const {
-        u32 n = 0;
-        for (u32 first = 0; first < n_requests; first += 32) {
-            u32 units, tiles;
-            size(first + lane, units, tiles);
-            n += sum(units * divide_up(tiles, most));
-        }
-        return n;
-    }
-
-    // Whole warps call it.
-    __device__ void plan(u32 clusters, u32 lane) {
-        u32 all_units = 0, all_tiles = 0, longest = 1;
-        for (u32 first = 0; first < n_requests; first += 32) {
-            u32 units, tiles;
-            size(first + lane, units, tiles);
-            all_units += sum(units);
-            all_tiles += sum(units * tiles);
-#pragma unroll
-            for (u32 step = 16; step > 0; step /= 2) tiles = max(tiles, __shfl_xor_sync(FULL_WARP, tiles, step));
-            longest = max(longest, tiles);
-        }
-        u32 low = max(divide_up(all_tiles, clusters), MIN_CHUNK);
-        chunk = low;
-        // Fewer units than clusters: the shortest chunks with which one round of clusters does all.
-        if (all_units <= clusters && low < longest) {
-            u32 high = longest;
-            while (low < high) {
-                const u32 middle = (low + high) / 2;
-                if (count(middle, lane) <= clusters) high = middle;
-                else low = middle + 1;
-            }
-            chunk = low;
-        }
-    }
-
-    // False past the last chunk. Whole warps call it.
-    __device__ bool find(u32 index, u32 lane, Item& item) const {
-        u32 before = 0, cuts = 0;
-        for (u32 first = 0; first < n_requests; first += 32) {
-            u32 units, tiles;
-            size(first + lane, units, tiles);
-            const u32 chunks = divide_up(tiles, chunk), mine = units * chunks;
-            u32 upto = mine, cut_upto = chunks > 1 ? mine : 0;
-#pragma unroll
-            for (u32 step = 1; step < 32; step *= 2) {
-                const u32 other = __shfl_up_sync(FULL_WARP, upto, step), cut = __shfl_up_sync(FULL_WARP, cut_upto, step);
-                if (lane >= step) upto += other, cut_upto += cut;
-            }
-            const u32 here = __ballot_sync(FULL_WARP, index < before + upto);
-            if (here != 0) {
-                const u32 owner = __ffs(here) - 1;
-                const u32 n = __shfl_sync(FULL_WARP, chunks, owner), all = __shfl_sync(FULL_WARP, tiles, owner);
-                const u32 at = index - before - __shfl_sync(FULL_WARP, upto - mine, owner);
-                const u32 unit = at / n;
-                item.request = first + owner;
-                item.head = unit % KV_HEADS;
-                item.slab = unit / KV_HEADS;
-                item.chunk = at % n;
-                item.chunks = n;
-                item.tile = all * item.chunk / n;
-                item.end = all * (item.chunk + 1) / n;
-                item.cut = cuts + __shfl_sync(FULL_WARP, cut_upto - (chunks > 1 ? mine : 0), owner) + at;
-                return true;
-            }
-            before += __shfl_sync(FULL_WARP, upto, 31);
-            cuts += __shfl_sync(FULL_WARP, cut_upto, 31);
-        }
-        return false;
-    }
-};
-
-__device__ __forceinline__ u32 cluster_rank_or_zero() { return CLUSTER == 1 ? 0 : cluster_rank(); }
-
-// This block's share of a chunk's tiles.
-__device__ __forceinline__ void share(Item& item) {
-    if (CLUSTER == 1) return;
-    const u32 rank = cluster_rank(), n = item.end - item.tile, begin = item.tile;
-    item.tile = begin + n * rank / CLUSTER;
-    item.end = begin + n * (rank + 1) / CLUSTER;
-}
-
 // Where in the ring the keys (OF_V 0) or values (OF_V 1) of a block's tile are, and in which phase, by how many tiles came
 // before it. Groups that take turns never see each other's phases: each stage belongs to one of them.
 static_assert(STAGES % (2 * KEY_GROUPS) == 0, "a stage belongs to one group, and to keys or values");
+// A masked tile's values are waited for while those of the tile before are still in use.
+static_assert(!WGMMA || STAGES >= 4 * KEY_GROUPS, "a group needs room for two tiles");
 __device__ __forceinline__ u32 stage_of(u32 turn, u32 of_v) { return (2 * turn + of_v) % STAGES; }
 __device__ __forceinline__ u32 phase_of(u32 turn) { return 2 * turn / STAGES & 1; }
 
@@ -250,183 +109,21 @@ __device__ __forceinline__ void copy_tile(unsigned char* stage, u64* full, u32 n
 
 // ---- consumers
 
-__device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
-    if (CACHE == 1) mma_bf16(d, a, b0, b1);
-    else mma_f16(d, a, b0, b1);
+// Leaves a warp's partial results with the blocks that finish its rows.
+__device__ __forceinline__ void leave_parts(Accumulator& acc, Shared& shared, u32 part, u32 first, u32 n_rows, u32 lane) {
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+        const u32 row = first + lane / 4 + 8 * i;
+        acc.sum[i] += __shfl_xor_sync(FULL_WARP, acc.sum[i], 1);
+        acc.sum[i] += __shfl_xor_sync(FULL_WARP, acc.sum[i], 2);
+        if (row >= n_rows) continue;
+        Parts& parts = CLUSTER == 1 ? shared.parts : *cluster_map(&shared.parts, row / ROWS_EACH);
+        if (lane % 4 == 0) parts.sums[part][row % ROWS_EACH] = make_float2(acc.largest[i], acc.sum[i]);
+        float* to = parts.out[part][row % ROWS_EACH] + lane % 4 * 2;
+#pragma unroll
+        for (u32 d = 0; d < HEAD_DIM / 8; d++) *(float2*)(to + d * 8) = make_float2(acc.out[d][2 * i], acc.out[d][2 * i + 1]);
+    }
 }
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-    return CACHE == 1 ? pack_bf16(low, high) : pack_f16(low, high);
-}
-
-// The row of a tile of keys or values and the 16-byte chunk of its vector.
-__device__ __forceinline__ const unsigned char* place(const unsigned char* tile, u32 row, u32 chunk) {
-    return tile + chunk / 8 * HALF_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;
-}
-
-// A warp's 16 rows of a unit, two a lane: rows lane / 4 and lane / 4 + 8.
-struct Accumulator {
-    u32 q[HEAD_DIM / 16][4];
-    float out[HEAD_DIM / 8][4];
-    float largest[2];
-    float sum[2]; // this lane's columns only
-    float rescale[2]; // of what was added before the latest tile
-
-    __device__ void clear() {
-#pragma unroll
-        for (u32 d = 0; d < HEAD_DIM / 8; d++)
-            for (u32 i = 0; i < 4; i++) out[d][i] = 0.0f;
-        for (u32 i = 0; i < 2; i++) largest[i] = NEVER, sum[i] = 0.0f;
-    }
-
-    // Rows past the end are computed like the last one, and not written.
-    __device__ void load_queries(const float* q_rows, const Request& request, u32 head, u32 first, u32 lane) {
-        const u32 last = request.n_rows * GROUP - 1;
-        const float* from[2];
-        for (u32 i = 0; i < 2; i++) {
-            const u32 row = min(first + lane / 4 + 8 * i, last);
-            from[i] = q_rows + ((u64)(request.first_row + row / GROUP) * HEADS + head * GROUP + row % GROUP) * HEAD_DIM;
-        }
-#pragma unroll
-        for (u32 kk = 0; kk < HEAD_DIM / 16; kk++)
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                const float2 pair = *(const float2*)(from[i % 2] + kk * 16 + lane % 4 * 2 + i / 2 * 8);
-                q[kk][i] = pack(pair.x, pair.y);
-            }
-    }
-
-    __device__ void score_keys(float score[WARP_KEYS / 8][4], const unsigned char* keys, u32 first_key, u32 lane) {
-#pragma unroll
-        for (u32 n = 0; n < WARP_KEYS / 8; n++)
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) score[n][i] = 0.0f;
-#pragma unroll
-        for (u32 kk = 0; kk < HEAD_DIM / 16; kk++)
-#pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 16; n++) {
-                u32 b[4];
-                ldmatrix_x4(b, place(keys, first_key + n * 16 + lane / 16 * 8 + lane % 8, 2 * kk + lane / 8 % 2));
-                mma(score[2 * n], q[kk], b[0], b[1]);
-                mma(score[2 * n + 1], q[kk], b[2], b[3]);
-            }
-    }
-
-    // The same by the whole group, under way when it returns.
-    __device__ void start_scores(float score[WARP_KEYS / 8][4], const unsigned char* keys) {
-        wgmma_fence();
-#pragma unroll
-        for (u32 kk = 0; kk < HEAD_DIM / 16; kk++) {
-            const u64 matrix = wgmma_matrix(keys + kk / 4 * HALF_BYTES + kk % 4 * 32, 0, 1024);
-            if (CACHE == 1) wgmma_rows64(score, q[kk], matrix, kk > 0);
-            else wgmma_rows64_f16(score, q[kk], matrix, kk > 0);
-        }
-        wgmma_commit();
-    }
-
-    // Scores become weights. What was added before must be rescaled to the new maximum before more is added. In a masked
-    // tile, bit j of `sees[i]` says that row i sees key j.
-    template <bool MASKED>
-    __device__ void weigh(float score[WARP_KEYS / 8][4], const u64 sees[2], u32 lane) {
-        if (MASKED) {
-#pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 8; n++)
-#pragma unroll
-                for (u32 i = 0; i < 4; i++)
-                    if (!(sees[i / 2] >> (n * 8 + lane % 4 * 2 + i % 2) & 1)) score[n][i] = NEVER;
-        }
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            float most = NEVER;
-#pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 8; n++) most = fmaxf(most, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
-            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2));
-            most = fmaxf(largest[i], most * (SCALE * LOG2_E));
-            // A row that has seen no key yet keeps its zeros.
-            const float base = MASKED && most == NEVER ? 0.0f : most;
-            rescale[i] = exp2_approx(largest[i] - base);
-            largest[i] = most;
-            sum[i] *= rescale[i];
-#pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 8; n++)
-#pragma unroll
-                for (u32 j = 2 * i; j < 2 * i + 2; j++) {
-                    score[n][j] = exp2_approx(fmaf(score[n][j], SCALE * LOG2_E, -base));
-                    sum[i] += score[n][j];
-                }
-        }
-    }
-
-    __device__ void rescale_out() {
-#pragma unroll
-        for (u32 d = 0; d < HEAD_DIM / 8; d++)
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) out[d][i] *= rescale[i / 2];
-    }
-
-    // Weights of 16 keys as the products take them.
-    __device__ static void narrow(u32 a[4], const float (*weight)[4]) {
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) a[i] = pack(weight[i / 2][i % 2 * 2], weight[i / 2][i % 2 * 2 + 1]);
-    }
-
-    // Adds the values of this warp's keys. In a masked tile, bit j of `any` says that some row sees key j: a value that none
-    // sees may be anything, NaN too, which zero times would not remove.
-    template <bool MASKED>
-    __device__ void add_values(const float weight[WARP_KEYS / 8][4], const unsigned char* values, u32 first_key, u64 any,
-                               u32 lane) {
-#pragma unroll
-        for (u32 n = 0; n < WARP_KEYS / 16; n++) {
-            u32 a[4], keep[2] = {FULL_WARP, FULL_WARP};
-            narrow(a, weight + 2 * n);
-            if (MASKED) {
-                for (u32 i = 0; i < 2; i++) {
-                    const u32 pair = (u32)(any >> (n * 16 + i * 8 + lane % 4 * 2)) & 3;
-                    keep[i] = (pair & 1 ? 0xffffu : 0u) | (pair & 2 ? 0xffff0000u : 0u);
-                }
-            }
-#pragma unroll
-            for (u32 d = 0; d < HEAD_DIM / 16; d++) {
-                u32 b[4];
-                ldmatrix_x4_trans(b, place(values, first_key + n * 16 + lane / 8 % 2 * 8 + lane % 8, 2 * d + lane / 16));
-                if (MASKED) b[0] &= keep[0], b[1] &= keep[1], b[2] &= keep[0], b[3] &= keep[1];
-                mma(out[2 * d], a, b[0], b[1]);
-                mma(out[2 * d + 1], a, b[2], b[3]);
-            }
-        }
-    }
-
-    // The same by the whole group, under way when it returns.
-    __device__ void start_values(const u32 weights[TILE / 16][4], const unsigned char* values) {
-        wgmma_fence();
-#pragma unroll
-        for (u32 n = 0; n < TILE / 16; n++) {
-            const u64 matrix = wgmma_matrix(values + n * 16 * 128, HALF_BYTES, 1024);
-            if (HEAD_DIM == 64 && CACHE == 1) wgmma_columns64(out, weights[n], matrix, true);
-            if (HEAD_DIM == 64 && CACHE == 2) wgmma_columns64_f16(out, weights[n], matrix, true);
-            if (HEAD_DIM == 128 && CACHE == 1) wgmma_columns128(out, weights[n], matrix, true);
-            if (HEAD_DIM == 128 && CACHE == 2) wgmma_columns128_f16(out, weights[n], matrix, true);
-        }
-        wgmma_commit();
-    }
-
-    // Leaves the rows' partial results with the blocks that finish them.
-    __device__ void store(Shared& shared, u32 part, u32 first, u32 n_rows, u32 lane) {
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            const u32 row = first + lane / 4 + 8 * i;
-            sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 1);
-            sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 2);
-            if (row >= n_rows) continue;
-            Parts& parts = CLUSTER == 1 ? shared.parts : *cluster_map(&shared.parts, row / ROWS_EACH);
-            if (lane % 4 == 0) parts.sums[part][row % ROWS_EACH] = make_float2(largest[i], sum[i]);
-            float* to = parts.out[part][row % ROWS_EACH] + lane % 4 * 2;
-#pragma unroll
-            for (u32 d = 0; d < HEAD_DIM / 8; d++) *(float2*)(to + d * 8) = make_float2(out[d][2 * i], out[d][2 * i + 1]);
-        }
-    }
-};
 
 // 64 bits of a row's ancestor words from node `first` on; nodes before 0 are prefix, and seen.
 __device__ __forceinline__ u64 window(const u32* words, int first) {
@@ -605,6 +302,7 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
         }
         if (CLUSTER > 1) cluster_sync(); // the parts are there
     }
+    if (CLUSTER > 1 && !again) cluster_wait();
 }
 
 // A consumer warp's tiles of a chunk: its group's turns among the block's.
@@ -739,11 +437,12 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
         if (CLUSTER == 1 && again) named_barrier(1, CONSUMERS); // the parts of the chunk before are read
         if (CLUSTER > 1 && !again) cluster_wait(); // all blocks have begun
         const u32 part = (cluster_rank_or_zero() * KEY_GROUPS + key_group) * KEY_WARPS + key_warp;
-        if (has_rows) acc.store(shared, part, first_row, min(M, request.n_rows * GROUP - first_packed), lane);
+        if (has_rows) leave_parts(acc, shared, part, first_row, min(M, request.n_rows * GROUP - first_packed), lane);
         if (CLUSTER > 1) cluster_sync(); // the parts are there
         else named_barrier(1, CONSUMERS);
         finish(shared, request, item, partials, counters, out, thread);
     }
+    if (CLUSTER > 1 && !again) cluster_wait();
     if (!waited) wait_for_previous();
 }
 

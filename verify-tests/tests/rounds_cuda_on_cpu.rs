@@ -58,7 +58,7 @@ struct Done {
 
 /// An engine on the emulation. With a shape the host drafts.
 fn engine(model: &Model, drafter: Box<dyn Drafter>, shape: Option<TreeShape>) -> Option<Engine> {
-    let mut backend = cuda_on_cpu()?;
+    let mut backend = cuda_on_cpu(0)?;
     let limits = Limits { context: CONTEXT, max_nodes: 16, top_k: 1 };
     let target = Network::load(backend.as_mut(), model, limits, &mut |_, _| {}).unwrap();
     let scheduler = Scheduler::new(shape, 16, PassCost(&[(1, 1.0), (2, 1.001)]));
@@ -250,7 +250,7 @@ fn the_device_drafts_what_the_oracle_drafts() {
     for (seed, (nodes, alphabet, row_cost)) in
         [(16, 3, 0.001f32), (16, 12, 0.02), (64, 4, 0.0), (5, 2, 0.3), (1, 3, 0.01)].into_iter().enumerate()
     {
-        let Some(cuda) = cuda_on_cpu() else { return };
+        let Some(cuda) = cuda_on_cpu(0) else { return };
         let mut both = [cuda, Box::new(Oracle::new()) as Box<dyn Backend>].map(|b| Drafting::new(b, nodes, row_cost));
         let mut rng = Rng::new(seed as u64);
         // One request is stopped from the start, one is at its limit but for a token.
