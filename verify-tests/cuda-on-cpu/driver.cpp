@@ -64,6 +64,7 @@ struct Stream {
     Device* device = current_device;
     std::recursive_mutex turn; // who holds it carries out the queue
     emu::Machine machine;
+    uint64_t n_launches = 0;
     bool waits_for_default = true;
     std::deque<Work> queue;
     Graph* capturing = nullptr;
@@ -101,7 +102,6 @@ Stream default_stream;
 std::vector<std::shared_ptr<Stream>> streams;
 unsigned n_forbidding = 0;             // captures that forbid all threads
 thread_local unsigned n_capturing = 0; // captures that this thread has begun
-std::atomic<uint64_t> n_launches;
 
 #define LOCK std::lock_guard<std::recursive_mutex> lock(mutex)
 bool is_capturing() {
@@ -213,9 +213,6 @@ void launch(const Function& function, emu::Launch launch, const std::vector<std:
     for (const auto& argument : arguments) pointers.push_back((void*)argument.data());
     launch.kernel = function.name.c_str();
     launch.arguments = pointers.data();
-    const char* seed = getenv("EMU_SEED");
-    launch.seed = seed ? strtoull(seed, nullptr, 10) : 0;
-    if (launch.seed) launch.seed += n_launches++;
     emu::running = launch.machine;
     function.run(launch);
     emu::running = nullptr;
@@ -246,6 +243,9 @@ int enqueue_launch(void* f, emu::Launch l, void* stream, void** parameters) {
     return enqueue(stream, [&function, l, arguments](Stream& on) {
         emu::Launch now = l;
         now.machine = &on.machine;
+        const char* seed = getenv("EMU_SEED");
+        now.seed = seed ? strtoull(seed, nullptr, 10) : 0;
+        if (now.seed) now.seed += on.n_launches++; // another order each time
         launch(function, now, arguments);
     });
 }

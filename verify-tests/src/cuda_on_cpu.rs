@@ -15,7 +15,7 @@ const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/cuda-on-cpu");
 const FLAGS: [&str; 5] = ["-O2", "-std=c++17", "-w", "-ffp-contract=off", "-fvisibility=hidden"];
 
 /// Points the CUDA backend of this process at the make-believe driver and NVRTC. Call before anything that looks for a
-/// driver. The error says why there can be none.
+/// driver. The error says why there can be none. Blocks, warps and lanes run in an order that `EMU_SEED` chooses.
 #[allow(unsafe_code)]
 pub fn set_up() -> Result<(), String> {
     static DONE: OnceLock<Result<(), String>> = OnceLock::new();
@@ -24,16 +24,18 @@ pub fn set_up() -> Result<(), String> {
         let driver = build("driver.cpp", "libcuda.so.1", &["-shared", "-fPIC"])?;
         let headers = format!("-DEMU_HEADERS=\"{SOURCES}\"");
         let nvrtc = build("nvrtc.cpp", "libnvrtc.so.13", &["-shared", "-fPIC", &headers])?;
+        let seed = std::env::var_os("EMU_SEED").unwrap_or("1".into());
         let variables = [
-            ("TREESPARK_CUDA_DRIVER", driver),
-            ("TREESPARK_NVRTC", nvrtc),
-            ("TREESPARK_CACHE", folder.join("cache")),
-            ("TREESPARK_EMULATION_DIR", folder),
+            ("TREESPARK_CUDA_DRIVER", driver.into()),
+            ("TREESPARK_NVRTC", nvrtc.into()),
+            ("TREESPARK_CACHE", folder.join("cache").into()),
+            ("TREESPARK_EMULATION_DIR", folder.into()),
+            ("EMU_SEED", seed),
         ];
-        for (name, path) in variables {
+        for (name, value) in variables {
             // SAFETY: Rust's own readers of the environment and this writer take turns by a lock of the standard library;
             // the only others in this process are the two libraries, which are loaded after this.
-            unsafe { std::env::set_var(name, path) };
+            unsafe { std::env::set_var(name, value) };
         }
         Ok(())
     };

@@ -151,3 +151,46 @@ pub fn equal_row(what: &str, (run_a, a): (&Outputs, usize), (run_b, b): (&Output
     same(&format!("{what}: top ids of rows {a} and {b}"), &run_a.top_ids[a], &run_b.top_ids[b])?;
     same_bits(&format!("{what}: top values of rows {a} and {b}"), &run_a.top_values[a], &run_b.top_values[b])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arb::HOUSE_MODELS;
+    use crate::batch::{Batch, Member, Tree};
+
+    /// The outputs of one greedy row.
+    fn outputs(agreement: Agreement, logits: &[f32], draw: u32) -> Outputs {
+        let batch = Batch { members: vec![Member::new(&[], Tree::chain(&[0]))] };
+        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+        ids.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
+        Outputs {
+            contexts: batch.draw_contexts(),
+            agreement,
+            logits: vec![logits.to_vec()],
+            draws: vec![draw],
+            top_values: vec![ids.iter().map(|&id| logits[id as usize]).collect()],
+            top_ids: vec![ids],
+        }
+    }
+
+    fn agree(agreement: Agreement, a: (&[f32], u32), b: (&[f32], u32)) -> bool {
+        same_row("", (&outputs(agreement, a.0, a.1), 0), (&outputs(agreement, b.0, b.1), 0)).is_ok()
+    }
+
+    #[test]
+    fn only_tensor_cores_are_not_held_to_bits() {
+        let tiled = HOUSE_MODELS.iter().filter(|sizes| Agreement::of("cuda", sizes) != Agreement::Bits).count();
+        assert_eq!(tiled, 4);
+        assert!(HOUSE_MODELS.iter().all(|sizes| Agreement::of("wgpu", sizes) == Agreement::Bits));
+    }
+
+    #[test]
+    fn bits_are_bits_and_near_ties_are_no_more_than_that() {
+        let within = Agreement::Within(Tolerance { relative: 0.01 });
+        let (a, b): (&[f32], &[f32]) = (&[1.0, 2.001, 2.0], &[1.0, 2.0, 2.001]);
+        assert!(agree(Agreement::Bits, (a, 1), (a, 1)) && !agree(Agreement::Bits, (a, 1), (b, 2)));
+        assert!(agree(within, (a, 1), (b, 2)));
+        assert!(!agree(within, (a, 1), (b, 0)), "a draw that is no near-tie");
+        assert!(!agree(within, (a, 1), (&[1.0, 2.1, 2.0], 1)), "logits too far apart");
+    }
+}
