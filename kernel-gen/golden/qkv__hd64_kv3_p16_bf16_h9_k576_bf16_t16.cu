@@ -5,9 +5,9 @@ typedef unsigned int u32;
 
 // q, k, v = rms_norm(x[r]) · weightᵀ + bias; q and k heads normed and turned by their position; k and v cached.
 //
-// Rope turns elements i and i + D/2 of a head together: such a *pair* of outputs. A tile has the first elements of eight
-// pairs, then their second ones, and so on; where heads are normed, all pairs of whole heads. Pairs are finished four
-// neighbours at a time.
+// Rope turns elements i and i + D/2 of a head together: such a *pair* of outputs. A tile has the first elements of
+// eight pairs, then their second ones, and so on; where heads are normed, all pairs of whole heads. Pairs are finished
+// four neighbours at a time.
 
 // constants-begin
 constexpr u32 COLUMNS = 576u; // elements of a row of x, columns of the weight
@@ -28,7 +28,7 @@ constexpr bool K_NORM = false;
 constexpr u32 TILE_PAIRS = 8u; // of a tile
 constexpr u32 TOKENS = 16u; // of a tile
 constexpr u32 TOKEN_TILES = 1u;
-constexpr u32 M_TILES = 1u; // 16 weight rows each, of a warp
+constexpr u32 ROW_TILES = 2u; // of eight weight rows, of a warp
 constexpr u32 WARPS_M = 1u; // warps along the weight rows
 constexpr u32 WARPS_K = 9u; // warps along the columns
 constexpr u32 CLUSTER = 1u; // blocks along the columns
@@ -238,9 +238,19 @@ __device__ __forceinline__ u32 cluster_rank() {
     return r;
 }
 
+// The two halves of a barrier for all threads of the cluster, which orders no memory.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
 // A barrier for all threads of the cluster; what they wrote to shared memory before is seen after.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Until all threads of the cluster have come here: after it, nobody reads this block's shared memory any more. Unlike
+// `cluster_sync` it does not wait for what was written.
+__device__ __forceinline__ void cluster_leave() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // Where `p`, in this block's shared memory, lies in that of block `rank` of the cluster.
@@ -252,7 +262,10 @@ __device__ __forceinline__ T* cluster_map(T* p, u32 rank) {
 }
 #else
 __device__ __forceinline__ u32 cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ void cluster_leave() {}
 template <class T>
 __device__ __forceinline__ T* cluster_map(T* p, u32) { return p; }
 #endif
@@ -357,9 +370,9 @@ __device__ __forceinline__ u64 cache_element(const u32* pages, u32 request, u32 
 //
 //     sum[token][row] = sum over k of weight[row][k] * gamma[k] * x[token][k]
 //
-// The columns are cut into *steps* of 64, whole lines of memory, and the steps among *teams*: the blocks of a cluster, and
-// WARPS_K teams of each block. A team multiplies its steps with all rows of the tile; its WARPS_M warps have 16 * M_TILES
-// rows each. In the end the teams' sums are added, in order, by whoever needs them (`total`).
+// The columns are cut into *steps* of 64, whole lines of memory, and the steps among *teams*: the blocks of a cluster,
+// and WARPS_K teams of each block. A team multiplies its steps with all rows of the tile; its WARPS_M warps have
+// 8 * ROW_TILES rows each. In the end the teams' sums are added, in order, by whoever needs them (`total`).
 //
 //     weights      stream through a ring in shared memory, DEPTH steps ahead. A lane copies what its own tensor-core
 //                  fragments need, 16 bytes of a row at a time, so the ring needs no barrier. They are requested before
@@ -370,12 +383,12 @@ __device__ __forceinline__ u64 cache_element(const u32* pages, u32 request, u32 
 //                  its fragments in registers
 //     norm         is linear but for one factor a token, so the sum of squares is gathered on the way (`inv_rms`)
 //
-// The order of a token's sums depends on the matrix alone (COLUMNS, CLUSTER, WARPS_K, whether WARPS_M is 1), never on how
-// many tokens share the pass or a tile.
+// The order of a token's sums depends on the matrix alone (COLUMNS, CLUSTER, WARPS_K, SPLIT, whether WARPS_M is 1),
+// never on how many tokens share the pass or a tile.
 //
 // Weights in F32 take a plain path, lanes along the columns, with the same teams.
 //
-// Needs ptx, formats. Expects COLUMNS, WEIGHT, NORMED, EPS, TOKENS, TOKEN_TILES, M_TILES, WARPS_M, WARPS_K, CLUSTER,
+// Needs ptx, formats. Expects COLUMNS, WEIGHT, NORMED, EPS, TOKENS, TOKEN_TILES, ROW_TILES, WARPS_M, WARPS_K, CLUSTER,
 // AHEAD, DEPTH, SPLIT, SHARED_BYTES.
 
 constexpr u32 STEP = 64; // columns
@@ -383,9 +396,11 @@ constexpr u32 STEPS = (COLUMNS + STEP - 1) / STEP;
 constexpr u32 TEAM_STEPS = (STEPS + CLUSTER * WARPS_K - 1) / (CLUSTER * WARPS_K);
 constexpr u32 TEAM = 32 * WARPS_M; // threads
 constexpr u32 THREADS = TEAM * WARPS_K;
-constexpr u32 WARP_ROWS = 16 * M_TILES;
+constexpr u32 WARP_ROWS = 8 * ROW_TILES;
 constexpr u32 ROWS = WARP_ROWS * WARPS_M; // weight rows of a tile
-constexpr u32 N_TILES = TOKENS / 8;
+// The tensor cores multiply 16 tokens with 8 weight rows. A lane has tokens of their tiles in pairs, g and g + 8.
+constexpr u32 M_TILES = (TOKENS + 15) / 16;
+constexpr u32 PAIR = TOKENS > 8 ? 2 : 1;
 constexpr bool PLAIN = WEIGHT == F32;
 // A warp with columns of its own.
 constexpr bool ALONE = WARPS_M == 1;
@@ -399,14 +414,15 @@ static_assert(WEIGHT != F16 || SPLIT, "the halves of F16 are scaled differently"
 
 // ---- shared memory
 
-// Activations of a step lie in *units* of four: high and low halves side by side, 16 bytes. Two buffers of
-// [TOKENS][UNIT_STRIDE]; the padding lets eight lanes read units of two tokens without bank conflicts.
+// Activations of a step, in *units* of four columns: of a pair of tokens 16 bytes, as the tensor cores take them. Two
+// buffers of [M_TILES][high, low][8 pairs][UNIT_STRIDE]; padded, so that eight lanes read two pairs' without conflicts.
 constexpr u32 UNITS = STEP / 4;
 constexpr u32 UNIT_STRIDE = UNITS + 1;
-constexpr u32 BUFFER_UNITS = PLAIN || ALONE ? 0 : TOKENS * UNIT_STRIDE;
+constexpr u32 BUFFER_UNITS = PLAIN || ALONE ? 0 : M_TILES * 2 * 8 * UNIT_STRIDE;
 
-// A warp's ring of weights [DEPTH][M_TILES][4][32 lanes][16 bytes], later its sums [TOKENS][SUM_STRIDE].
-constexpr u32 RING_BYTES = PLAIN ? 0 : DEPTH * M_TILES * 4 * 32 * 16;
+// A warp's ring of weights [DEPTH][ROW_TILES][half of the step][32 lanes][16 bytes], later its sums
+// [TOKENS][SUM_STRIDE].
+constexpr u32 RING_BYTES = PLAIN ? 0 : DEPTH * ROW_TILES * 2 * 32 * 16;
 constexpr u32 SUM_STRIDE = WARP_ROWS + 4;
 constexpr u32 SUM_BYTES = TOKENS * SUM_STRIDE * 4;
 constexpr u32 WARP_BYTES = RING_BYTES > SUM_BYTES ? RING_BYTES : SUM_BYTES;
@@ -416,8 +432,8 @@ constexpr u32 SQUARES_AT = UNITS_AT + WARPS_K * 2 * BUFFER_UNITS * 16;
 constexpr u32 MATMUL_BYTES = SQUARES_AT + WARPS_K * TOKENS * 4;
 static_assert(MATMUL_BYTES <= SHARED_BYTES, "the launch gives less shared memory than the tile needs");
 
-// The units of a step that a thread loads: of MY_TOKENS tokens, MY_UNITS each.
-constexpr u32 MY_TOKENS = ALONE ? N_TILES : (TOKENS * UNITS + TEAM - 1) / TEAM;
+// The units of a step that a thread loads: of MY_PAIRS pairs of tokens, MY_UNITS each.
+constexpr u32 MY_PAIRS = ALONE ? M_TILES : (M_TILES * 8 * UNITS + TEAM - 1) / TEAM;
 constexpr u32 MY_UNITS = ALONE ? 4 : 1;
 
 // ---- the tile of a block
@@ -472,7 +488,7 @@ __device__ __forceinline__ void store_row4(float* row, u32 at, float4 v) {
 
 // ---- the product
 
-// Four activations as high and low halves: {high 01, high 23, low 01, low 23}.
+// Four activations as 16-bit halves: {high 01, high 23, low 01, low 23}.
 __device__ __forceinline__ uint4 split(float4 a) {
     a = mul4(a, HIGH_SCALE);
     const u32 high01 = narrow_pair(WEIGHT, a.x, a.y), high23 = narrow_pair(WEIGHT, a.z, a.w);
@@ -481,7 +497,10 @@ __device__ __forceinline__ uint4 split(float4 a) {
                       narrow_pair(WEIGHT, (a.z - h23.x) * LOW_SCALE, (a.w - h23.y) * LOW_SCALE));
 }
 
-__device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
+// d[16 tokens x 8 rows] += activations · weightsᵀ, over the first or second half of what lanes hold of 32 columns.
+__device__ __forceinline__ void mma(float d[4], uint4 activations, uint4 weights, u32 half) {
+    const u32 a[4] = {activations.x, activations.y, activations.z, activations.w};
+    const u32 b0 = half ? weights.z : weights.x, b1 = half ? weights.w : weights.y;
     if (WEIGHT == BF16) mma_bf16(d, a, b0, b1);
     else mma_f16(d, a, b0, b1);
 }
@@ -491,17 +510,19 @@ struct Matmul {
     unsigned char* shared;
     u32 lane, warp, warp_m, team; // team: of the block
     u32 step, end; // the next step that the team multiplies, and where its steps end
-    const char* rows[M_TILES][2]; // this lane's first 16 bytes of its rows of the weight
+    const uint4* weight;
+    u32 rows[ROW_TILES]; // where this lane's part of its rows of the weight begins, in 16 bytes
     float4 gamma[AHEAD][MY_UNITS]; // of the steps to come
-    float4 ahead[AHEAD][MY_TOKENS][MY_UNITS];
-    float squares[MY_TOKENS];
-    float sums[PARTS][M_TILES][N_TILES][4];
+    float4 ahead[AHEAD][MY_PAIRS][PAIR][MY_UNITS];
+    float squares[MY_PAIRS][PAIR];
+    float sums[PARTS][M_TILES][ROW_TILES][4];
 
     // Requests the first weights. `weight_row` says which row of the weight is which of the tile.
     template <class WeightRow>
-    __device__ __forceinline__ void begin(unsigned char* dynamic_shared, Tile of_block, const void* weight,
+    __device__ __forceinline__ void begin(unsigned char* dynamic_shared, Tile of_block, const void* whole_weight,
                                           const float* norm, WeightRow weight_row) {
         shared = dynamic_shared;
+        weight = (const uint4*)whole_weight;
         tile = of_block;
         lane = threadIdx.x % 32;
         warp = threadIdx.x / 32;
@@ -512,12 +533,8 @@ struct Matmul {
         end = first + TEAM_STEPS < STEPS ? first + TEAM_STEPS : STEPS;
         if (PLAIN) return;
 #pragma unroll
-        for (u32 m = 0; m < M_TILES; m++) {
-#pragma unroll
-            for (u32 half = 0; half < 2; half++) {
-                const u32 row = weight_row(warp_m * WARP_ROWS + m * 16 + half * 8 + lane / 4);
-                rows[m][half] = (const char*)weight + ((u64)row * COLUMNS + lane % 4 * 8) * 2;
-            }
+        for (u32 r = 0; r < ROW_TILES; r++) {
+            rows[r] = weight_row(warp_m * WARP_ROWS + r * 8 + lane / 4) * (COLUMNS / 8) + lane % 4;
         }
 #pragma unroll
         for (u32 slot = 0; slot < DEPTH; slot++) request_weights(step + slot, slot);
@@ -527,8 +544,8 @@ struct Matmul {
 
     // All of the team's steps. Writes the warp's sums to shared memory, where `total` finds them.
     template <class WeightRow>
-    __device__ __forceinline__ void multiply(const float* x, const void* weight, const float* norm, WeightRow weight_row) {
-        if constexpr (PLAIN) multiply_plain(x, (const float*)weight, norm, weight_row);
+    __device__ __forceinline__ void multiply(const float* x, const float* norm, WeightRow weight_row) {
+        if constexpr (PLAIN) multiply_plain(x, norm, weight_row);
         else multiply_halves(x, norm);
         if (CLUSTER > 1) cluster_sync();
         else __syncthreads();
@@ -565,7 +582,7 @@ struct Matmul {
 
     // To be called when the block no longer reads sums: others of the cluster may still read its own.
     __device__ __forceinline__ void finish() const {
-        if (CLUSTER > 1) cluster_sync();
+        if (CLUSTER > 1) cluster_leave();
     }
 
   private:
@@ -578,26 +595,28 @@ struct Matmul {
         return CLUSTER > 1 ? cluster_map(here, rank) : here;
     }
 
-    // This lane's part of a slot of the ring: [M_TILES][half of the rows][half of the columns], each 32 lanes apart.
+    // This lane's part of a slot of the ring: [ROW_TILES][half of the step], each 32 lanes apart.
     __device__ __forceinline__ uint4* ring(u32 slot) const {
-        return (uint4*)(shared + warp * WARP_BYTES) + slot * (M_TILES * 4 * 32) + lane;
+        return (uint4*)(shared + warp * WARP_BYTES) + slot * (ROW_TILES * 2 * 32) + lane;
     }
 
     __device__ __forceinline__ void request_weights(u32 of_step, u32 slot) const {
         if (of_step < end) {
 #pragma unroll
-            for (u32 i = 0; i < M_TILES * 4; i++) {
+            for (u32 i = 0; i < ROW_TILES * 2; i++) {
                 const u32 column = of_step * STEP + i % 2 * 32;
                 const bool on = COLUMNS % STEP == 0 || column + lane % 4 * 8 < COLUMNS;
-                cp_async16(ring(slot) + i * 32, rows[i / 4][i / 2 % 2] + column * 2, on);
+                cp_async16(ring(slot) + i * 32, weight + rows[i / 2] + column / 8, on);
             }
         }
         cp_async_commit();
     }
 
-    // This thread's i-th token and the columns of its j-th unit: of a fragment, or of the step as the team shares it.
+    // The first token of this thread's i-th pair, the other is 8 further on, and the columns of its j-th unit: as the
+    // tensor cores want them of this lane, or the next of those that the team shares.
     __device__ __forceinline__ u32 my_token(u32 i) const {
-        return ALONE ? i * 8 + lane / 4 : (i * TEAM + threadIdx.x % TEAM) / UNITS;
+        const u32 pair = ALONE ? i * 8 + lane / 4 : (i * TEAM + threadIdx.x % TEAM) / UNITS;
+        return pair / 8 * 16 + pair % 8;
     }
     __device__ __forceinline__ u32 my_unit(u32 j) const {
         return ALONE ? j / 2 * 8 + lane % 4 * 2 + j % 2 : threadIdx.x % UNITS;
@@ -614,27 +633,34 @@ struct Matmul {
 
     __device__ __forceinline__ void load_activations(const float* x, u32 slot, u32 of_step) {
 #pragma unroll
-        for (u32 i = 0; i < MY_TOKENS; i++) {
-            const u32 token = my_token(i);
+        for (u32 i = 0; i < MY_PAIRS; i++) {
 #pragma unroll
-            for (u32 j = 0; j < MY_UNITS; j++) {
-                const u32 column = of_step * STEP + my_unit(j) * 4;
+            for (u32 j = 0; j < MY_UNITS * PAIR; j++) {
+                const u32 token = my_token(i) + j % PAIR * 8, column = of_step * STEP + my_unit(j / PAIR) * 4;
                 const bool on = token < tile.n_tokens && of_step < end && column < COLUMNS;
                 const float* at = x + (tile.first_token + token) * COLUMNS + column;
-                ahead[slot][i][j] = on ? *(const float4*)at : make_float4(0, 0, 0, 0);
+                ahead[slot][i][j % PAIR][j / PAIR] = on ? *(const float4*)at : make_float4(0, 0, 0, 0);
             }
         }
     }
 
-    // A loaded unit, ready to be multiplied.
-    __device__ __forceinline__ uint4 take_unit(u32 slot, u32 i, u32 j) {
-        float4 a = ahead[slot][i][j];
+    // A loaded unit of a token, as {high 01, high 23, low 01, low 23}.
+    __device__ __forceinline__ uint4 take_halves(u32 slot, u32 i, u32 of_pair, u32 j) {
+        float4 a = ahead[slot][i][of_pair][j];
         if (NORMED) {
-            squares[i] = add_squares(a, squares[i]);
+            squares[i][of_pair] = add_squares(a, squares[i][of_pair]);
             const float4 g = gamma[slot][j];
             a = make_float4(a.x * g.x, a.y * g.y, a.z * g.z, a.w * g.w);
         }
         return split(a);
+    }
+
+    // A loaded unit of a pair of tokens: what a lane holds of the tensor cores' operand.
+    __device__ __forceinline__ void take_unit(u32 slot, u32 i, u32 j, uint4& high, uint4& low) {
+        const uint4 a = take_halves(slot, i, 0, j);
+        const uint4 b = PAIR == 2 ? take_halves(slot, i, PAIR - 1, j) : make_uint4(0, 0, 0, 0);
+        high = make_uint4(a.x, b.x, a.y, b.y);
+        low = make_uint4(a.z, b.z, a.w, b.w);
     }
 
     __device__ __forceinline__ static void team_barrier() {
@@ -644,9 +670,9 @@ struct Matmul {
 
     __device__ __forceinline__ void multiply_halves(const float* x, const float* norm) {
 #pragma unroll
-        for (u32 i = 0; i < PARTS * M_TILES * N_TILES * 4; i++) (&sums[0][0][0][0])[i] = 0.0f;
+        for (u32 i = 0; i < PARTS * M_TILES * ROW_TILES * 4; i++) (&sums[0][0][0][0])[i] = 0.0f;
 #pragma unroll
-        for (u32 i = 0; i < MY_TOKENS; i++) squares[i] = 0.0f;
+        for (u32 i = 0; i < MY_PAIRS * PAIR; i++) squares[i / PAIR][i % PAIR] = 0.0f;
 #pragma unroll
         for (u32 i = 0; i < AHEAD; i++) load_activations(x, i, step + i);
 
@@ -682,82 +708,84 @@ struct Matmul {
 
     __device__ __forceinline__ void share_activations(uint4* units, u32 slot) {
 #pragma unroll
-        for (u32 i = 0; i < MY_TOKENS; i++) {
+        for (u32 i = 0; i < MY_PAIRS; i++) {
             const u32 token = my_token(i);
-            if (token < tile.n_tokens) units[token * UNIT_STRIDE + my_unit(0)] = take_unit(slot, i, 0);
+            if (token >= tile.n_tokens) continue;
+            uint4* to = units + (token / 16 * 16 + token % 8) * UNIT_STRIDE + my_unit(0);
+            take_unit(slot, i, 0, to[0], to[8 * UNIT_STRIDE]);
         }
     }
 
-    // `units`: this lane's first unit of its first token, if the team shares them.
+    // `units`: this lane's first unit of its first pair of tokens, if the team shares them.
     __device__ __forceinline__ void multiply_step(const uint4* units, u32 slot_ahead, u32 slot) {
         if (TEAM_STEPS > DEPTH) cp_async_wait<DEPTH - 1>();
         else cp_async_wait<0>();
 #pragma unroll
         for (u32 half = 0; half < 2; half++) {
-            uint4 weights[M_TILES][2];
+            uint4 weights[ROW_TILES];
 #pragma unroll
-            for (u32 i = 0; i < M_TILES * 2; i++) weights[i / 2][i % 2] = ring(slot)[(i * 2 + half) * 32];
+            for (u32 r = 0; r < ROW_TILES; r++) weights[r] = ring(slot)[(r * 2 + half) * 32];
             if (half == 1 && TEAM_STEPS > DEPTH) request_weights(step + DEPTH, slot);
-            multiply_tokens<N_TILES>(units + half * 8, slot_ahead, half, weights);
+            multiply_tokens<M_TILES>(units + half * 8, slot_ahead, half, weights);
         }
     }
 
     // A lane's 16 bytes of a row are eight elements k: their first four are what it holds of 16 columns of the tensor
     // core's operands, their last four of the next 16. Which columns these are does not matter, as long as weights and
     // activations agree.
-    template <u32 N>
+    template <u32 M>
     __device__ __forceinline__ void multiply_tokens(const uint4* units, u32 slot_ahead, u32 half,
-                                                    const uint4 weights[M_TILES][2]) {
-        if constexpr (N > 1) {
-            if (tile.n_tokens <= N / 2 * 8) return multiply_tokens<N / 2>(units, slot_ahead, half, weights);
+                                                    const uint4 weights[ROW_TILES]) {
+        if constexpr (M > 1) {
+            if (tile.n_tokens <= M / 2 * 16) return multiply_tokens<M / 2>(units, slot_ahead, half, weights);
         }
 #pragma unroll
         for (u32 k = 0; k < 2; k++) {
-            u32 a[M_TILES][4];
 #pragma unroll
-            for (u32 m = 0; m < M_TILES; m++) {
-                const uint4 upper = weights[m][0], lower = weights[m][1];
-                a[m][0] = k ? upper.z : upper.x;
-                a[m][1] = k ? lower.z : lower.x;
-                a[m][2] = k ? upper.w : upper.y;
-                a[m][3] = k ? lower.w : lower.y;
-            }
+            for (u32 m = 0; m < M; m++) {
+                uint4 high, low;
+                if (ALONE) {
+                    take_unit(slot_ahead, m, half * 2 + k, high, low);
+                } else {
+                    high = units[m * 16 * UNIT_STRIDE + k];
+                    low = units[(m * 16 + 8) * UNIT_STRIDE + k];
+                }
 #pragma unroll
-            for (u32 n = 0; n < N; n++) {
-                const uint4 b = ALONE ? take_unit(slot_ahead, n, half * 2 + k) : units[n * 8 * UNIT_STRIDE + k];
+                for (u32 r = 0; r < ROW_TILES; r++) mma(sums[0][m][r], high, weights[r], k);
 #pragma unroll
-                for (u32 m = 0; m < M_TILES; m++) mma(sums[0][m][n], a[m], b.x, b.y);
-#pragma unroll
-                for (u32 m = 0; m < M_TILES; m++) mma(sums[PARTS - 1][m][n], a[m], b.z, b.w);
+                for (u32 r = 0; r < ROW_TILES; r++) mma(sums[PARTS - 1][m][r], low, weights[r], k);
             }
         }
     }
 
     __device__ __forceinline__ void store_sums() const {
-        float* to = warp_sums(team, warp_m) + lane % 4 * 2 * SUM_STRIDE + lane / 4;
+        float* to = warp_sums(team, warp_m) + lane / 4 * SUM_STRIDE + lane % 4 * 2;
 #pragma unroll
-        for (u32 n = 0; n < N_TILES; n++) {
-            if (n * 8 >= tile.n_tokens) break;
+        for (u32 m = 0; m < M_TILES; m++) {
+            if (m * 16 >= tile.n_tokens) break;
 #pragma unroll
-            for (u32 m = 0; m < M_TILES; m++) {
-#pragma unroll
-                for (u32 i = 0; i < 4; i++) {
-                    float sum = sums[0][m][n][i];
-                    if (SPLIT) sum = fmaf(sums[PARTS - 1][m][n][i], 1.0f / LOW_SCALE, sum);
-                    to[(n * 8 + i % 2) * SUM_STRIDE + m * 16 + i / 2 * 8] = sum * (1.0f / HIGH_SCALE);
-                }
+            for (u32 i = 0; i < ROW_TILES * PAIR; i++) {
+                const u32 r = i / PAIR, of_pair = i % PAIR;
+                *(float2*)(to + (m * 16 + of_pair * 8) * SUM_STRIDE + r * 8) =
+                    make_float2(sum_of_parts(m, r, of_pair * 2), sum_of_parts(m, r, of_pair * 2 + 1));
             }
         }
     }
 
+    __device__ __forceinline__ float sum_of_parts(u32 m, u32 r, u32 i) const {
+        float sum = sums[0][m][r][i];
+        if (SPLIT) sum = fmaf(sums[PARTS - 1][m][r][i], 1.0f / LOW_SCALE, sum);
+        return sum * (1.0f / HIGH_SCALE);
+    }
+
     __device__ __forceinline__ void store_all_squares() const {
-        constexpr u32 LANES = ALONE ? 4 : UNITS; // that have units of the same token
+        constexpr u32 LANES = ALONE ? 4 : UNITS; // that have units of the same tokens
 #pragma unroll
-        for (u32 i = 0; i < MY_TOKENS; i++) {
-            float sum = squares[i];
+        for (u32 i = 0; i < MY_PAIRS * PAIR; i++) {
+            float sum = squares[i / PAIR][i % PAIR];
 #pragma unroll
             for (u32 lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, lanes);
-            store_squares(my_token(i), sum, lane % LANES == 0);
+            store_squares(my_token(i / PAIR) + i % PAIR * 8, sum, lane % LANES == 0);
         }
     }
 
@@ -767,15 +795,16 @@ struct Matmul {
 
     // Four rows and eight tokens at a time; a lane has every 32nd four columns.
     template <class WeightRow>
-    __device__ __forceinline__ void multiply_plain(const float* x, const float* weight, const float* norm,
-                                                   WeightRow weight_row) const {
+    __device__ __forceinline__ void multiply_plain(const float* x, const float* norm, WeightRow weight_row) const {
         const u32 begin = step * STEP + lane * 4;
         const u32 stop = end * STEP < COLUMNS ? end * STEP : COLUMNS;
         x += tile.first_token * COLUMNS;
         for (u32 row = 0; row < WARP_ROWS; row += 4) {
             const float* weights[4];
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) weights[i] = weight + (u64)weight_row(warp_m * WARP_ROWS + row + i) * COLUMNS;
+            for (u32 i = 0; i < 4; i++) {
+                weights[i] = (const float*)weight + (u64)weight_row(warp_m * WARP_ROWS + row + i) * COLUMNS;
+            }
             for (u32 token = 0; token < tile.n_tokens; token += 8) {
                 float of_lane[4][8] = {};
                 for (u32 k = begin; k < stop; k += 128) {
@@ -836,7 +865,8 @@ constexpr u32 GROUPS = TILE_PAIRS / 4 / GROUP; // of a tile
 constexpr bool EARLY = GROUPS * GROUP_LANES * ((TOKENS + CLUSTER - 1) / CLUSTER) <= THREADS;
 
 __device__ __forceinline__ float4 scale(float4 v, float4 gamma, float factor) {
-    return make_float4(v.x * (factor * gamma.x), v.y * (factor * gamma.y), v.z * (factor * gamma.z), v.w * (factor * gamma.w));
+    const float4 by = mul4(gamma, factor);
+    return make_float4(v.x * by.x, v.y * by.y, v.z * by.z, v.w * by.w);
 }
 
 // Where the vectors of a token go.
@@ -937,7 +967,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     wait_for_previous();
     if (tile.n_tokens == 0) return;
-    matmul.multiply(x, weight, norm, weight_row);
+    matmul.multiply(x, norm, weight_row);
 
     // Lanes of a warp stay together, because they add up the squares of a head.
     for (u32 i = threadIdx.x; Four(tile, i / 32 * 32).is_token; i += THREADS) {
@@ -952,7 +982,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (HEAD_NORM) {
             float squares = i % GROUP_LANES < GROUP ? add_squares(v.second, add_squares(v.first, 0.0f)) : 0.0f;
 #pragma unroll
-            for (u32 lanes = GROUP_LANES / 2; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(FULL_WARP, squares, lanes);
+            for (u32 lanes = GROUP_LANES / 2; lanes > 0; lanes /= 2) {
+                squares += __shfl_xor_sync(FULL_WARP, squares, lanes);
+            }
             if (four.head < HEADS ? Q_NORM : K_NORM && four.head < HEADS + KV_HEADS) {
                 const float head_factor = 1.0f / sqrtf(squares / HEAD_DIM + EPS);
                 const Pairs gamma = load_pairs((four.head < HEADS ? q_norm : k_norm) + four.d);

@@ -11,7 +11,8 @@ typedef unsigned int u32;
 // that reach past it test the ancestor words.
 //
 //     schedule    units are cut into chunks of tiles so that all clusters of the grid have about the same to do
-//     producer    one warp copies the tiles of this block's share into a ring in shared memory
+//     producer    one warp copies the tiles of this block's share into a ring in shared memory: keys and values by turns,
+//                 each let go as soon as it is used
 //     consumers   GROUPS groups of four warps. A group owns up to 64 rows; groups with the same rows take the tiles in
 //                 turn. A warp owns 16 rows and its part of the tile's keys:
 //                     scores  = q · kᵀ
@@ -36,9 +37,9 @@ constexpr u32 SLABS = 1u; // units that a request of all the pass's rows needs f
 constexpr float SCALE = 0.125f; // of the scores
 constexpr u32 GROUPS = 1u; // groups of four consumer warps
 constexpr bool WGMMA = true; // products by whole groups, of 64 rows
-constexpr u32 STAGES = 6u; // tiles in the ring, a multiple of the groups that take turns
+constexpr u32 STAGES = 10u; // tiles of keys or of values in the ring, twice a multiple of the groups that take turns
 constexpr u32 CLUSTER = 8u; // blocks that share a chunk
-constexpr u32 BLOCKS = 1u; // of a multiprocessor: this kernel's and the next one's
+constexpr u32 BLOCKS = 2u; // of a multiprocessor: this kernel's and the next one's
 constexpr bool BULK = true; // bulk copies, or else 16-byte ones
 constexpr u32 MIN_CHUNK = 16u; // fewer tiles are not worth a merge through the workspace
 constexpr u32 MAX_REQUESTS = 4u;
@@ -246,9 +247,19 @@ __device__ __forceinline__ u32 cluster_rank() {
     return r;
 }
 
+// The two halves of a barrier for all threads of the cluster, which orders no memory.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
 // A barrier for all threads of the cluster; what they wrote to shared memory before is seen after.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Until all threads of the cluster have come here: after it, nobody reads this block's shared memory any more. Unlike
+// `cluster_sync` it does not wait for what was written.
+__device__ __forceinline__ void cluster_leave() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // Where `p`, in this block's shared memory, lies in that of block `rank` of the cluster.
@@ -260,7 +271,10 @@ __device__ __forceinline__ T* cluster_map(T* p, u32 rank) {
 }
 #else
 __device__ __forceinline__ u32 cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ void cluster_leave() {}
 template <class T>
 __device__ __forceinline__ T* cluster_map(T* p, u32) { return p; }
 #endif
@@ -305,105 +319,43 @@ __device__ __forceinline__ u64 wgmma_matrix(const void* begin, u32 across, u32 d
     return (u64)(shared_address(begin) >> 4 & 0x3fff) | (u64)(across >> 4) << 16 | (u64)(down >> 4) << 32 | swizzle_128 << 62;
 }
 
+#define WGMMA_FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define WGMMA_EIGHT(i) \
+    WGMMA_FOUR(i), WGMMA_FOUR(i + 1), WGMMA_FOUR(i + 2), WGMMA_FOUR(i + 3), WGMMA_FOUR(i + 4), WGMMA_FOUR(i + 5), \
+        WGMMA_FOUR(i + 6), WGMMA_FOUR(i + 7)
+#define WGMMA_NAMES_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_NAMES_64 \
+    WGMMA_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// Results [64 x WIDTH] in d, operands behind them: `a`, `b`, whether to add.
+#define WGMMA_PRODUCT(NAME, WIDTH, FORMAT, TRANSPOSED, NAMES, OPERANDS, ADD, ...)                                        \
+    __device__ __forceinline__ void NAME(float (*d)[4], const u32 a[4], u64 b, bool add) {                              \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                              \
+                     "wgmma.mma_async.sync.aligned.m64n" WIDTH "k16.f32." FORMAT "." FORMAT " {" NAMES "}, " OPERANDS    \
+                     ", add, 1, 1, " TRANSPOSED ";\n}\n"                                                                \
+                     : __VA_ARGS__                                                                                      \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));                              \
+    }
+#define WGMMA_64(NAME, FORMAT, TRANSPOSED) \
+    WGMMA_PRODUCT(NAME, "64", FORMAT, TRANSPOSED, WGMMA_NAMES_32, "{%32, %33, %34, %35}, %36", "%37", WGMMA_EIGHT(0))
+#define WGMMA_128(NAME, FORMAT, TRANSPOSED)                                                                     \
+    WGMMA_PRODUCT(NAME, "128", FORMAT, TRANSPOSED, WGMMA_NAMES_64, "{%64, %65, %66, %67}, %68", "%69", WGMMA_EIGHT(0), \
+                  WGMMA_EIGHT(8))
+
 // d[64 x 64] = a[64 x 16] bᵀ, or += if `add`; b has 64 rows, of which 16 columns are used.
 // The _f16 forms take f16 instead of bf16.
-__device__ __forceinline__ void wgmma_rows64(float (*d)[4], const u32 a[4], u64 b, bool add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}\n"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
-}
-
-__device__ __forceinline__ void wgmma_rows64_f16(float (*d)[4], const u32 a[4], u64 b, bool add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}\n"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
-}
+WGMMA_64(wgmma_rows64, "bf16", "0")
+WGMMA_64(wgmma_rows64_f16, "f16", "0")
 
 // d[64 x 64] += a[64 x 16] b; b has 16 rows of 64 columns.
-__device__ __forceinline__ void wgmma_columns64(float (*d)[4], const u32 a[4], u64 b, bool add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}\n"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
-}
-
-__device__ __forceinline__ void wgmma_columns64_f16(float (*d)[4], const u32 a[4], u64 b, bool add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}\n"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
-}
+WGMMA_64(wgmma_columns64, "bf16", "1")
+WGMMA_64(wgmma_columns64_f16, "f16", "1")
 
 // d[64 x 128] += a[64 x 16] b; b has 16 rows of 128 columns.
-__device__ __forceinline__ void wgmma_columns128(float (*d)[4], const u32 a[4], u64 b, bool add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, {%64, %65, %66, %67}, %68, add, 1, 1, 1;\n}\n"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
-          "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
-          "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
-          "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
-          "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
-}
-
-__device__ __forceinline__ void wgmma_columns128_f16(float (*d)[4], const u32 a[4], u64 b, bool add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, {%64, %65, %66, %67}, %68, add, 1, 1, 1;\n}\n"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-          "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-          "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
-          "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
-          "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
-          "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
-          "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
-}
+WGMMA_128(wgmma_columns128, "bf16", "1")
+WGMMA_128(wgmma_columns128_f16, "f16", "1")
 
 // All four warps of a group keep this many registers each, or get as many, once others have given them.
 template <u32 REGISTERS>
@@ -463,45 +415,14 @@ __device__ __forceinline__ u64 cache_element(const u32* pages, u32 request, u32 
     return cache_block(page, head) + cache_place(slot % PAGE_SIZE, d);
 }
 
+// What the blocks of tree attention have to do: units of rows, cut into chunks of tiles of keys.
+//
+// A *unit* is a request, a kv head and a slab of M of the request's packed rows. Units are cut so that all clusters of the
+// grid have about the same to do, by lengths that are read on the device: a captured graph serves any.
+//
+// Needs ptx, layout. Expects KV_HEADS, GROUP, M, CLUSTER, MIN_CHUNK.
 
-
-constexpr u32 HEADS = KV_HEADS * GROUP;
 constexpr u32 TILE = 64; // keys
-constexpr u32 HALVES = HEAD_DIM / 64; // a vector is read in pieces of 64 elements
-constexpr u32 HALF_BYTES = TILE * 128; // of a tile
-constexpr u32 TILE_BYTES = HALVES * HALF_BYTES;
-constexpr u32 STAGE_BYTES = 2 * TILE_BYTES; // keys, then values
-constexpr u32 ROW_GROUPS = (M + 63) / 64; // groups that share a tile
-constexpr u32 KEY_GROUPS = GROUPS / ROW_GROUPS; // that take tiles in turn
-constexpr u32 ROW_WARPS = M / ROW_GROUPS / 16;
-constexpr u32 KEY_WARPS = 4 / ROW_WARPS;
-constexpr u32 WARP_KEYS = TILE / KEY_WARPS; // of a tile
-constexpr u32 CONSUMERS = GROUPS * 128; // threads
-// Registers move between groups of four warps, from the producer's to the consumers': where they do, three warps idle.
-constexpr u32 THREADS = CONSUMERS + (WGMMA ? 128 : 32);
-constexpr u32 PARTS = KEY_GROUPS * KEY_WARPS; // partial results of a row in a block
-constexpr u32 PART_ROW = HEAD_DIM + 4; // floats of a row of a partial result: padded against bank conflicts
-constexpr u32 QUADS = HEAD_DIM / 4; // threads that finish a row, four elements each
-constexpr u32 ROWS_EACH = (M + CLUSTER - 1) / CLUSTER; // rows that a block of the cluster finishes
-constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
-constexpr float LOG2_E = 1.4426950408889634f;
-#define NEVER __uint_as_float(0xff800000u) // minus infinity
-
-// Results of all warps of the cluster for the rows that this block finishes.
-struct Parts {
-    float out[CLUSTER * PARTS][ROWS_EACH][PART_ROW]; // not yet divided by the sums
-    float2 sums[CLUSTER * PARTS][ROWS_EACH]; // running maximum, sum
-};
-
-// Shared memory, in this order.
-struct Shared {
-    unsigned char ring[STAGES][STAGE_BYTES];
-    Parts parts;
-    u64 full[STAGES];
-    u64 empty[STAGES];
-    u32 ancestors[KEY_GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node; groups that take turns load their own
-    u32 arrived; // chunks that came before this one
-};
 
 // What a cluster has to do next: a chunk of a unit.
 struct Item {
@@ -634,41 +555,24 @@ __device__ __forceinline__ void share(Item& item) {
     item.end = begin + n * (rank + 1) / CLUSTER;
 }
 
-// Where in the ring a block's tile is, and in which phase, by how many tiles came before it. Groups that take turns never
-// see each other's phases: each stage belongs to one of them.
-static_assert(STAGES % KEY_GROUPS == 0, "a stage belongs to one group");
-__device__ __forceinline__ u32 stage_of(u32 turn) { return turn % STAGES; }
-__device__ __forceinline__ u32 phase_of(u32 turn) { return turn / STAGES & 1; }
+// A warp's rows of tree attention: scores, softmax and output, on tensor cores.
+//
+// A *group* of four warps has up to 64 rows. Where it has fewer, its warps share the keys of a tile. In shared memory a tile
+// of keys or values is [HALVES][TILE] rows of 128 bytes, 16-byte chunks permuted by the row modulo 8, as tiled caches are.
+//
+// Needs ptx, wgmma, layout, chunks. Expects HEAD_DIM, KV_HEADS, GROUP, M, GROUPS, WGMMA, CACHE, SCALE.
 
-// ---- producer
-
-constexpr u32 PAGES = TILE / PAGE_SIZE; // of a tile
-constexpr u32 KNOWN_TILES = 32 / PAGES; // tiles whose pages a warp knows, one a lane
-
-// One warp copies a tile: the blocks of its pages lie as the tile wants them. Lane l knows page `first_known + l`.
-__device__ __forceinline__ void copy_tile(unsigned char* stage, u64* full, u32 n_pages, u32 first_known, u32 known, u32 head,
-                                          const u16* k_cache, const u16* v_cache, u32 lane) {
-    constexpr u32 PIECE = PAGE_SIZE * 128; // bytes that are contiguous in cache and tile
-    constexpr u32 CHUNKS = BULK ? 1 : PIECE / 16; // copies of a piece
-    constexpr u32 COPIES = PAGES * HALVES * 2 * CHUNKS;
-    if (BULK && lane == 0) mbarrier_expect(full, n_pages * HALVES * 2 * PIECE);
-    __syncwarp();
-#pragma unroll(COPIES < 32 ? 1 : 4)
-    for (u32 first = 0; first < COPIES; first += 32) {
-        const u32 piece = (first + lane) / CHUNKS, at = (first + lane) % CHUNKS;
-        const u32 page = piece / (2 * HALVES), half = piece / 2 % HALVES, of_v = piece % 2;
-        const u64 block = cache_block(__shfl_sync(FULL_WARP, known, (first_known + page) % 32), head);
-        if (page >= n_pages) continue;
-        const u16* from = (of_v ? v_cache : k_cache) + block + half * (PAGE_SIZE * 64) + at * 8;
-        unsigned char* to = stage + of_v * TILE_BYTES + half * HALF_BYTES + page * PIECE + at * 16;
-        if (BULK) bulk_copy(to, from, PIECE, full);
-        else cp_async16(to, from, true);
-    }
-    if (!BULK) cp_async_arrive(full);
-    __syncwarp();
-}
-
-// ---- consumers
+constexpr u32 HEADS = KV_HEADS * GROUP;
+constexpr u32 HALVES = HEAD_DIM / 64; // a vector is read in pieces of 64 elements
+constexpr u32 HALF_BYTES = TILE * 128; // of a tile
+constexpr u32 TILE_BYTES = HALVES * HALF_BYTES;
+constexpr u32 ROW_GROUPS = (M + 63) / 64; // groups that share a tile
+constexpr u32 KEY_GROUPS = GROUPS / ROW_GROUPS; // that take tiles in turn
+constexpr u32 ROW_WARPS = M / ROW_GROUPS / 16;
+constexpr u32 KEY_WARPS = 4 / ROW_WARPS;
+constexpr u32 WARP_KEYS = TILE / KEY_WARPS; // of a tile
+constexpr float LOG2_E = 1.4426950408889634f;
+#define NEVER __uint_as_float(0xff800000u) // minus infinity
 
 __device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
     if (CACHE == 1) mma_bf16(d, a, b0, b1);
@@ -716,18 +620,6 @@ struct Accumulator {
             }
     }
 
-    // Adds this warp's keys of a tile. In a masked tile, bit j of `sees[i]` says that row i sees key j of them, bit j of
-    // `any` that some row does: a value that none sees may be anything, NaN too, which zero times would not remove.
-    template <bool MASKED>
-    __device__ void add(const unsigned char* keys, const unsigned char* values, u32 first_key, const u64 sees[2], u64 any,
-                        u32 lane) {
-        float score[WARP_KEYS / 8][4];
-        score_keys(score, keys, first_key, lane);
-        weigh<MASKED>(score, sees, lane);
-        rescale_out();
-        add_values<MASKED>(score, values, first_key, any, lane);
-    }
-
     __device__ void score_keys(float score[WARP_KEYS / 8][4], const unsigned char* keys, u32 first_key, u32 lane) {
 #pragma unroll
         for (u32 n = 0; n < WARP_KEYS / 8; n++)
@@ -756,7 +648,8 @@ struct Accumulator {
         wgmma_commit();
     }
 
-    // Scores become weights. What was added before must be rescaled to the new maximum before more is added.
+    // Scores become weights. What was added before must be rescaled to the new maximum before more is added. In a masked
+    // tile, bit j of `sees[i]` says that row i sees key j.
     template <bool MASKED>
     __device__ void weigh(float score[WARP_KEYS / 8][4], const u64 sees[2], u32 lane) {
         if (MASKED) {
@@ -802,6 +695,8 @@ struct Accumulator {
         for (u32 i = 0; i < 4; i++) a[i] = pack(weight[i / 2][i % 2 * 2], weight[i / 2][i % 2 * 2 + 1]);
     }
 
+    // Adds the values of this warp's keys. In a masked tile, bit j of `any` says that some row sees key j: a value that none
+    // sees may be anything, NaN too, which zero times would not remove.
     template <bool MASKED>
     __device__ void add_values(const float weight[WARP_KEYS / 8][4], const unsigned char* values, u32 first_key, u64 any,
                                u32 lane) {
@@ -839,23 +734,90 @@ struct Accumulator {
         }
         wgmma_commit();
     }
-
-    // Leaves the rows' partial results with the blocks that finish them.
-    __device__ void store(Shared& shared, u32 part, u32 first, u32 n_rows, u32 lane) {
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            const u32 row = first + lane / 4 + 8 * i;
-            sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 1);
-            sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 2);
-            if (row >= n_rows) continue;
-            Parts& parts = CLUSTER == 1 ? shared.parts : *cluster_map(&shared.parts, row / ROWS_EACH);
-            if (lane % 4 == 0) parts.sums[part][row % ROWS_EACH] = make_float2(largest[i], sum[i]);
-            float* to = parts.out[part][row % ROWS_EACH] + lane % 4 * 2;
-#pragma unroll
-            for (u32 d = 0; d < HEAD_DIM / 8; d++) *(float2*)(to + d * 8) = make_float2(out[d][2 * i], out[d][2 * i + 1]);
-        }
-    }
 };
+
+
+
+constexpr u32 CONSUMERS = GROUPS * 128; // threads
+// Registers move between groups of four warps, from the producer's to the consumers': where they do, three warps idle.
+constexpr bool MOVES_REGISTERS = WGMMA && (GROUPS == 2 || BLOCKS == 2);
+constexpr u32 THREADS = CONSUMERS + (WGMMA ? 128 : 32);
+constexpr u32 PARTS = KEY_GROUPS * KEY_WARPS; // partial results of a row in a block
+constexpr u32 PART_ROW = HEAD_DIM + 4; // floats of a row of a partial result: padded against bank conflicts
+constexpr u32 QUADS = HEAD_DIM / 4; // threads that finish a row, four elements each
+constexpr u32 ROWS_EACH = (M + CLUSTER - 1) / CLUSTER; // rows that a block of the cluster finishes
+constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
+
+// Results of all warps of the cluster for the rows that this block finishes.
+struct Parts {
+    float out[CLUSTER * PARTS][ROWS_EACH][PART_ROW]; // not yet divided by the sums
+    float2 sums[CLUSTER * PARTS][ROWS_EACH]; // running maximum, sum
+};
+
+// Shared memory, in this order.
+struct Shared {
+    unsigned char ring[STAGES][TILE_BYTES]; // keys of a tile, its values, keys of the next ..
+    Parts parts;
+    u64 full[STAGES];
+    u64 empty[STAGES];
+    u32 ancestors[KEY_GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node; groups that take turns load their own
+    u32 arrived; // chunks that came before this one
+};
+
+// Where in the ring the keys (OF_V 0) or values (OF_V 1) of a block's tile are, and in which phase, by how many tiles came
+// before it. Groups that take turns never see each other's phases: each stage belongs to one of them.
+static_assert(STAGES % (2 * KEY_GROUPS) == 0, "a stage belongs to one group, and to keys or values");
+// A masked tile's values are waited for while those of the tile before are still in use.
+static_assert(!WGMMA || STAGES >= 4 * KEY_GROUPS, "a group needs room for two tiles");
+__device__ __forceinline__ u32 stage_of(u32 turn, u32 of_v) { return (2 * turn + of_v) % STAGES; }
+__device__ __forceinline__ u32 phase_of(u32 turn) { return 2 * turn / STAGES & 1; }
+
+// ---- producer
+
+constexpr u32 PAGES = TILE / PAGE_SIZE; // of a tile
+constexpr u32 KNOWN_TILES = 32 / PAGES; // tiles whose pages a warp knows, one a lane
+
+// One warp copies the keys or the values of a tile: the blocks of its pages lie as the tile wants them. Lane l knows page
+// `first_known + l`.
+__device__ __forceinline__ void copy_tile(unsigned char* stage, u64* full, u32 n_pages, u32 first_known, u32 known, u32 head,
+                                          const u16* cache, u32 lane) {
+    constexpr u32 PIECE = PAGE_SIZE * 128; // bytes that are contiguous in cache and tile
+    constexpr u32 CHUNKS = BULK ? 1 : PIECE / 16; // copies of a piece
+    constexpr u32 COPIES = PAGES * HALVES * CHUNKS;
+    if (BULK && lane == 0) mbarrier_expect(full, n_pages * HALVES * PIECE);
+    __syncwarp();
+#pragma unroll(COPIES < 32 ? 1 : 4)
+    for (u32 first = 0; first < COPIES; first += 32) {
+        const u32 piece = (first + lane) / CHUNKS, at = (first + lane) % CHUNKS;
+        const u32 page = piece / HALVES, half = piece % HALVES;
+        const u64 block = cache_block(__shfl_sync(FULL_WARP, known, (first_known + page) % 32), head);
+        if (page >= n_pages) continue;
+        const u16* from = cache + block + half * (PAGE_SIZE * 64) + at * 8;
+        unsigned char* to = stage + half * HALF_BYTES + page * PIECE + at * 16;
+        if (BULK) bulk_copy(to, from, PIECE, full);
+        else cp_async16(to, from, true);
+    }
+    if (!BULK) cp_async_arrive(full);
+    __syncwarp();
+}
+
+// ---- consumers
+
+// Leaves a warp's partial results with the blocks that finish its rows.
+__device__ __forceinline__ void leave_parts(Accumulator& acc, Shared& shared, u32 part, u32 first, u32 n_rows, u32 lane) {
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+        const u32 row = first + lane / 4 + 8 * i;
+        acc.sum[i] += __shfl_xor_sync(FULL_WARP, acc.sum[i], 1);
+        acc.sum[i] += __shfl_xor_sync(FULL_WARP, acc.sum[i], 2);
+        if (row >= n_rows) continue;
+        Parts& parts = CLUSTER == 1 ? shared.parts : *cluster_map(&shared.parts, row / ROWS_EACH);
+        if (lane % 4 == 0) parts.sums[part][row % ROWS_EACH] = make_float2(acc.largest[i], acc.sum[i]);
+        float* to = parts.out[part][row % ROWS_EACH] + lane % 4 * 2;
+#pragma unroll
+        for (u32 d = 0; d < HEAD_DIM / 8; d++) *(float2*)(to + d * 8) = make_float2(acc.out[d][2 * i], acc.out[d][2 * i + 1]);
+    }
+}
 
 // 64 bits of a row's ancestor words from node `first` on; nodes before 0 are prefix, and seen.
 __device__ __forceinline__ u64 window(const u32* words, int first) {
@@ -1010,7 +972,7 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
     bool waited = false, again = false;
     Item item;
     for (u32 index = blockIdx.x / CLUSTER; block.next(index, item); again = true) {
-        if (CLUSTER > 1 && again) cluster_sync(); // the parts of the chunk before are read
+        if (CLUSTER > 1) again ? cluster_sync() : cluster_wait(); // all have begun, or read the parts of the chunk before
         if (block.warp == CONSUMERS / 32) {
             const Request request = read_request(block.rows, block.requests, item.request);
             const u32* table = pages + item.request * PAGES_PER_REQUEST;
@@ -1024,14 +986,17 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
                     wait_for_previous();
                     waited = true;
                 }
-                const u32 stage = stage_of(turn);
-                mbarrier_wait(&block.shared.empty[stage], phase_of(turn) ^ 1);
-                copy_tile(block.shared.ring[stage], &block.shared.full[stage], min(PAGES, n_pages - first),
-                          nth * PAGES, known, item.head, k_cache, v_cache, block.lane);
+                for (u32 of_v = 0; of_v < 2; of_v++) {
+                    const u32 stage = stage_of(turn, of_v);
+                    mbarrier_wait(&block.shared.empty[stage], phase_of(turn) ^ 1);
+                    copy_tile(block.shared.ring[stage], &block.shared.full[stage], min(PAGES, n_pages - first), nth * PAGES,
+                              known, item.head, of_v ? v_cache : k_cache, block.lane);
+                }
             }
         }
         if (CLUSTER > 1) cluster_sync(); // the parts are there
     }
+    if (CLUSTER > 1 && !again) cluster_wait();
 }
 
 // A consumer warp's tiles of a chunk: its group's turns among the block's.
@@ -1041,19 +1006,24 @@ struct Tiled {
     u32 first_tile, first_turn; // of the chunk
     u32 key_group, first_row, first_key, team_thread;
 
-    __device__ unsigned char* keys(u32 turn) const { return block.shared.ring[stage_of(turn)]; }
-    __device__ unsigned char* values(u32 turn) const { return keys(turn) + TILE_BYTES; }
+    __device__ unsigned char* keys(u32 turn) const { return block.shared.ring[stage_of(turn, 0)]; }
+    __device__ unsigned char* values(u32 turn) const { return block.shared.ring[stage_of(turn, 1)]; }
     __device__ u32 tile(u32 turn) const { return first_tile + turn - first_turn; }
     __device__ bool is_masked(u32 turn) const { return (tile(turn) + 1) * TILE > request.prefix; }
 
-    // Waits for the tile. If it is masked, says what the lane's rows see, and what all rows do.
+    __device__ void wait(u32 turn, u32 of_v) const {
+        mbarrier_wait(&block.shared.full[stage_of(turn, of_v)], phase_of(turn));
+    }
+
+    // Waits for the tile's keys. If it is masked, says what the lane's rows see, and what all rows do.
     __device__ void open(u32 turn, u64 sees[2], u64& any) const {
-        mbarrier_wait(&block.shared.full[stage_of(turn)], phase_of(turn));
+        wait(turn, 0);
         if (!is_masked(turn)) return;
         const int node = (int)(tile(turn) * TILE + first_key) - (int)request.prefix;
         for (u32 i = 0; i < 2; i++)
             sees[i] = window(block.shared.ancestors[key_group][first_row + block.lane / 4 + 8 * i], node);
         if (WGMMA) {
+            wait(turn, 1);
             clear_unseen(values(turn), block.shared.ancestors[key_group], node, key_group, team_thread);
             return;
         }
@@ -1062,10 +1032,10 @@ struct Tiled {
         for (u32 step = 4; step < 32; step *= 2) any |= __shfl_xor_sync(FULL_WARP, any, step);
     }
 
-    // The producer may overwrite the tile.
-    __device__ void close(u32 turn) const {
+    // The producer may overwrite the keys, or the values.
+    __device__ void close(u32 turn, u32 of_v) const {
         __syncwarp();
-        if (block.lane == 0) mbarrier_arrive(&block.shared.empty[stage_of(turn)]);
+        if (block.lane == 0) mbarrier_arrive(&block.shared.empty[stage_of(turn, of_v)]);
     }
 };
 
@@ -1074,12 +1044,22 @@ __device__ __forceinline__ void add_tiles(Accumulator& acc, const Tiled& tiles, 
     const u32 first_key = tiles.first_key, lane = tiles.block.lane;
     for (; turn < end; turn += KEY_GROUPS) {
         u64 sees[2] = {}, any = 0;
+        float score[WARP_KEYS / 8][4];
         tiles.open(turn, sees, any);
+        if (has_rows) acc.score_keys(score, tiles.keys(turn), first_key, lane);
+        tiles.close(turn, 0);
+        const bool is_masked = tiles.is_masked(turn);
         if (has_rows) {
-            if (tiles.is_masked(turn)) acc.add<true>(tiles.keys(turn), tiles.values(turn), first_key, sees, any, lane);
-            else acc.add<false>(tiles.keys(turn), tiles.values(turn), first_key, sees, any, lane);
+            if (is_masked) acc.weigh<true>(score, sees, lane);
+            else acc.weigh<false>(score, sees, lane);
+            acc.rescale_out();
         }
-        tiles.close(turn);
+        tiles.wait(turn, 1);
+        if (has_rows) {
+            if (is_masked) acc.add_values<true>(score, tiles.values(turn), first_key, any, lane);
+            else acc.add_values<false>(score, tiles.values(turn), first_key, any, lane);
+        }
+        tiles.close(turn, 1);
     }
 }
 
@@ -1093,6 +1073,7 @@ __device__ __forceinline__ void add_tiles_together(Accumulator& acc, const Tiled
     tiles.open(turn, sees, any);
     acc.start_scores(score, tiles.keys(turn));
     wgmma_wait<0>();
+    tiles.close(turn, 0);
     if (tiles.is_masked(turn)) acc.weigh<true>(score, sees, lane);
     else acc.weigh<false>(score, sees, lane);
 #pragma unroll
@@ -1100,19 +1081,22 @@ __device__ __forceinline__ void add_tiles_together(Accumulator& acc, const Tiled
     for (u32 next = turn + KEY_GROUPS; next < end; turn = next, next += KEY_GROUPS) {
         tiles.open(next, sees, any);
         acc.start_scores(score, tiles.keys(next));
+        tiles.wait(turn, 1);
         acc.start_values(weights, tiles.values(turn));
         wgmma_wait<1>();
+        tiles.close(next, 0);
         if (tiles.is_masked(next)) acc.weigh<true>(score, sees, lane);
         else acc.weigh<false>(score, sees, lane);
         wgmma_wait<0>();
-        tiles.close(turn);
+        tiles.close(turn, 1);
         acc.rescale_out();
 #pragma unroll
         for (u32 n = 0; n < TILE / 16; n++) Accumulator::narrow(weights[n], score + 2 * n);
     }
+    tiles.wait(turn, 1);
     acc.start_values(weights, tiles.values(turn));
     wgmma_wait<0>();
-    tiles.close(turn);
+    tiles.close(turn, 1);
 }
 
 __device__ __forceinline__ void consume(const Block& block, const float* q, float* partials, u32* counters, float* out) {
@@ -1145,12 +1129,14 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
         if (WGMMA && has_rows) add_tiles_together(acc, tiles, mine, turn);
         else add_tiles(acc, tiles, mine, turn, has_rows);
         if (CLUSTER == 1 && again) named_barrier(1, CONSUMERS); // the parts of the chunk before are read
+        if (CLUSTER > 1 && !again) cluster_wait(); // all blocks have begun
         const u32 part = (cluster_rank_or_zero() * KEY_GROUPS + key_group) * KEY_WARPS + key_warp;
-        if (has_rows) acc.store(shared, part, first_row, min(M, request.n_rows * GROUP - first_packed), lane);
+        if (has_rows) leave_parts(acc, shared, part, first_row, min(M, request.n_rows * GROUP - first_packed), lane);
         if (CLUSTER > 1) cluster_sync(); // the parts are there
         else named_barrier(1, CONSUMERS);
         finish(shared, request, item, partials, counters, out, thread);
     }
+    if (CLUSTER > 1 && !again) cluster_wait();
     if (!waited) wait_for_previous();
 }
 
@@ -1174,11 +1160,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     Block block = {shared, {rows, requests, min(requests[1], MAX_REQUESTS), 0}, rows, requests, clusters, thread, lane, thread / 32};
     block.schedule.plan(clusters, lane);
     __syncthreads();
+    // No block writes to the shared memory of another one that has not begun.
+    if (CLUSTER > 1) cluster_arrive();
     if (thread >= CONSUMERS) {
-        if (WGMMA) give_registers<GROUPS == 1 ? 40 : 56>();
+        if (MOVES_REGISTERS) give_registers<56>();
         produce(block, pages, k_cache, v_cache);
     } else {
-        if (WGMMA) take_registers<GROUPS == 1 ? 216 : 224>();
+        if (MOVES_REGISTERS) take_registers<GROUPS == 1 ? 200 : 224>();
         consume(block, q, partials, counters, out);
     }
 }

@@ -1,4 +1,4 @@
-// needs: ptx wgmma layout paged
+// needs: ptx wgmma layout paged chunks accumulator
 // Tree attention on tensor cores: every node of every tree attends to the committed prefix and to its own ancestors.
 //
 // The query rows of a request (node) and the query heads that share a kv head are packed: row = node row * GROUP + head of
@@ -7,7 +7,8 @@
 // that reach past it test the ancestor words.
 //
 //     schedule    units are cut into chunks of tiles so that all clusters of the grid have about the same to do
-//     producer    one warp copies the tiles of this block's share into a ring in shared memory
+//     producer    one warp copies the tiles of this block's share into a ring in shared memory: keys and values by turns,
+//                 each let go as soon as it is used
 //     consumers   GROUPS groups of four warps. A group owns up to 64 rows; groups with the same rows take the tiles in
 //                 turn. A warp owns 16 rows and its part of the tile's keys:
 //                     scores  = q · kᵀ
@@ -32,7 +33,7 @@ constexpr u32 SLABS = 1; // units that a request of all the pass's rows needs fo
 constexpr float SCALE = 0.125f; // of the scores
 constexpr u32 GROUPS = 1; // groups of four consumer warps
 constexpr bool WGMMA = true; // products by whole groups, of 64 rows
-constexpr u32 STAGES = 6; // tiles in the ring, a multiple of the groups that take turns
+constexpr u32 STAGES = 10; // tiles of keys or of values in the ring, twice a multiple of the groups that take turns
 constexpr u32 CLUSTER = 16; // blocks that share a chunk
 constexpr u32 BLOCKS = 2; // of a multiprocessor: this kernel's and the next one's
 constexpr bool BULK = true; // bulk copies, or else 16-byte ones
@@ -43,27 +44,15 @@ constexpr u32 TREE_WORDS = 8;
 __device__ constexpr u32 TREE[] = {0x0}; // [nodes, TREE_WORDS]
 // constants-end
 
-constexpr u32 HEADS = KV_HEADS * GROUP;
-constexpr u32 TILE = 64; // keys
-constexpr u32 HALVES = HEAD_DIM / 64; // a vector is read in pieces of 64 elements
-constexpr u32 HALF_BYTES = TILE * 128; // of a tile
-constexpr u32 TILE_BYTES = HALVES * HALF_BYTES;
-constexpr u32 STAGE_BYTES = 2 * TILE_BYTES; // keys, then values
-constexpr u32 ROW_GROUPS = (M + 63) / 64; // groups that share a tile
-constexpr u32 KEY_GROUPS = GROUPS / ROW_GROUPS; // that take tiles in turn
-constexpr u32 ROW_WARPS = M / ROW_GROUPS / 16;
-constexpr u32 KEY_WARPS = 4 / ROW_WARPS;
-constexpr u32 WARP_KEYS = TILE / KEY_WARPS; // of a tile
 constexpr u32 CONSUMERS = GROUPS * 128; // threads
 // Registers move between groups of four warps, from the producer's to the consumers': where they do, three warps idle.
+constexpr bool MOVES_REGISTERS = WGMMA && (GROUPS == 2 || BLOCKS == 2);
 constexpr u32 THREADS = CONSUMERS + (WGMMA ? 128 : 32);
 constexpr u32 PARTS = KEY_GROUPS * KEY_WARPS; // partial results of a row in a block
 constexpr u32 PART_ROW = HEAD_DIM + 4; // floats of a row of a partial result: padded against bank conflicts
 constexpr u32 QUADS = HEAD_DIM / 4; // threads that finish a row, four elements each
 constexpr u32 ROWS_EACH = (M + CLUSTER - 1) / CLUSTER; // rows that a block of the cluster finishes
 constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
-constexpr float LOG2_E = 1.4426950408889634f;
-#define NEVER __uint_as_float(0xff800000u) // minus infinity
 
 // Results of all warps of the cluster for the rows that this block finishes.
 struct Parts {
@@ -73,7 +62,7 @@ struct Parts {
 
 // Shared memory, in this order.
 struct Shared {
-    unsigned char ring[STAGES][STAGE_BYTES];
+    unsigned char ring[STAGES][TILE_BYTES]; // keys of a tile, its values, keys of the next ..
     Parts parts;
     u64 full[STAGES];
     u64 empty[STAGES];
@@ -81,164 +70,36 @@ struct Shared {
     u32 arrived; // chunks that came before this one
 };
 
-// What a cluster has to do next: a chunk of a unit.
-struct Item {
-    u32 request;
-    u32 head;
-    u32 slab;
-    u32 chunk, chunks;
-    u32 tile, end; // tiles of the chunk
-    u32 cut; // index among the chunks of units that have several
-};
-
-__device__ __forceinline__ u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }
-
-struct Request {
-    u32 prefix, first_row, n_rows;
-    u32 keys; // slots that some row may see
-};
-
-__device__ __forceinline__ Request read_request(const u32* rows, const u32* requests, u32 index) {
-    const u32* words = requests + HEADER_WORDS + index * REQUEST_WORDS;
-    Request r = {words[REQUEST_PREFIX], words[REQUEST_FIRST_ROW], words[REQUEST_ROWS], 0};
-    // Rows come in node order: the last one has the highest slot.
-    if (r.n_rows > 0) r.keys = r.prefix + rows[(r.first_row + r.n_rows - 1) * ROW_WORDS + ROW_NODE] + 1;
-    return r;
-}
-
-// The same in every thread that asks: how long chunks are, and which chunk comes at a place in the order of all.
-struct Schedule {
-    const u32* rows;
-    const u32* requests;
-    u32 n_requests;
-    u32 chunk; // most tiles of a chunk
-
-    // Units of a request and tiles of each. A lane past the last request has none.
-    __device__ void size(u32 request, u32& units, u32& tiles) const {
-        units = tiles = 0;
-        if (request >= n_requests) return;
-        const Request r = read_request(rows, requests, request);
-        if (r.n_rows == 0) return;
-        units = divide_up(r.n_rows * GROUP, M) * KV_HEADS;
-        tiles = divide_up(r.keys, TILE);
-    }
-
-    __device__ static u32 sum(u32 value) {
-#pragma unroll
-        for (u32 step = 16; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
-        return value;
-    }
-
-    // Chunks of all units if a chunk has at most `most` tiles.
-    __device__ u32 count(u32 most, u32 lane) const {
-        u32 n = 0;
-        for (u32 first = 0; first < n_requests; first += 32) {
-            u32 units, tiles;
-            size(first + lane, units, tiles);
-            n += sum(units * divide_up(tiles, most));
-        }
-        return n;
-    }
-
-    // Whole warps call it.
-    __device__ void plan(u32 clusters, u32 lane) {
-        u32 all_units = 0, all_tiles = 0, longest = 1;
-        for (u32 first = 0; first < n_requests; first += 32) {
-            u32 units, tiles;
-            size(first + lane, units, tiles);
-            all_units += sum(units);
-            all_tiles += sum(units * tiles);
-#pragma unroll
-            for (u32 step = 16; step > 0; step /= 2) tiles = max(tiles, __shfl_xor_sync(FULL_WARP, tiles, step));
-            longest = max(longest, tiles);
-        }
-        u32 low = max(divide_up(all_tiles, clusters), MIN_CHUNK);
-        chunk = low;
-        // Fewer units than clusters: the shortest chunks with which one round of clusters does all.
-        if (all_units <= clusters && low < longest) {
-            u32 high = longest;
-            while (low < high) {
-                const u32 middle = (low + high) / 2;
-                if (count(middle, lane) <= clusters) high = middle;
-                else low = middle + 1;
-            }
-            chunk = low;
-        }
-    }
-
-    // False past the last chunk. Whole warps call it.
-    __device__ bool find(u32 index, u32 lane, Item& item) const {
-        u32 before = 0, cuts = 0;
-        for (u32 first = 0; first < n_requests; first += 32) {
-            u32 units, tiles;
-            size(first + lane, units, tiles);
-            const u32 chunks = divide_up(tiles, chunk), mine = units * chunks;
-            u32 upto = mine, cut_upto = chunks > 1 ? mine : 0;
-#pragma unroll
-            for (u32 step = 1; step < 32; step *= 2) {
-                const u32 other = __shfl_up_sync(FULL_WARP, upto, step), cut = __shfl_up_sync(FULL_WARP, cut_upto, step);
-                if (lane >= step) upto += other, cut_upto += cut;
-            }
-            const u32 here = __ballot_sync(FULL_WARP, index < before + upto);
-            if (here != 0) {
-                const u32 owner = __ffs(here) - 1;
-                const u32 n = __shfl_sync(FULL_WARP, chunks, owner), all = __shfl_sync(FULL_WARP, tiles, owner);
-                const u32 at = index - before - __shfl_sync(FULL_WARP, upto - mine, owner);
-                const u32 unit = at / n;
-                item.request = first + owner;
-                item.head = unit % KV_HEADS;
-                item.slab = unit / KV_HEADS;
-                item.chunk = at % n;
-                item.chunks = n;
-                item.tile = all * item.chunk / n;
-                item.end = all * (item.chunk + 1) / n;
-                item.cut = cuts + __shfl_sync(FULL_WARP, cut_upto - (chunks > 1 ? mine : 0), owner) + at;
-                return true;
-            }
-            before += __shfl_sync(FULL_WARP, upto, 31);
-            cuts += __shfl_sync(FULL_WARP, cut_upto, 31);
-        }
-        return false;
-    }
-};
-
-__device__ __forceinline__ u32 cluster_rank_or_zero() { return CLUSTER == 1 ? 0 : cluster_rank(); }
-
-// This block's share of a chunk's tiles.
-__device__ __forceinline__ void share(Item& item) {
-    if (CLUSTER == 1) return;
-    const u32 rank = cluster_rank(), n = item.end - item.tile, begin = item.tile;
-    item.tile = begin + n * rank / CLUSTER;
-    item.end = begin + n * (rank + 1) / CLUSTER;
-}
-
-// Where in the ring a block's tile is, and in which phase, by how many tiles came before it. Groups that take turns never
-// see each other's phases: each stage belongs to one of them.
-static_assert(STAGES % KEY_GROUPS == 0, "a stage belongs to one group");
-__device__ __forceinline__ u32 stage_of(u32 turn) { return turn % STAGES; }
-__device__ __forceinline__ u32 phase_of(u32 turn) { return turn / STAGES & 1; }
+// Where in the ring the keys (OF_V 0) or values (OF_V 1) of a block's tile are, and in which phase, by how many tiles came
+// before it. Groups that take turns never see each other's phases: each stage belongs to one of them.
+static_assert(STAGES % (2 * KEY_GROUPS) == 0, "a stage belongs to one group, and to keys or values");
+// A masked tile's values are waited for while those of the tile before are still in use.
+static_assert(!WGMMA || STAGES >= 4 * KEY_GROUPS, "a group needs room for two tiles");
+__device__ __forceinline__ u32 stage_of(u32 turn, u32 of_v) { return (2 * turn + of_v) % STAGES; }
+__device__ __forceinline__ u32 phase_of(u32 turn) { return 2 * turn / STAGES & 1; }
 
 // ---- producer
 
 constexpr u32 PAGES = TILE / PAGE_SIZE; // of a tile
 constexpr u32 KNOWN_TILES = 32 / PAGES; // tiles whose pages a warp knows, one a lane
 
-// One warp copies a tile: the blocks of its pages lie as the tile wants them. Lane l knows page `first_known + l`.
+// One warp copies the keys or the values of a tile: the blocks of its pages lie as the tile wants them. Lane l knows page
+// `first_known + l`.
 __device__ __forceinline__ void copy_tile(unsigned char* stage, u64* full, u32 n_pages, u32 first_known, u32 known, u32 head,
-                                          const u16* k_cache, const u16* v_cache, u32 lane) {
+                                          const u16* cache, u32 lane) {
     constexpr u32 PIECE = PAGE_SIZE * 128; // bytes that are contiguous in cache and tile
     constexpr u32 CHUNKS = BULK ? 1 : PIECE / 16; // copies of a piece
-    constexpr u32 COPIES = PAGES * HALVES * 2 * CHUNKS;
-    if (BULK && lane == 0) mbarrier_expect(full, n_pages * HALVES * 2 * PIECE);
+    constexpr u32 COPIES = PAGES * HALVES * CHUNKS;
+    if (BULK && lane == 0) mbarrier_expect(full, n_pages * HALVES * PIECE);
     __syncwarp();
 #pragma unroll(COPIES < 32 ? 1 : 4)
     for (u32 first = 0; first < COPIES; first += 32) {
         const u32 piece = (first + lane) / CHUNKS, at = (first + lane) % CHUNKS;
-        const u32 page = piece / (2 * HALVES), half = piece / 2 % HALVES, of_v = piece % 2;
+        const u32 page = piece / HALVES, half = piece % HALVES;
         const u64 block = cache_block(__shfl_sync(FULL_WARP, known, (first_known + page) % 32), head);
         if (page >= n_pages) continue;
-        const u16* from = (of_v ? v_cache : k_cache) + block + half * (PAGE_SIZE * 64) + at * 8;
-        unsigned char* to = stage + of_v * TILE_BYTES + half * HALF_BYTES + page * PIECE + at * 16;
+        const u16* from = cache + block + half * (PAGE_SIZE * 64) + at * 8;
+        unsigned char* to = stage + half * HALF_BYTES + page * PIECE + at * 16;
         if (BULK) bulk_copy(to, from, PIECE, full);
         else cp_async16(to, from, true);
     }
@@ -248,192 +109,21 @@ __device__ __forceinline__ void copy_tile(unsigned char* stage, u64* full, u32 n
 
 // ---- consumers
 
-__device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
-    if (CACHE == 1) mma_bf16(d, a, b0, b1);
-    else mma_f16(d, a, b0, b1);
+// Leaves a warp's partial results with the blocks that finish its rows.
+__device__ __forceinline__ void leave_parts(Accumulator& acc, Shared& shared, u32 part, u32 first, u32 n_rows, u32 lane) {
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+        const u32 row = first + lane / 4 + 8 * i;
+        acc.sum[i] += __shfl_xor_sync(FULL_WARP, acc.sum[i], 1);
+        acc.sum[i] += __shfl_xor_sync(FULL_WARP, acc.sum[i], 2);
+        if (row >= n_rows) continue;
+        Parts& parts = CLUSTER == 1 ? shared.parts : *cluster_map(&shared.parts, row / ROWS_EACH);
+        if (lane % 4 == 0) parts.sums[part][row % ROWS_EACH] = make_float2(acc.largest[i], acc.sum[i]);
+        float* to = parts.out[part][row % ROWS_EACH] + lane % 4 * 2;
+#pragma unroll
+        for (u32 d = 0; d < HEAD_DIM / 8; d++) *(float2*)(to + d * 8) = make_float2(acc.out[d][2 * i], acc.out[d][2 * i + 1]);
+    }
 }
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-    return CACHE == 1 ? pack_bf16(low, high) : pack_f16(low, high);
-}
-
-// The row of a tile of keys or values and the 16-byte chunk of its vector.
-__device__ __forceinline__ const unsigned char* place(const unsigned char* tile, u32 row, u32 chunk) {
-    return tile + chunk / 8 * HALF_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;
-}
-
-// A warp's 16 rows of a unit, two a lane: rows lane / 4 and lane / 4 + 8.
-struct Accumulator {
-    u32 q[HEAD_DIM / 16][4];
-    float out[HEAD_DIM / 8][4];
-    float largest[2];
-    float sum[2]; // this lane's columns only
-    float rescale[2]; // of what was added before the latest tile
-
-    __device__ void clear() {
-#pragma unroll
-        for (u32 d = 0; d < HEAD_DIM / 8; d++)
-            for (u32 i = 0; i < 4; i++) out[d][i] = 0.0f;
-        for (u32 i = 0; i < 2; i++) largest[i] = NEVER, sum[i] = 0.0f;
-    }
-
-    // Rows past the end are computed like the last one, and not written.
-    __device__ void load_queries(const float* q_rows, const Request& request, u32 head, u32 first, u32 lane) {
-        const u32 last = request.n_rows * GROUP - 1;
-        const float* from[2];
-        for (u32 i = 0; i < 2; i++) {
-            const u32 row = min(first + lane / 4 + 8 * i, last);
-            from[i] = q_rows + ((u64)(request.first_row + row / GROUP) * HEADS + head * GROUP + row % GROUP) * HEAD_DIM;
-        }
-#pragma unroll
-        for (u32 kk = 0; kk < HEAD_DIM / 16; kk++)
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                const float2 pair = *(const float2*)(from[i % 2] + kk * 16 + lane % 4 * 2 + i / 2 * 8);
-                q[kk][i] = pack(pair.x, pair.y);
-            }
-    }
-
-    // Adds this warp's keys of a tile. In a masked tile, bit j of `sees[i]` says that row i sees key j of them, bit j of
-    // `any` that some row does: a value that none sees may be anything, NaN too, which zero times would not remove.
-    template <bool MASKED>
-    __device__ void add(const unsigned char* keys, const unsigned char* values, u32 first_key, const u64 sees[2], u64 any,
-                        u32 lane) {
-        float score[WARP_KEYS / 8][4];
-        score_keys(score, keys, first_key, lane);
-        weigh<MASKED>(score, sees, lane);
-        rescale_out();
-        add_values<MASKED>(score, values, first_key, any, lane);
-    }
-
-    __device__ void score_keys(float score[WARP_KEYS / 8][4], const unsigned char* keys, u32 first_key, u32 lane) {
-#pragma unroll
-        for (u32 n = 0; n < WARP_KEYS / 8; n++)
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) score[n][i] = 0.0f;
-#pragma unroll
-        for (u32 kk = 0; kk < HEAD_DIM / 16; kk++)
-#pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 16; n++) {
-                u32 b[4];
-                ldmatrix_x4(b, place(keys, first_key + n * 16 + lane / 16 * 8 + lane % 8, 2 * kk + lane / 8 % 2));
-                mma(score[2 * n], q[kk], b[0], b[1]);
-                mma(score[2 * n + 1], q[kk], b[2], b[3]);
-            }
-    }
-
-    // The same by the whole group, under way when it returns.
-    __device__ void start_scores(float score[WARP_KEYS / 8][4], const unsigned char* keys) {
-        wgmma_fence();
-#pragma unroll
-        for (u32 kk = 0; kk < HEAD_DIM / 16; kk++) {
-            const u64 matrix = wgmma_matrix(keys + kk / 4 * HALF_BYTES + kk % 4 * 32, 0, 1024);
-            if (CACHE == 1) wgmma_rows64(score, q[kk], matrix, kk > 0);
-            else wgmma_rows64_f16(score, q[kk], matrix, kk > 0);
-        }
-        wgmma_commit();
-    }
-
-    // Scores become weights. What was added before must be rescaled to the new maximum before more is added.
-    template <bool MASKED>
-    __device__ void weigh(float score[WARP_KEYS / 8][4], const u64 sees[2], u32 lane) {
-        if (MASKED) {
-#pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 8; n++)
-#pragma unroll
-                for (u32 i = 0; i < 4; i++)
-                    if (!(sees[i / 2] >> (n * 8 + lane % 4 * 2 + i % 2) & 1)) score[n][i] = NEVER;
-        }
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            float most = NEVER;
-#pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 8; n++) most = fmaxf(most, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
-            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2));
-            most = fmaxf(largest[i], most * (SCALE * LOG2_E));
-            // A row that has seen no key yet keeps its zeros.
-            const float base = MASKED && most == NEVER ? 0.0f : most;
-            rescale[i] = exp2_approx(largest[i] - base);
-            largest[i] = most;
-            sum[i] *= rescale[i];
-#pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 8; n++)
-#pragma unroll
-                for (u32 j = 2 * i; j < 2 * i + 2; j++) {
-                    score[n][j] = exp2_approx(fmaf(score[n][j], SCALE * LOG2_E, -base));
-                    sum[i] += score[n][j];
-                }
-        }
-    }
-
-    __device__ void rescale_out() {
-#pragma unroll
-        for (u32 d = 0; d < HEAD_DIM / 8; d++)
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) out[d][i] *= rescale[i / 2];
-    }
-
-    // Weights of 16 keys as the products take them.
-    __device__ static void narrow(u32 a[4], const float (*weight)[4]) {
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) a[i] = pack(weight[i / 2][i % 2 * 2], weight[i / 2][i % 2 * 2 + 1]);
-    }
-
-    template <bool MASKED>
-    __device__ void add_values(const float weight[WARP_KEYS / 8][4], const unsigned char* values, u32 first_key, u64 any,
-                               u32 lane) {
-#pragma unroll
-        for (u32 n = 0; n < WARP_KEYS / 16; n++) {
-            u32 a[4], keep[2] = {FULL_WARP, FULL_WARP};
-            narrow(a, weight + 2 * n);
-            if (MASKED) {
-                for (u32 i = 0; i < 2; i++) {
-                    const u32 pair = (u32)(any >> (n * 16 + i * 8 + lane % 4 * 2)) & 3;
-                    keep[i] = (pair & 1 ? 0xffffu : 0u) | (pair & 2 ? 0xffff0000u : 0u);
-                }
-            }
-#pragma unroll
-            for (u32 d = 0; d < HEAD_DIM / 16; d++) {
-                u32 b[4];
-                ldmatrix_x4_trans(b, place(values, first_key + n * 16 + lane / 8 % 2 * 8 + lane % 8, 2 * d + lane / 16));
-                if (MASKED) b[0] &= keep[0], b[1] &= keep[1], b[2] &= keep[0], b[3] &= keep[1];
-                mma(out[2 * d], a, b[0], b[1]);
-                mma(out[2 * d + 1], a, b[2], b[3]);
-            }
-        }
-    }
-
-    // The same by the whole group, under way when it returns.
-    __device__ void start_values(const u32 weights[TILE / 16][4], const unsigned char* values) {
-        wgmma_fence();
-#pragma unroll
-        for (u32 n = 0; n < TILE / 16; n++) {
-            const u64 matrix = wgmma_matrix(values + n * 16 * 128, HALF_BYTES, 1024);
-            if (HEAD_DIM == 64 && CACHE == 1) wgmma_columns64(out, weights[n], matrix, true);
-            if (HEAD_DIM == 64 && CACHE == 2) wgmma_columns64_f16(out, weights[n], matrix, true);
-            if (HEAD_DIM == 128 && CACHE == 1) wgmma_columns128(out, weights[n], matrix, true);
-            if (HEAD_DIM == 128 && CACHE == 2) wgmma_columns128_f16(out, weights[n], matrix, true);
-        }
-        wgmma_commit();
-    }
-
-    // Leaves the rows' partial results with the blocks that finish them.
-    __device__ void store(Shared& shared, u32 part, u32 first, u32 n_rows, u32 lane) {
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            const u32 row = first + lane / 4 + 8 * i;
-            sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 1);
-            sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 2);
-            if (row >= n_rows) continue;
-            Parts& parts = CLUSTER == 1 ? shared.parts : *cluster_map(&shared.parts, row / ROWS_EACH);
-            if (lane % 4 == 0) parts.sums[part][row % ROWS_EACH] = make_float2(largest[i], sum[i]);
-            float* to = parts.out[part][row % ROWS_EACH] + lane % 4 * 2;
-#pragma unroll
-            for (u32 d = 0; d < HEAD_DIM / 8; d++) *(float2*)(to + d * 8) = make_float2(out[d][2 * i], out[d][2 * i + 1]);
-        }
-    }
-};
 
 // 64 bits of a row's ancestor words from node `first` on; nodes before 0 are prefix, and seen.
 __device__ __forceinline__ u64 window(const u32* words, int first) {
@@ -588,7 +278,7 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
     bool waited = false, again = false;
     Item item;
     for (u32 index = blockIdx.x / CLUSTER; block.next(index, item); again = true) {
-        if (CLUSTER > 1 && again) cluster_sync(); // the parts of the chunk before are read
+        if (CLUSTER > 1) again ? cluster_sync() : cluster_wait(); // all have begun, or read the parts of the chunk before
         if (block.warp == CONSUMERS / 32) {
             const Request request = read_request(block.rows, block.requests, item.request);
             const u32* table = pages + item.request * PAGES_PER_REQUEST;
@@ -602,14 +292,17 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
                     wait_for_previous();
                     waited = true;
                 }
-                const u32 stage = stage_of(turn);
-                mbarrier_wait(&block.shared.empty[stage], phase_of(turn) ^ 1);
-                copy_tile(block.shared.ring[stage], &block.shared.full[stage], min(PAGES, n_pages - first),
-                          nth * PAGES, known, item.head, k_cache, v_cache, block.lane);
+                for (u32 of_v = 0; of_v < 2; of_v++) {
+                    const u32 stage = stage_of(turn, of_v);
+                    mbarrier_wait(&block.shared.empty[stage], phase_of(turn) ^ 1);
+                    copy_tile(block.shared.ring[stage], &block.shared.full[stage], min(PAGES, n_pages - first), nth * PAGES,
+                              known, item.head, of_v ? v_cache : k_cache, block.lane);
+                }
             }
         }
         if (CLUSTER > 1) cluster_sync(); // the parts are there
     }
+    if (CLUSTER > 1 && !again) cluster_wait();
 }
 
 // A consumer warp's tiles of a chunk: its group's turns among the block's.
@@ -619,19 +312,24 @@ struct Tiled {
     u32 first_tile, first_turn; // of the chunk
     u32 key_group, first_row, first_key, team_thread;
 
-    __device__ unsigned char* keys(u32 turn) const { return block.shared.ring[stage_of(turn)]; }
-    __device__ unsigned char* values(u32 turn) const { return keys(turn) + TILE_BYTES; }
+    __device__ unsigned char* keys(u32 turn) const { return block.shared.ring[stage_of(turn, 0)]; }
+    __device__ unsigned char* values(u32 turn) const { return block.shared.ring[stage_of(turn, 1)]; }
     __device__ u32 tile(u32 turn) const { return first_tile + turn - first_turn; }
     __device__ bool is_masked(u32 turn) const { return (tile(turn) + 1) * TILE > request.prefix; }
 
-    // Waits for the tile. If it is masked, says what the lane's rows see, and what all rows do.
+    __device__ void wait(u32 turn, u32 of_v) const {
+        mbarrier_wait(&block.shared.full[stage_of(turn, of_v)], phase_of(turn));
+    }
+
+    // Waits for the tile's keys. If it is masked, says what the lane's rows see, and what all rows do.
     __device__ void open(u32 turn, u64 sees[2], u64& any) const {
-        mbarrier_wait(&block.shared.full[stage_of(turn)], phase_of(turn));
+        wait(turn, 0);
         if (!is_masked(turn)) return;
         const int node = (int)(tile(turn) * TILE + first_key) - (int)request.prefix;
         for (u32 i = 0; i < 2; i++)
             sees[i] = window(block.shared.ancestors[key_group][first_row + block.lane / 4 + 8 * i], node);
         if (WGMMA) {
+            wait(turn, 1);
             clear_unseen(values(turn), block.shared.ancestors[key_group], node, key_group, team_thread);
             return;
         }
@@ -640,10 +338,10 @@ struct Tiled {
         for (u32 step = 4; step < 32; step *= 2) any |= __shfl_xor_sync(FULL_WARP, any, step);
     }
 
-    // The producer may overwrite the tile.
-    __device__ void close(u32 turn) const {
+    // The producer may overwrite the keys, or the values.
+    __device__ void close(u32 turn, u32 of_v) const {
         __syncwarp();
-        if (block.lane == 0) mbarrier_arrive(&block.shared.empty[stage_of(turn)]);
+        if (block.lane == 0) mbarrier_arrive(&block.shared.empty[stage_of(turn, of_v)]);
     }
 };
 
@@ -652,12 +350,22 @@ __device__ __forceinline__ void add_tiles(Accumulator& acc, const Tiled& tiles, 
     const u32 first_key = tiles.first_key, lane = tiles.block.lane;
     for (; turn < end; turn += KEY_GROUPS) {
         u64 sees[2] = {}, any = 0;
+        float score[WARP_KEYS / 8][4];
         tiles.open(turn, sees, any);
+        if (has_rows) acc.score_keys(score, tiles.keys(turn), first_key, lane);
+        tiles.close(turn, 0);
+        const bool is_masked = tiles.is_masked(turn);
         if (has_rows) {
-            if (tiles.is_masked(turn)) acc.add<true>(tiles.keys(turn), tiles.values(turn), first_key, sees, any, lane);
-            else acc.add<false>(tiles.keys(turn), tiles.values(turn), first_key, sees, any, lane);
+            if (is_masked) acc.weigh<true>(score, sees, lane);
+            else acc.weigh<false>(score, sees, lane);
+            acc.rescale_out();
         }
-        tiles.close(turn);
+        tiles.wait(turn, 1);
+        if (has_rows) {
+            if (is_masked) acc.add_values<true>(score, tiles.values(turn), first_key, any, lane);
+            else acc.add_values<false>(score, tiles.values(turn), first_key, any, lane);
+        }
+        tiles.close(turn, 1);
     }
 }
 
@@ -671,6 +379,7 @@ __device__ __forceinline__ void add_tiles_together(Accumulator& acc, const Tiled
     tiles.open(turn, sees, any);
     acc.start_scores(score, tiles.keys(turn));
     wgmma_wait<0>();
+    tiles.close(turn, 0);
     if (tiles.is_masked(turn)) acc.weigh<true>(score, sees, lane);
     else acc.weigh<false>(score, sees, lane);
 #pragma unroll
@@ -678,19 +387,22 @@ __device__ __forceinline__ void add_tiles_together(Accumulator& acc, const Tiled
     for (u32 next = turn + KEY_GROUPS; next < end; turn = next, next += KEY_GROUPS) {
         tiles.open(next, sees, any);
         acc.start_scores(score, tiles.keys(next));
+        tiles.wait(turn, 1);
         acc.start_values(weights, tiles.values(turn));
         wgmma_wait<1>();
+        tiles.close(next, 0);
         if (tiles.is_masked(next)) acc.weigh<true>(score, sees, lane);
         else acc.weigh<false>(score, sees, lane);
         wgmma_wait<0>();
-        tiles.close(turn);
+        tiles.close(turn, 1);
         acc.rescale_out();
 #pragma unroll
         for (u32 n = 0; n < TILE / 16; n++) Accumulator::narrow(weights[n], score + 2 * n);
     }
+    tiles.wait(turn, 1);
     acc.start_values(weights, tiles.values(turn));
     wgmma_wait<0>();
-    tiles.close(turn);
+    tiles.close(turn, 1);
 }
 
 __device__ __forceinline__ void consume(const Block& block, const float* q, float* partials, u32* counters, float* out) {
@@ -723,12 +435,14 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
         if (WGMMA && has_rows) add_tiles_together(acc, tiles, mine, turn);
         else add_tiles(acc, tiles, mine, turn, has_rows);
         if (CLUSTER == 1 && again) named_barrier(1, CONSUMERS); // the parts of the chunk before are read
+        if (CLUSTER > 1 && !again) cluster_wait(); // all blocks have begun
         const u32 part = (cluster_rank_or_zero() * KEY_GROUPS + key_group) * KEY_WARPS + key_warp;
-        if (has_rows) acc.store(shared, part, first_row, min(M, request.n_rows * GROUP - first_packed), lane);
+        if (has_rows) leave_parts(acc, shared, part, first_row, min(M, request.n_rows * GROUP - first_packed), lane);
         if (CLUSTER > 1) cluster_sync(); // the parts are there
         else named_barrier(1, CONSUMERS);
         finish(shared, request, item, partials, counters, out, thread);
     }
+    if (CLUSTER > 1 && !again) cluster_wait();
     if (!waited) wait_for_previous();
 }
 
@@ -752,11 +466,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     Block block = {shared, {rows, requests, min(requests[1], MAX_REQUESTS), 0}, rows, requests, clusters, thread, lane, thread / 32};
     block.schedule.plan(clusters, lane);
     __syncthreads();
+    // No block writes to the shared memory of another one that has not begun.
+    if (CLUSTER > 1) cluster_arrive();
     if (thread >= CONSUMERS) {
-        if (WGMMA) give_registers<GROUPS == 1 ? 40 : 56>();
+        if (MOVES_REGISTERS) give_registers<56>();
         produce(block, pages, k_cache, v_cache);
     } else {
-        if (WGMMA) take_registers<GROUPS == 1 ? 216 : 224>();
+        if (MOVES_REGISTERS) take_registers<GROUPS == 1 ? 200 : 224>();
         consume(block, q, partials, counters, out);
     }
 }

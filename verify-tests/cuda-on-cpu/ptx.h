@@ -191,6 +191,9 @@ inline float exp2_approx(float x) {
 
 inline void named_barrier(unsigned id, unsigned threads) { emu::barrier(id, threads); }
 inline unsigned cluster_rank() { return emu::current->block->rank; }
+// Blocks of a cluster begin together here, which is all that its halves are used for.
+inline void cluster_arrive() {}
+inline void cluster_wait() {}
 inline void cluster_sync() { emu::cluster_barrier(); }
 inline void cluster_leave() { emu::cluster_barrier(); }
 

@@ -35,14 +35,14 @@ impl Lowering<'_> {
         let spills = !self.device.has_wgmma() && cache.head_dim > 64 && m >= 32;
         let groups = if m <= 64 && (cluster > 2 || spills) { 1 } else { 2 };
         // A small block leaves room for one of the next kernel beside it.
-        let blocks = if m == 16 && cluster > 2 && cache.head_dim == 64 { 2 } else { 1 };
-        let tile_bytes = 2 * TILE * cache.head_dim * 2;
+        let blocks = if m <= 64 && cluster > 2 && cache.head_dim == 64 { 2 } else { 1 };
+        let stage_bytes = TILE * cache.head_dim * 2; // keys of a tile, or values
         let key_groups = groups / m.div_ceil(64);
         let parts_bytes = key_groups * (64 / m).max(1) * m * ((cache.head_dim + 4) * 4 + 8);
         let rest = key_groups * m * ANCESTOR_STRIDE * 4 + 512;
-        let stages = (self.device.shared_bytes / blocks - 1024 - parts_bytes - rest) / tile_bytes;
-        let stages = stages.min(6) / key_groups * key_groups;
-        let shared_bytes = stages * tile_bytes + parts_bytes + rest;
+        let stages = (self.device.shared_bytes / blocks - 1024 - parts_bytes - rest) / stage_bytes;
+        let stages = stages.min(12) / (2 * key_groups) * (2 * key_groups);
+        let shared_bytes = stages * stage_bytes + parts_bytes + rest;
         let spec = self
             .paged(KernelSpec::new("tree_attention"), *k_cache)
             .size("GROUP", "g", group)
@@ -113,40 +113,46 @@ impl Lowering<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::TreeSpec;
-    use crate::cuda::{Device, lower};
+    use crate::cuda::{Device, Launch, lower};
+    use crate::release::MODELS;
+    use crate::spec::Value;
+
+    fn launch(model: usize, rows: usize, device: &Device) -> Launch {
+        let pass = MODELS[model].pass(rows, TreeSpec::Any(64));
+        let op = pass.ops.iter().find(|op| op.name() == "tree_attention").unwrap();
+        lower(op, &pass, device).unwrap().remove(0)
+    }
+
+    fn constant(launch: &Launch, name: &str) -> u32 {
+        match launch.spec.constants().iter().find(|(constant, _)| *constant == name).unwrap().1 {
+            Value::U32(value) => value,
+            ref other => panic!("{name} is {other:?}"),
+        }
+    }
 
     #[test]
-    #[ignore]
-    fn print() {
-        use crate::layout::HEADER_WORDS;
-        use crate::op::{Batch, CacheShape};
-        use crate::pass::{DType, Pass, Role};
-        use crate::{Request, Row};
-        let env = |n: &str, d: usize| std::env::var(n).map_or(d, |v| v.parse().unwrap());
-        let (heads, kv_heads, d) = (env("HQ", 9), env("HKV", 3), env("D", 64));
-        let (b, l, n) = (env("B", 1), env("L", 1024), env("N", 16));
-        let ppr = (l + n).div_ceil(16);
-        let mut pass = Pass::new("bench", b * n);
-        let p = &mut pass;
-        let batch = Batch {
-            rows: p.add("rows", Role::Input, DType::U32, &[b * n, Row::WORDS]),
-            requests: p.add("requests", Role::Input, DType::U32, &[HEADER_WORDS + b * Request::WORDS]),
-            pages: p.add("pages", Role::Input, DType::U32, &[b, ppr]),
-        };
-        let cache = CacheShape { layers: 1, pages: b * ppr, kv_heads, page_size: 16, head_dim: d }.dims();
-        let q = p.add("q", Role::Scratch, DType::F32, &[b * n, heads, d]);
-        let out = p.add("out", Role::Scratch, DType::F32, &[b * n, heads, d]);
-        let k_cache = p.add("k", Role::Cache, DType::BF16, &cache);
-        let v_cache = p.add("v", Role::Cache, DType::BF16, &cache);
-        let (scale, tree) = (1.0 / (d as f32).sqrt(), TreeSpec::Any(n));
-        let op = Op::TreeAttention { batch, layer: 0, heads, kv_heads, scale, tree, q, k_cache, v_cache, out };
-        pass.ops = vec![op.clone()];
-        pass.check().unwrap();
-        let launch =
-            lower(&op, &pass, if env("ARCH", 90) == 90 { &Device::H100 } else { &Device::A100 }).unwrap().remove(0);
-        println!("{}", crate::emit::emit(&launch.spec, crate::emit::Lang::Cuda).unwrap());
-        eprintln!("{launch:?}");
+    fn a_unit_has_as_many_rows_as_a_request_needs() {
+        // SmolLM2-135M: three query heads share a key head.
+        for (rows, hopper, ampere) in [(1, 16, 16), (5, 16, 16), (10, 64, 32), (16, 64, 64), (64, 128, 64)] {
+            assert_eq!(constant(&launch(0, rows, &Device::H100), "M"), hopper, "{rows} rows");
+            assert_eq!(constant(&launch(0, rows, &Device::A100), "M"), ampere, "{rows} rows");
+        }
+    }
+
+    #[test]
+    fn blocks_fit_the_device_and_clusters_run_at_once() {
+        for device in [Device::H100, Device::A100] {
+            for model in 0..MODELS.len() {
+                for rows in [1, 16, 64, 256] {
+                    let launch = launch(model, rows, &device);
+                    assert!(launch.shared_bytes <= device.shared_bytes);
+                    if launch.spec.stem() == "tree_attention" {
+                        assert!(launch.grid[0] / launch.cluster <= device.clusters(launch.cluster));
+                        assert!(launch.cluster == 1 || device.has_clusters());
+                    }
+                }
+            }
+        }
     }
 }

@@ -197,6 +197,10 @@ __device__ __forceinline__ u32 cluster_rank() {
     return r;
 }
 
+// The two halves of a barrier for all threads of the cluster, which orders no memory.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
 // A barrier for all threads of the cluster; what they wrote to shared memory before is seen after.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -217,6 +221,8 @@ __device__ __forceinline__ T* cluster_map(T* p, u32 rank) {
 }
 #else
 __device__ __forceinline__ u32 cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
 __device__ __forceinline__ void cluster_leave() {}
 template <class T>
