@@ -30,7 +30,7 @@ constexpr u32 KEY_GROUPS = THREADS / COLUMNS;
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= THREADS, "one thread finishes an element");
 
 // Blocks: [heads, rows].
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     plain_attention(const u32* rows, const u32* requests, const u32* pages, const float* q, // [rows, heads, HEAD_DIM]
                     const void* k_cache, const void* v_cache, float* out) { // out [rows, heads, HEAD_DIM]
     release_next();

@@ -32,7 +32,7 @@ impl Lowering<'_> {
         let wgmma = self.device.has_wgmma() && m >= 64;
         // One group is enough for the few tiles that a block of a large cluster gets. Without wgmma two groups, whose
         // warps hold 64 rows of a large head, would spill.
-        let spills = !self.device.has_wgmma() && cache.head_dim > 64 && m >= 32;
+        let spills = !self.device.has_wgmma() && m >= 32;
         let groups = if m <= 64 && (cluster > 2 || spills) { 1 } else { 2 };
         // A small block leaves room for one of the next kernel beside it.
         let blocks = if m <= 64 && cluster > 2 && cache.head_dim == 64 { 2 } else { 1 };
