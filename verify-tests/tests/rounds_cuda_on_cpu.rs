@@ -105,9 +105,10 @@ fn what_the_device_drafts_changes_no_token() {
         }
     }
     println!("{accepted} drafts accepted, {branches} trees with branches");
-    // The comparison would be empty without.
-    assert!(accepted > 60 && branches > 3, "{accepted} accepted, {branches} branches");
-    assert!(sizes.contains(&1) && sizes.contains(&16), "{sizes:?}");
+    // The comparison would be empty without: drafts that are right, trees that are no chains, rounds without a draft, and
+    // rounds of the largest pass. How many there are depends on what a row costs.
+    assert!(accepted > 40 && branches > 0, "{accepted} accepted, {branches} branches");
+    assert!(sizes.contains(&1) && sizes.iter().any(|&nodes| nodes > 4), "{sizes:?}");
 }
 
 /// A stop token inside a path, and every way to run out of tokens.
