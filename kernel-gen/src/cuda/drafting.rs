@@ -1,5 +1,5 @@
-//! Drafting on the device, so that draft, verify, accept and commit are one graph. No op yet stands for a draft model's
-//! growth: whoever records such a round adds its launches to those of its passes.
+//! Drafting on the device: the n-gram drafter, and one level of a draft model's growth. No op stands for the latter yet,
+//! and nothing launches it: a draft model is still driven by the host.
 
 use super::{Argument, Launch, Lowering};
 use crate::TreeShape;

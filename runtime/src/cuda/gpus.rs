@@ -12,6 +12,9 @@ use crate::error::{Error, Result};
 
 /// The oldest compute capability, times ten, that kernels are written for: the first with asynchronous copies and bf16.
 pub const OLDEST_ARCH: usize = 80;
+/// Shared memory that a block must be able to have, in bytes: an A100's. Weight products are cut into tiles for no less,
+/// and consumer cards give 99 KiB.
+pub const LEAST_SHARED_BYTES: usize = 163 << 10;
 
 #[derive(Debug, Clone)]
 pub struct Gpu {
