@@ -1,4 +1,4 @@
-// needs: ptx wgmma layout paged chunks accumulator
+// needs: ptx formats wgmma layout paged chunks accumulator
 // Tree attention on tensor cores: every node of every tree attends to the committed prefix and to its own ancestors.
 //
 // The query rows of a request (node) and the query heads that share a kv head are packed: row = node row * GROUP + head of
@@ -18,7 +18,8 @@
 //     merge       each block of a cluster finishes some of the rows: warps leave their partial results in its shared memory.
 //                 Where a unit has several chunks, the one that arrives last adds them up, from the workspace
 //
-// Scores and sums are f32; q and the weights are rounded to the cache's format for the tensor cores.
+// Scores and sums are f32. Rounded to the cache's format are q and the weights, for the tensor cores, and partial results
+// that other warps add up: what blocks send each other is what one request waits for.
 
 // constants-begin
 constexpr u32 HEAD_DIM = 64;
@@ -48,16 +49,18 @@ constexpr u32 CONSUMERS = GROUPS * 128; // threads
 // Registers move between groups of four warps, from the producer's to the consumers': where they do, three warps idle.
 constexpr bool MOVES_REGISTERS = WGMMA && (GROUPS == 2 || BLOCKS == 2);
 constexpr u32 THREADS = CONSUMERS + (WGMMA ? 128 : 32);
-constexpr u32 PARTS = KEY_GROUPS * KEY_WARPS; // partial results of a row in a block
-constexpr u32 PART_ROW = HEAD_DIM + 4; // floats of a row of a partial result: padded against bank conflicts
-constexpr u32 QUADS = HEAD_DIM / 4; // threads that finish a row, four elements each
-constexpr u32 ROWS_EACH = (M + CLUSTER - 1) / CLUSTER; // rows that a block of the cluster finishes
+constexpr u32 PARTS = CLUSTER * KEY_GROUPS * KEY_WARPS; // warps that have partial results of a row
+constexpr u32 MOST_ROWS = PARTS == 1 ? 1 : (M + CLUSTER - 1) / CLUSTER; // that a block of the cluster finishes
 constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
+
+// A thread finishes a *piece* of a row: eight elements, as one lane of a warp has them (`Accumulator`): pairs, eight apart.
+constexpr u32 PIECES = HEAD_DIM / 8;
+__device__ __forceinline__ u32 piece_element(u32 piece, u32 pair) { return piece / 4 * 32 + pair * 8 + piece % 4 * 2; }
 
 // Results of all warps of the cluster for the rows that this block finishes.
 struct Parts {
-    float out[CLUSTER * PARTS][ROWS_EACH][PART_ROW]; // not yet divided by the sums
-    float2 sums[CLUSTER * PARTS][ROWS_EACH]; // running maximum, sum
+    uint4 out[PARTS][MOST_ROWS][PIECES + 4]; // divided by the sums; padded against bank conflicts
+    float2 sums[PARTS][MOST_ROWS]; // running maximum, sum
 };
 
 // Shared memory, in this order.
@@ -109,22 +112,6 @@ __device__ __forceinline__ void copy_tile(unsigned char* stage, u64* full, u32 n
 
 // ---- consumers
 
-// Leaves a warp's partial results with the blocks that finish its rows.
-__device__ __forceinline__ void leave_parts(Accumulator& acc, Shared& shared, u32 part, u32 first, u32 n_rows, u32 lane) {
-#pragma unroll
-    for (u32 i = 0; i < 2; i++) {
-        const u32 row = first + lane / 4 + 8 * i;
-        acc.sum[i] += __shfl_xor_sync(FULL_WARP, acc.sum[i], 1);
-        acc.sum[i] += __shfl_xor_sync(FULL_WARP, acc.sum[i], 2);
-        if (row >= n_rows) continue;
-        Parts& parts = CLUSTER == 1 ? shared.parts : *cluster_map(&shared.parts, row / ROWS_EACH);
-        if (lane % 4 == 0) parts.sums[part][row % ROWS_EACH] = make_float2(acc.largest[i], acc.sum[i]);
-        float* to = parts.out[part][row % ROWS_EACH] + lane % 4 * 2;
-#pragma unroll
-        for (u32 d = 0; d < HEAD_DIM / 8; d++) *(float2*)(to + d * 8) = make_float2(acc.out[d][2 * i], acc.out[d][2 * i + 1]);
-    }
-}
-
 // 64 bits of a row's ancestor words from node `first` on; nodes before 0 are prefix, and seen.
 __device__ __forceinline__ u64 window(const u32* words, int first) {
     auto word = [&](int i) { return i >= 0 && i < (int)ANCESTOR_WORDS ? words[i] : i < 0 ? 0xffffffffu : 0u; };
@@ -166,91 +153,139 @@ __device__ __forceinline__ void clear_unseen(unsigned char* values, const u32 (*
 
 // ---- merge
 
-// A row's partial results, added up: four elements that are not yet divided by the sum.
-struct Merged {
+// A piece of a row, of some of its keys: to be divided by the sum.
+struct Piece {
     float largest = NEVER;
     float sum = 0.0f;
-    float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    Eight out = {};
 
-    __device__ void add(float2 sums, float4 part) {
-        const float most = fmaxf(largest, sums.x);
-        const float base = most == NEVER ? 0.0f : most;
-        const float mine = exp2_approx(largest - base), theirs = exp2_approx(sums.x - base);
+    // Scales to a larger maximum, which may still be none.
+    __device__ __forceinline__ float weight(float most) const { return exp2_approx(largest - (most == NEVER ? 0.0f : most)); }
+
+    __device__ void add(const Piece& other) {
+        const float most = fmaxf(largest, other.largest), mine = weight(most), theirs = other.weight(most);
         largest = most;
-        sum = sum * mine + sums.y * theirs;
-        out.x = out.x * mine + part.x * theirs;
-        out.y = out.y * mine + part.y * theirs;
-        out.z = out.z * mine + part.z * theirs;
-        out.w = out.w * mine + part.w * theirs;
+        sum = sum * mine + other.sum * theirs;
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) out.x[i] = out.x[i] * mine + other.out.x[i] * theirs;
     }
 };
 
-// All warps' results of a row.
-__device__ __forceinline__ Merged merge_parts(const Parts& parts, u32 row, u32 quad) {
-    Merged merged;
+// This lane's piece number `n` of its i-th row.
+__device__ __forceinline__ Piece piece_of(const Accumulator& acc, u32 i, u32 n) {
+    Piece piece;
+    piece.largest = acc.largest[i];
+    piece.sum = acc.sum[i];
+#pragma unroll
+    for (u32 j = 0; j < 8; j++) piece.out.x[j] = acc.out[n * 4 + j / 2][2 * i + j % 2];
+    return piece;
+}
+
+// Leaves a warp's partial results with the blocks that finish its rows, `rows_each` a block.
+__device__ __forceinline__ void leave_parts(const Accumulator& acc, Shared& shared, u32 part, u32 first, u32 n_rows,
+                                            u32 rows_each, u32 lane) {
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+        const u32 row = first + lane / 4 + 8 * i;
+        if (row >= n_rows) continue;
+        Parts& parts = CLUSTER == 1 ? shared.parts : *cluster_map(&shared.parts, row / rows_each);
+        if (lane % 4 == 0) parts.sums[part][row % rows_each] = make_float2(acc.largest[i], acc.sum[i]);
+        const float inverse = acc.sum[i] > 0.0f ? 1.0f / acc.sum[i] : 0.0f;
+        uint4* to = parts.out[part][row % rows_each] + lane % 4;
+#pragma unroll
+        for (u32 n = 0; n < PIECES / 4; n++) {
+            const Piece piece = piece_of(acc, i, n);
+            u32 pairs[4];
+#pragma unroll
+            for (u32 j = 0; j < 4; j++) pairs[j] = pack(piece.out.x[2 * j] * inverse, piece.out.x[2 * j + 1] * inverse);
+            to[n * 4] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+    }
+}
+
+// All warps' results of a piece.
+__device__ __forceinline__ Piece merge_parts(const Parts& parts, u32 row, u32 piece) {
+    Piece merged;
+#pragma unroll
+    for (u32 i = 0; i < PARTS; i++) merged.largest = fmaxf(merged.largest, parts.sums[i][row].x);
 #pragma unroll 8
-    for (u32 i = 0; i < CLUSTER * PARTS; i++)
-        merged.add(parts.sums[i][row], *(const float4*)&parts.out[i][row][quad * 4]);
+    for (u32 i = 0; i < PARTS; i++) {
+        const float2 sums = parts.sums[i][row];
+        const Eight part = widen_eight(CACHE, parts.out[i][row][piece]);
+        const float weight = sums.y * exp2_approx(sums.x - (merged.largest == NEVER ? 0.0f : merged.largest));
+        merged.sum += weight;
+#pragma unroll
+        for (u32 j = 0; j < 8; j++) merged.out.x[j] = fmaf(weight, part.x[j], merged.out.x[j]);
+    }
     return merged;
 }
 
-// What a chunk leaves in the workspace: [M, HEAD_DIM] outputs, then a maximum and a sum a row.
+// What a chunk leaves in the workspace: [M, PIECES] pieces of eight elements, then a maximum and a sum a row.
 constexpr u32 PARTIAL = M * (HEAD_DIM + 2);
 
-__device__ __forceinline__ void write_row(float* out, const Request& request, const Item& item, u32 row, u32 quad,
-                                          const Merged& merged) {
-    const u32 packed = item.slab * M + row;
-    const u64 at = (u64)(request.first_row + packed / GROUP) * HEADS + item.head * GROUP + packed % GROUP;
-    const float inverse = 1.0f / merged.sum;
-    float4 y = merged.out;
-    y.x *= inverse, y.y *= inverse, y.z *= inverse, y.w *= inverse;
-    *(float4*)(out + at * HEAD_DIM + quad * 4) = y;
+__device__ __forceinline__ void store_partial(float* partial, u32 row, u32 n, const Piece& piece) {
+    float4* to = (float4*)(partial + (row * PIECES + n) * 8);
+    const float* x = piece.out.x;
+    to[0] = make_float4(x[0], x[1], x[2], x[3]);
+    to[1] = make_float4(x[4], x[5], x[6], x[7]);
+    if (n == 0) *(float2*)(partial + M * HEAD_DIM + row * 2) = make_float2(piece.largest, piece.sum);
 }
 
-// The consumers' threads finish the rows of this block.
-__device__ __forceinline__ void finish(Shared& shared, const Request& request, const Item& item, float* partials,
-                                       u32* counters, float* out, u32 thread) {
-    const u32 n_rows = min(M, request.n_rows * GROUP - item.slab * M);
-    const u32 rank = cluster_rank_or_zero();
-    const u32 first = rank * ROWS_EACH, end = min(n_rows, first + ROWS_EACH);
-    float* mine = partials + (u64)item.cut * PARTIAL;
-    for (u32 i = thread; i < ROWS_EACH * QUADS; i += CONSUMERS) {
-        const u32 row = first + i / QUADS, quad = i % QUADS;
-        if (row >= end) continue;
-        const Merged merged = merge_parts(shared.parts, row - first, quad);
-        if (item.chunks == 1) {
-            write_row(out, request, item, row, quad, merged);
-        } else {
-            *(float4*)(mine + row * HEAD_DIM + quad * 4) = merged.out;
-            if (quad == 0) *(float2*)(mine + M * HEAD_DIM + row * 2) = make_float2(merged.largest, merged.sum);
-        }
-    }
-    if (item.chunks == 1) return;
-
-    // The last of the unit's chunks adds them up. The counter is left at zero for the next launch.
-    u32* counter = counters + ((item.request * KV_HEADS + item.head) * SLABS + item.slab) * CLUSTER + rank;
-    named_barrier(1, CONSUMERS);
-    if (thread == 0) {
-        __threadfence();
-        shared.arrived = arrive(counter);
-        __threadfence();
-        if (shared.arrived == item.chunks - 1) *counter = 0;
-    }
-    named_barrier(1, CONSUMERS);
-    if (shared.arrived != item.chunks - 1) return;
-    const float* all = partials + (u64)(item.cut - item.chunk) * PARTIAL;
-    for (u32 i = thread; i < ROWS_EACH * QUADS; i += CONSUMERS) {
-        const u32 row = first + i / QUADS, quad = i % QUADS;
-        if (row >= end) continue;
-        Merged merged;
-        for (u32 chunk = 0; chunk < item.chunks; chunk++) {
-            const float* theirs = all + (u64)chunk * PARTIAL;
-            const float2 sums = __ldcg((const float2*)(theirs + M * HEAD_DIM + row * 2));
-            merged.add(sums, __ldcg((const float4*)(theirs + row * HEAD_DIM + quad * 4)));
-        }
-        write_row(out, request, item, row, quad, merged);
-    }
+__device__ __forceinline__ Piece load_partial(const float* partial, u32 row, u32 n) {
+    const float4* from = (const float4*)(partial + (row * PIECES + n) * 8);
+    const float4 a = __ldcg(from), b = __ldcg(from + 1);
+    const float2 sums = __ldcg((const float2*)(partial + M * HEAD_DIM + row * 2));
+    return {sums.x, sums.y, {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}}};
 }
+
+// A chunk's results of the rows that its blocks have, and where they go.
+struct Finish {
+    const Item& item;
+    const Request& request;
+    float* partials;
+    u32* counters;
+    float* out;
+
+    __device__ float* partial(u32 chunk) const { return partials + (u64)(item.cut - item.chunk + chunk) * PARTIAL; }
+
+    __device__ void write(u32 row, u32 n, const Piece& piece) const {
+        const u32 packed = item.slab * M + row;
+        const u64 at = (u64)(request.first_row + packed / GROUP) * HEADS + item.head * GROUP + packed % GROUP;
+        const float inverse = 1.0f / piece.sum;
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) {
+            float* to = out + at * HEAD_DIM + piece_element(n, j);
+            *(float2*)to = make_float2(piece.out.x[2 * j] * inverse, piece.out.x[2 * j + 1] * inverse);
+        }
+    }
+
+    // A whole chunk's result: that of the row, or one of several.
+    __device__ void take(u32 row, u32 n, const Piece& piece) const {
+        if (item.chunks == 1) write(row, n, piece);
+        else store_partial(partial(item.chunk), row, n, piece);
+    }
+
+    // The last of the unit's chunks adds up the rows `first` .. `end`, which the same blocks have of all of them. The
+    // counter is left at zero for the next launch.
+    __device__ void add_chunks(Shared& shared, u32 rank, u32 first, u32 end, u32 thread) const {
+        u32* counter = counters + ((item.request * KV_HEADS + item.head) * SLABS + item.slab) * CLUSTER + rank;
+        named_barrier(1, CONSUMERS);
+        if (thread == 0) {
+            __threadfence();
+            shared.arrived = arrive(counter);
+            __threadfence();
+            if (shared.arrived == item.chunks - 1) *counter = 0;
+        }
+        named_barrier(1, CONSUMERS);
+        if (shared.arrived != item.chunks - 1) return;
+        for (u32 i = first * PIECES + thread; i < end * PIECES; i += CONSUMERS) {
+            Piece sum;
+#pragma unroll 4
+            for (u32 chunk = 0; chunk < item.chunks; chunk++) sum.add(load_partial(partial(chunk), i / PIECES, i % PIECES));
+            write(i / PIECES, i % PIECES, sum);
+        }
+    }
+};
 
 // ---- the kernel
 
@@ -278,7 +313,7 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
     bool waited = false, again = false;
     Item item;
     for (u32 index = blockIdx.x / CLUSTER; block.next(index, item); again = true) {
-        if (CLUSTER > 1) again ? cluster_sync() : cluster_wait(); // all have begun, or read the parts of the chunk before
+        if (CLUSTER > 1 && again) cluster_sync(); // the parts of the chunk before are read
         if (block.warp == CONSUMERS / 32) {
             const Request request = read_request(block.rows, block.requests, item.request);
             const u32* table = pages + item.request * PAGES_PER_REQUEST;
@@ -300,6 +335,7 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
                 }
             }
         }
+        if (CLUSTER > 1 && !again) cluster_wait(); // all blocks have begun
         if (CLUSTER > 1) cluster_sync(); // the parts are there
     }
     if (CLUSTER > 1 && !again) cluster_wait();
@@ -434,13 +470,34 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
         turn += item.end - item.tile;
         if (WGMMA && has_rows) add_tiles_together(acc, tiles, mine, turn);
         else add_tiles(acc, tiles, mine, turn, has_rows);
+        acc.add_up_sums();
+
+        const u32 n_rows = min(M, request.n_rows * GROUP - first_packed);
+        const Finish result = {item, request, partials, counters, out};
+        if (PARTS == 1) { // nobody else has results of these rows
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                const u32 row = first_row + lane / 4 + 8 * i;
+#pragma unroll
+                for (u32 n = 0; n < PIECES / 4; n++) {
+                    if (row < n_rows) result.take(row, n * 4 + lane % 4, piece_of(acc, i, n));
+                }
+            }
+            if (item.chunks > 1) result.add_chunks(shared, 0, 0, n_rows, thread);
+            continue;
+        }
         if (CLUSTER == 1 && again) named_barrier(1, CONSUMERS); // the parts of the chunk before are read
         if (CLUSTER > 1 && !again) cluster_wait(); // all blocks have begun
-        const u32 part = (cluster_rank_or_zero() * KEY_GROUPS + key_group) * KEY_WARPS + key_warp;
-        if (has_rows) leave_parts(acc, shared, part, first_row, min(M, request.n_rows * GROUP - first_packed), lane);
+        const u32 rank = cluster_rank_or_zero(), rows_each = divide_up(n_rows, CLUSTER);
+        const u32 part = (rank * KEY_GROUPS + key_group) * KEY_WARPS + key_warp;
+        if (has_rows) leave_parts(acc, shared, part, first_row, n_rows, rows_each, lane);
         if (CLUSTER > 1) cluster_sync(); // the parts are there
         else named_barrier(1, CONSUMERS);
-        finish(shared, request, item, partials, counters, out, thread);
+        const u32 first = min(rank * rows_each, n_rows), end = min(first + rows_each, n_rows);
+        for (u32 i = first * PIECES + thread; i < end * PIECES; i += CONSUMERS) {
+            result.take(i / PIECES, i % PIECES, merge_parts(shared.parts, i / PIECES - first, i % PIECES));
+        }
+        if (item.chunks > 1) result.add_chunks(shared, rank, first, end, thread);
     }
     if (CLUSTER > 1 && !again) cluster_wait();
     if (!waited) wait_for_previous();

@@ -8,6 +8,8 @@ use crate::spec::KernelSpec;
 const TILE: usize = 64;
 /// Slots of a context that a cluster of 8 goes through in a few tiles a block.
 const SHORT_CONTEXT: usize = 2048;
+/// A merge through the workspace takes as long as this many tiles.
+const MIN_TILES: usize = 6;
 /// Words of a row's ancestors in shared memory: padded.
 const ANCESTOR_STRIDE: usize = crate::ANCESTOR_WORDS + 1;
 
@@ -38,7 +40,9 @@ impl Lowering<'_> {
         let blocks = if m <= 64 && cluster > 2 && cache.head_dim == 64 { 2 } else { 1 };
         let stage_bytes = TILE * cache.head_dim * 2; // keys of a tile, or values
         let key_groups = groups / m.div_ceil(64);
-        let parts_bytes = key_groups * (64 / m).max(1) * m * ((cache.head_dim + 4) * 4 + 8);
+        let parts = cluster * key_groups * (64 / m).max(1);
+        let parts_rows = if parts == 1 { 1 } else { parts * m.div_ceil(cluster) };
+        let parts_bytes = parts_rows * ((cache.head_dim / 8 + 4) * 16 + 8);
         let rest = key_groups * m * ANCESTOR_STRIDE * 4 + 512;
         let stages = (self.device.shared_bytes / blocks - 1024 - parts_bytes - rest) / stage_bytes;
         let stages = stages.min(12) / (2 * key_groups) * (2 * key_groups);
@@ -57,7 +61,7 @@ impl Lowering<'_> {
             .with("BLOCKS", blocks)
             .with("STAGES", stages)
             .with("BULK", self.device.has_clusters())
-            .with("MIN_CHUNK", if cluster > 1 { 2 * cluster * key_groups } else { 8 });
+            .with("MIN_CHUNK", if cluster > 1 { MIN_TILES * cluster * key_groups } else { 8 });
         // Chunks of units that are cut: at most one more than each cluster's share of tiles gives, and one a unit.
         let cut = clusters + units.min(clusters);
         vec![Launch {

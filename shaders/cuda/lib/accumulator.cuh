@@ -3,7 +3,7 @@
 // A *group* of four warps has up to 64 rows. Where it has fewer, its warps share the keys of a tile. In shared memory a tile
 // of keys or values is [HALVES][TILE] rows of 128 bytes, 16-byte chunks permuted by the row modulo 8, as tiled caches are.
 //
-// Needs ptx, wgmma, layout, chunks. Expects HEAD_DIM, KV_HEADS, GROUP, M, GROUPS, WGMMA, CACHE, SCALE.
+// Needs ptx, formats, wgmma, layout, chunks. Expects HEAD_DIM, KV_HEADS, GROUP, M, GROUPS, WGMMA, CACHE, SCALE.
 
 constexpr u32 HEADS = KV_HEADS * GROUP;
 constexpr u32 HALVES = HEAD_DIM / 64; // a vector is read in pieces of 64 elements
@@ -22,9 +22,7 @@ __device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) 
     else mma_f16(d, a, b0, b1);
 }
 
-__device__ __forceinline__ u32 pack(float low, float high) {
-    return CACHE == 1 ? pack_bf16(low, high) : pack_f16(low, high);
-}
+__device__ __forceinline__ u32 pack(float low, float high) { return narrow_pair(CACHE, low, high); }
 
 // The row of a tile of keys or values and the 16-byte chunk of its vector.
 __device__ __forceinline__ const unsigned char* place(const unsigned char* tile, u32 row, u32 chunk) {
@@ -130,6 +128,15 @@ struct Accumulator {
         for (u32 d = 0; d < HEAD_DIM / 8; d++)
 #pragma unroll
             for (u32 i = 0; i < 4; i++) out[d][i] *= rescale[i / 2];
+    }
+
+    // The sums of whole rows, in each of their lanes.
+    __device__ void add_up_sums() {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 1);
+            sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 2);
+        }
     }
 
     // Weights of 16 keys as the products take them.
