@@ -57,11 +57,12 @@ constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
 constexpr u32 PIECES = HEAD_DIM / 8;
 __device__ __forceinline__ u32 piece_element(u32 piece, u32 pair) { return piece / 4 * 32 + pair * 8 + piece % 4 * 2; }
 
-// Results of all warps of the cluster for the rows that this block finishes.
+// Results of all warps of the cluster for the rows that this block finishes: every CLUSTER-th.
 struct Parts {
-    uint4 out[PARTS][MOST_ROWS][PIECES + 4]; // divided by the sums; padded against bank conflicts
-    float2 sums[PARTS][MOST_ROWS]; // running maximum, sum
+    // Pieces, divided by the row's sum, then its {running maximum, sum, -, -}; padded against bank conflicts.
+    uint4 rows[PARTS][MOST_ROWS][PIECES + 4];
 };
+constexpr u32 PART_BYTES = (PIECES + 1) * 16; // of a row
 
 // Shared memory, in this order.
 struct Shared {
@@ -69,6 +70,7 @@ struct Shared {
     Parts parts;
     u64 full[STAGES];
     u64 empty[STAGES];
+    u64 received; // parts
     u32 ancestors[KEY_GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node; groups that take turns load their own
     u32 arrived; // chunks that came before this one
 };
@@ -181,41 +183,60 @@ __device__ __forceinline__ Piece piece_of(const Accumulator& acc, u32 i, u32 n) 
     return piece;
 }
 
-// Leaves a warp's partial results with the blocks that finish its rows, `rows_each` a block.
-__device__ __forceinline__ void leave_parts(const Accumulator& acc, Shared& shared, u32 part, u32 first, u32 n_rows,
-                                            u32 rows_each, u32 lane) {
+// Leaves a warp's partial results with the blocks that finish its rows.
+__device__ __forceinline__ void leave_parts(const Accumulator& acc, Shared& shared, u32 part, u32 first, u32 n_rows, u32 lane) {
 #pragma unroll
     for (u32 i = 0; i < 2; i++) {
         const u32 row = first + lane / 4 + 8 * i;
         if (row >= n_rows) continue;
-        Parts& parts = CLUSTER == 1 ? shared.parts : *cluster_map(&shared.parts, row / rows_each);
-        if (lane % 4 == 0) parts.sums[part][row % rows_each] = make_float2(acc.largest[i], acc.sum[i]);
-        const float inverse = acc.sum[i] > 0.0f ? 1.0f / acc.sum[i] : 0.0f;
-        uint4* to = parts.out[part][row % rows_each] + lane % 4;
+        uint4* to = shared.parts.rows[part][row / CLUSTER];
+        const auto put = [&](u32 at, u32 a, u32 b, u32 c, u32 d) {
+            if (CLUSTER == 1) to[at] = make_uint4(a, b, c, d);
+            else send(to + at, make_uint4(a, b, c, d), &shared.received, row % CLUSTER);
+        };
+        const float inverse = acc.sum[i] > 0.0f ? reciprocal_approx(acc.sum[i]) : 0.0f;
 #pragma unroll
         for (u32 n = 0; n < PIECES / 4; n++) {
-            const Piece piece = piece_of(acc, i, n);
-            u32 pairs[4];
-#pragma unroll
-            for (u32 j = 0; j < 4; j++) pairs[j] = pack(piece.out.x[2 * j] * inverse, piece.out.x[2 * j + 1] * inverse);
-            to[n * 4] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+            const Eight x = piece_of(acc, i, n).out;
+            const auto pair = [&](u32 j) { return pack(x.x[2 * j] * inverse, x.x[2 * j + 1] * inverse); };
+            put(n * 4 + lane % 4, pair(0), pair(1), pair(2), pair(3));
         }
+        if (lane % 4 == 0) put(PIECES, __float_as_uint(acc.largest[i]), __float_as_uint(acc.sum[i]), 0, 0);
     }
 }
 
-// All warps' results of a piece.
-__device__ __forceinline__ Piece merge_parts(const Parts& parts, u32 row, u32 piece) {
+// Threads that share a piece, each with some of its parts: neighbours, a power of two.
+__device__ constexpr u32 least(u32 a, u32 b) { return a < b ? a : b; }
+__device__ constexpr u32 power_of_two_upto(u32 n) { return n < 2 ? 1 : 2 * power_of_two_upto(n / 2); }
+constexpr u32 SHARES = power_of_two_upto(least(least(CONSUMERS / (MOST_ROWS * PIECES), PARTS), 32));
+
+// All warps' results of a piece of this block's row number `row`. Its threads call it together.
+__device__ __forceinline__ Piece merge_parts(const Parts& parts, u32 row, u32 n, u32 lane) {
+    const u32 together = (SHARES == 32 ? FULL_WARP : (1u << SHARES) - 1) << (lane & ~(SHARES - 1));
     Piece merged;
 #pragma unroll
-    for (u32 i = 0; i < PARTS; i++) merged.largest = fmaxf(merged.largest, parts.sums[i][row].x);
+    for (u32 i = lane % SHARES; i < PARTS; i += SHARES) {
+        merged.largest = fmaxf(merged.largest, __uint_as_float(parts.rows[i][row][PIECES].x));
+    }
+#pragma unroll
+    for (u32 step = 1; step < SHARES; step *= 2) {
+        merged.largest = fmaxf(merged.largest, __shfl_xor_sync(together, merged.largest, step));
+    }
+    const float base = merged.largest == NEVER ? 0.0f : merged.largest;
 #pragma unroll 8
-    for (u32 i = 0; i < PARTS; i++) {
-        const float2 sums = parts.sums[i][row];
-        const Eight part = widen_eight(CACHE, parts.out[i][row][piece]);
-        const float weight = sums.y * exp2_approx(sums.x - (merged.largest == NEVER ? 0.0f : merged.largest));
+    for (u32 i = lane % SHARES; i < PARTS; i += SHARES) {
+        const uint4 sums = parts.rows[i][row][PIECES];
+        const Eight part = widen_eight(CACHE, parts.rows[i][row][n]);
+        const float weight = __uint_as_float(sums.y) * exp2_approx(__uint_as_float(sums.x) - base);
         merged.sum += weight;
 #pragma unroll
         for (u32 j = 0; j < 8; j++) merged.out.x[j] = fmaf(weight, part.x[j], merged.out.x[j]);
+    }
+#pragma unroll
+    for (u32 step = 1; step < SHARES; step *= 2) {
+        merged.sum += __shfl_xor_sync(together, merged.sum, step);
+#pragma unroll
+        for (u32 j = 0; j < 8; j++) merged.out.x[j] += __shfl_xor_sync(together, merged.out.x[j], step);
     }
     return merged;
 }
@@ -265,9 +286,9 @@ struct Finish {
         else store_partial(partial(item.chunk), row, n, piece);
     }
 
-    // The last of the unit's chunks adds up the rows `first` .. `end`, which the same blocks have of all of them. The
-    // counter is left at zero for the next launch.
-    __device__ void add_chunks(Shared& shared, u32 rank, u32 first, u32 end, u32 thread) const {
+    // The last of the unit's chunks adds up this block's rows, which are the same in all of them. The counter is left at
+    // zero for the next launch.
+    __device__ void add_chunks(Shared& shared, u32 rank, u32 n_rows, u32 thread) const {
         u32* counter = counters + ((item.request * KV_HEADS + item.head) * SLABS + item.slab) * CLUSTER + rank;
         named_barrier(1, CONSUMERS);
         if (thread == 0) {
@@ -278,11 +299,12 @@ struct Finish {
         }
         named_barrier(1, CONSUMERS);
         if (shared.arrived != item.chunks - 1) return;
-        for (u32 i = first * PIECES + thread; i < end * PIECES; i += CONSUMERS) {
+        for (u32 i = thread; i / PIECES * CLUSTER + rank < n_rows; i += CONSUMERS) {
+            const u32 row = i / PIECES * CLUSTER + rank, n = i % PIECES;
             Piece sum;
 #pragma unroll 4
-            for (u32 chunk = 0; chunk < item.chunks; chunk++) sum.add(load_partial(partial(chunk), i / PIECES, i % PIECES));
-            write(i / PIECES, i % PIECES, sum);
+            for (u32 chunk = 0; chunk < item.chunks; chunk++) sum.add(load_partial(partial(chunk), row, n));
+            write(row, n, sum);
         }
     }
 };
@@ -307,13 +329,19 @@ struct Block {
     }
 };
 
+// Threads arrive at the cluster's barrier when they have begun, and when they have read the parts of a chunk; they wait for
+// all others before they send those of the next.
+__device__ __forceinline__ void cluster_turn() {
+    cluster_wait();
+    cluster_arrive();
+}
+
 // One warp runs ahead of the consumers, into the next chunk too.
 __device__ __forceinline__ void produce(const Block& block, const u32* pages, const u16* k_cache, const u16* v_cache) {
     u32 turn = 0; // tiles of this block so far
-    bool waited = false, again = false;
+    bool waited = false;
     Item item;
-    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item); again = true) {
-        if (CLUSTER > 1 && again) cluster_sync(); // the parts of the chunk before are read
+    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
         if (block.warp == CONSUMERS / 32) {
             const Request request = read_request(block.rows, block.requests, item.request);
             const u32* table = pages + item.request * PAGES_PER_REQUEST;
@@ -335,10 +363,9 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
                 }
             }
         }
-        if (CLUSTER > 1 && !again) cluster_wait(); // all blocks have begun
-        if (CLUSTER > 1) cluster_sync(); // the parts are there
+        if (CLUSTER > 1) cluster_turn();
     }
-    if (CLUSTER > 1 && !again) cluster_wait();
+    if (CLUSTER > 1) cluster_wait();
 }
 
 // A consumer warp's tiles of a chunk: its group's turns among the block's.
@@ -448,10 +475,10 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
     const u32 first_row = row_group * 64 + warp % ROW_WARPS * 16, key_warp = warp / ROW_WARPS % KEY_WARPS;
     const u32 team_thread = thread % (ROW_GROUPS * 128);
     u32 turn = 0; // tiles of this block so far
+    u32 received = 0; // phases of the barrier
     bool waited = false, again = false;
     Item item;
     for (u32 index = blockIdx.x / CLUSTER; block.next(index, item); again = true) {
-        if (CLUSTER > 1 && again) cluster_sync(); // the parts of the chunk before are read
         const Request request = read_request(block.rows, block.requests, item.request);
         const u32 first_packed = item.slab * M;
         load_ancestors(shared.ancestors[key_group], block.rows, request, first_packed, team_thread);
@@ -472,7 +499,7 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
         else add_tiles(acc, tiles, mine, turn, has_rows);
         acc.add_up_sums();
 
-        const u32 n_rows = min(M, request.n_rows * GROUP - first_packed);
+        const u32 n_rows = min(M, request.n_rows * GROUP - first_packed), rank = cluster_rank_or_zero();
         const Finish result = {item, request, partials, counters, out};
         if (PARTS == 1) { // nobody else has results of these rows
 #pragma unroll
@@ -483,23 +510,27 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
                     if (row < n_rows) result.take(row, n * 4 + lane % 4, piece_of(acc, i, n));
                 }
             }
-            if (item.chunks > 1) result.add_chunks(shared, 0, 0, n_rows, thread);
-            continue;
+        } else {
+            if (CLUSTER > 1) cluster_wait(); // all blocks have read the parts of the chunk before
+            else if (again) named_barrier(1, CONSUMERS); // all warps have
+            const u32 part = (rank * KEY_GROUPS + key_group) * KEY_WARPS + key_warp;
+            if (has_rows) leave_parts(acc, shared, part, first_row, n_rows, lane);
+            if (CLUSTER == 1) {
+                named_barrier(1, CONSUMERS);
+            } else if (rank < n_rows) {
+                if (thread == 0) mbarrier_expect(&shared.received, divide_up(n_rows - rank, CLUSTER) * PARTS * PART_BYTES);
+                mbarrier_wait(&shared.received, received++ & 1);
+            }
+            for (u32 i = thread / SHARES; i / PIECES * CLUSTER + rank < n_rows; i += CONSUMERS / SHARES) {
+                const Piece piece = merge_parts(shared.parts, i / PIECES, i % PIECES, lane);
+                if (lane % SHARES == 0) result.take(i / PIECES * CLUSTER + rank, i % PIECES, piece);
+            }
+            __syncwarp();
+            if (CLUSTER > 1) cluster_arrive();
         }
-        if (CLUSTER == 1 && again) named_barrier(1, CONSUMERS); // the parts of the chunk before are read
-        if (CLUSTER > 1 && !again) cluster_wait(); // all blocks have begun
-        const u32 rank = cluster_rank_or_zero(), rows_each = divide_up(n_rows, CLUSTER);
-        const u32 part = (rank * KEY_GROUPS + key_group) * KEY_WARPS + key_warp;
-        if (has_rows) leave_parts(acc, shared, part, first_row, n_rows, rows_each, lane);
-        if (CLUSTER > 1) cluster_sync(); // the parts are there
-        else named_barrier(1, CONSUMERS);
-        const u32 first = min(rank * rows_each, n_rows), end = min(first + rows_each, n_rows);
-        for (u32 i = first * PIECES + thread; i < end * PIECES; i += CONSUMERS) {
-            result.take(i / PIECES, i % PIECES, merge_parts(shared.parts, i / PIECES - first, i % PIECES));
-        }
-        if (item.chunks > 1) result.add_chunks(shared, rank, first, end, thread);
+        if (item.chunks > 1) result.add_chunks(shared, rank, n_rows, thread);
     }
-    if (CLUSTER > 1 && !again) cluster_wait();
+    if (CLUSTER > 1) cluster_wait();
     if (!waited) wait_for_previous();
 }
 
@@ -517,6 +548,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             mbarrier_init(&shared.full[s], BULK ? 1 : 32);
             mbarrier_init(&shared.empty[s], ROW_GROUPS * 4);
         }
+        mbarrier_init(&shared.received, 1);
         fence_barrier_init();
     }
     const u32 clusters = gridDim.x / CLUSTER;

@@ -186,14 +186,14 @@ inline float exp2_approx(float x) {
     const float y = exp2f(x);
     return y < 1.17549435e-38f ? 0.0f : y; // subnormal results are flushed
 }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 
 // ---- blocks and clusters
 
 inline void named_barrier(unsigned id, unsigned threads) { emu::barrier(id, threads); }
 inline unsigned cluster_rank() { return emu::current->block->rank; }
-// Blocks of a cluster begin together here, which is all that its halves are used for.
-inline void cluster_arrive() {}
-inline void cluster_wait() {}
+inline void cluster_arrive() { emu::cluster_arrive(); }
+inline void cluster_wait() { emu::cluster_wait(); }
 inline void cluster_sync() { emu::cluster_barrier(); }
 inline void cluster_leave() { emu::cluster_barrier(); }
 
@@ -236,7 +236,12 @@ inline void bulk_copy(void* shared, const void* global, unsigned bytes, unsigned
     emu::check_aligned("bulk_copy", global, 16);
     emu::check_shared("bulk_copy", shared, bytes);
     if (bytes == 0 || bytes % 16) emu::fail("bulk_copy: %u bytes", bytes);
-    if (emu::n_bulk_copies == emu::MAX_BULK_COPIES) emu::fail("bulk_copy: too many copies under way");
-    emu::bulk_copies[emu::n_bulk_copies++] = {shared, global, bytes, (uint64_t*)bar};
-    if (emu::chance(4)) emu::deliver_bulk(emu::n_bulk_copies - 1);
+    emu::start_bulk({shared, global, bytes, (uint64_t*)bar, {}});
+}
+
+inline void send(uint4* to, uint4 value, unsigned long long* bar, unsigned rank) {
+    emu::check_aligned("send", to, 16);
+    emu::BulkCopy copy = {cluster_map(to, rank), nullptr, 16, (uint64_t*)cluster_map(bar, rank), {}};
+    memcpy(copy.data, &value, 16);
+    emu::start_bulk(copy);
 }

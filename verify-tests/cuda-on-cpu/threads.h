@@ -122,6 +122,7 @@ struct alignas(64) Thread {
     unsigned n_copies, copy_capacity;
     unsigned n_arrivals; // among its copies
     unsigned group;      // of copies, that it is filling
+    unsigned cluster_phase; // of the cluster's barrier, that ends when all have arrived as this thread has; or 0
     Guarded stack;
 };
 
@@ -163,12 +164,13 @@ struct Block {
     ~Block();
 };
 
-// A copy under way that a barrier in memory counts (cp.async.bulk).
+// A copy under way that a barrier in memory counts (cp.async.bulk), or a store (st.async), which has its data with it.
 struct BulkCopy {
     void* to;
-    const void* from;
+    const void* from; // or null
     unsigned bytes;
     uint64_t* barrier;
+    unsigned char data[16];
 };
 
 // What outlives a launch: stacks of threads and shared memory, for as many blocks as ran together so far. It serves one
@@ -198,7 +200,7 @@ EMU_STATE Launch current_launch;
 EMU_STATE Thread* current; // the thread that runs
 EMU_STATE Context scheduler;
 EMU_STATE Block* cluster[MAX_CLUSTER];
-EMU_STATE unsigned cluster_live, cluster_arrived;
+EMU_STATE unsigned cluster_live, cluster_arrived, cluster_phase;
 EMU_STATE uint64_t random_state;
 constexpr unsigned MAX_BULK_COPIES = 4096;
 EMU_STATE BulkCopy bulk_copies[MAX_BULK_COPIES];
@@ -411,18 +413,33 @@ inline void for_threads(F f) {
     }
 }
 
+// Every thread that lives must have arrived, once, for the others to go on.
 inline bool release_cluster() {
     if (!cluster_arrived || cluster_arrived != cluster_live) return false;
     cluster_arrived = 0;
+    cluster_phase++;
     for_threads([](Thread& thread) {
         if (thread.waits == Wait::Cluster) wake(thread);
     });
     return true;
 }
 
-inline void cluster_barrier() {
+inline void cluster_arrive() {
+    if (current->cluster_phase) fail("cluster_arrive: the thread has not waited since it arrived");
+    current->cluster_phase = cluster_phase + 1;
     cluster_arrived++;
-    if (!release_cluster()) wait_for(Wait::Cluster);
+    release_cluster();
+}
+
+inline void cluster_wait() {
+    if (!current->cluster_phase) fail("cluster_wait: the thread has not arrived");
+    if (current->cluster_phase > cluster_phase) wait_for(Wait::Cluster);
+    current->cluster_phase = 0;
+}
+
+inline void cluster_barrier() {
+    cluster_arrive();
+    cluster_wait();
 }
 
 // ---- barriers in memory: a word that counts arrivals and bytes of copies, phase after phase
@@ -506,10 +523,16 @@ inline void deliver_bulk(unsigned i) {
     const BulkCopy copy = bulk_copies[i];
     for (unsigned later = i + 1; later < n_bulk_copies; later++) bulk_copies[later - 1] = bulk_copies[later];
     n_bulk_copies--;
-    memcpy(copy.to, copy.from, copy.bytes);
+    memcpy(copy.to, copy.from ? copy.from : copy.data, copy.bytes);
     MemoryBarrier barrier = MemoryBarrier::read(copy.barrier);
     barrier.bytes -= (int)copy.bytes;
     update_memory_barrier(copy.barrier, barrier);
+}
+
+inline void start_bulk(const BulkCopy& copy) {
+    if (n_bulk_copies == MAX_BULK_COPIES) deliver_bulk(random_below(n_bulk_copies));
+    bulk_copies[n_bulk_copies++] = copy;
+    if (chance(4)) deliver_bulk(n_bulk_copies - 1);
 }
 
 // Carries out some copy that a barrier in memory waits for; false if there is none.
@@ -525,6 +548,7 @@ inline bool deliver() {
 // Ends the running thread.
 __attribute__((noreturn)) inline void end_thread() {
     Thread& self = *current;
+    if (self.cluster_phase) fail("the thread ends while the cluster's barrier counts it");
     Warp& warp = *self.warp;
     const unsigned bit = 1u << self.lane;
     warp.live &= ~bit;
@@ -627,7 +651,7 @@ inline void start_block(Block& block, uint3 index, unsigned rank) {
         thread.context.start(thread.stack.begin, STACK - i % LANES * 128, thread_entry);
         thread.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
         thread.waits = Wait::None;
-        thread.n_copies = thread.n_arrivals = thread.group = 0;
+        thread.n_copies = thread.n_arrivals = thread.group = thread.cluster_phase = 0;
         thread.warp->live |= 1u << thread.lane;
         thread.warp->can_run = thread.warp->live;
     }
@@ -723,7 +747,7 @@ inline void run(const Launch& launch) {
     shuffle(order, clusters);
     for (unsigned i = 0; i < clusters; i++) {
         cluster_live = (unsigned)threads * launch.cluster;
-        cluster_arrived = 0;
+        cluster_arrived = cluster_phase = 0;
         for (unsigned rank = 0; rank < launch.cluster; rank++) {
             const unsigned b = order[i] * launch.cluster + rank;
             start_block(*cluster[rank], {b % grid.x, b / grid.x % grid.y, b / (grid.x * grid.y)}, rank);

@@ -42,7 +42,7 @@ impl Lowering<'_> {
         let key_groups = groups / m.div_ceil(64);
         let parts = cluster * key_groups * (64 / m).max(1);
         let parts_rows = if parts == 1 { 1 } else { parts * m.div_ceil(cluster) };
-        let parts_bytes = parts_rows * ((cache.head_dim / 8 + 4) * 16 + 8);
+        let parts_bytes = parts_rows * (cache.head_dim / 8 + 4) * 16;
         let rest = key_groups * m * ANCESTOR_STRIDE * 4 + 512;
         let stages = (self.device.shared_bytes / blocks - 1024 - parts_bytes - rest) / stage_bytes;
         let stages = stages.min(12) / (2 * key_groups) * (2 * key_groups);

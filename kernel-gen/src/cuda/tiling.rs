@@ -1,7 +1,7 @@
 //! How `shaders/cuda/lib/matmul.cuh` cuts a matrix: which tiles suit which sizes.
 //!
 //! The knobs are all here: `SMALL_SHARE`; in `small` the bytes a block may have, the warps (`most`) and rows of a tile; in
-//! `streaming` the `shapes`, their `cost`, and the depths. Whatever they are, the order of sums must follow from matrix
+//! `streaming` the shapes, their `cost`, and the depths. Whatever they are, the order of sums must follow from matrix
 //! and device alone: `cluster`, `warps_k`, `split`, and whether `warps_m` is 1.
 
 use super::Device;
@@ -11,6 +11,10 @@ use crate::pass::DType;
 const STEP: usize = 64;
 /// A matrix of fewer bytes a multiprocessor is done before the memory has reached its speed: what counts is latency.
 const SMALL_SHARE: usize = 128 << 10;
+
+/// Tiles of a warp, warps along the rows and along the columns.
+const HOPPER_SHAPES: [[usize; 3]; 5] = [[4, 12, 1], [4, 8, 1], [4, 6, 2], [4, 4, 2], [2, 4, 4]];
+const AMPERE_SHAPES: [[usize; 3]; 3] = [[4, 8, 1], [4, 4, 2], [4, 2, 4]];
 
 /// What `qkv` and `head` keep of a token behind the shared memory of the product: where its vectors go, how it is drawn.
 pub(super) const PLACES_BYTES: usize = 12;
@@ -83,44 +87,42 @@ impl Tiling {
         tiling((2..=each.min(4)).rev().find(|&ahead| tiling(ahead).has_registers(1, matrix)).unwrap_or(1))
     }
 
-    /// Wide tiles, so that activations are staged for many weight rows. Columns are shared, by a cluster or by teams, so
-    /// that the blocks come close to a whole number a multiprocessor: the tiling is the one whose busiest multiprocessor
-    /// moves the fewest bytes.
+    /// Wide tiles, so that activations are staged for many weight rows. Columns are shared, by a pair of blocks or by
+    /// teams, so that the blocks come close to a whole number a multiprocessor: the tiling is the one whose busiest
+    /// multiprocessor moves the fewest bytes. (Larger clusters leave multiprocessors over, and add up more sums.)
     fn streaming(matrix: &Matrix, tokens: usize, device: &Device) -> Tiling {
-        const ROW_TILES: usize = 4;
         let split = matrix.dtype == DType::F16;
-        // Sums of 64 tokens for both halves leave registers for half the rows.
-        let least = if split { ROW_TILES / 2 } else { ROW_TILES };
-        let cost = |&[warps_m, warps_k, cluster]: &[usize; 3]| {
-            let rows = 8 * ROW_TILES * warps_m;
-            let columns = matrix.steps().div_ceil(cluster) * STEP;
+        let steps = matrix.steps();
+        let cost = |&([row_tiles, warps_m, warps_k], cluster): &([usize; 3], usize)| {
+            let rows = 8 * row_tiles * warps_m;
+            let columns = steps.div_ceil(cluster) * STEP;
             let blocks = matrix.rows.div_ceil(rows) * cluster;
             // Weights, activations of 32 tokens, and their sums.
             let sums = if cluster * warps_k > 1 { 4 * 32 * rows * warps_k } else { 0 };
             blocks.div_ceil(device.multiprocessors) * (columns * (2 * rows + 4 * 32) + sums)
         };
-        // Warps along rows and along columns, blocks along columns.
-        let shapes: Vec<[usize; 3]> = if device.has_clusters() {
-            [1, 2, 4, 8].into_iter().flat_map(|cluster| [12, 8, 6, 4].map(|warps| [warps, 1, cluster])).collect()
-        } else {
-            vec![[8, 1, 1], [4, 2, 1], [2, 4, 1]]
+        let is_possible = |([row_tiles, warps_m, warps_k], cluster): &([usize; 3], usize)| {
+            (8 * if split { row_tiles / 2 } else { *row_tiles } * warps_m).is_multiple_of(matrix.unit) && steps >= 4 * warps_k * cluster
         };
-        let is_possible = |&&[warps_m, warps_k, cluster]: &&[usize; 3]| {
-            (8 * least * warps_m).is_multiple_of(matrix.unit) && matrix.steps() >= 4 * warps_k * cluster
-        };
-        let Some(&[warps_m, warps_k, cluster]) = shapes.iter().filter(is_possible).min_by_key(|shape| cost(shape))
-        else {
+        let shapes: &[[usize; 3]] = if device.has_clusters() { &HOPPER_SHAPES } else { &AMPERE_SHAPES };
+        let clusters = if device.has_clusters() { 2 } else { 1 };
+        let all = shapes.iter().flat_map(|&shape| (1..=clusters).map(move |cluster| (shape, cluster)));
+        let Some(([row_tiles, warps_m, warps_k], cluster)) = all.filter(is_possible).min_by_key(cost) else {
             return Tiling::small(matrix, tokens, device);
         };
-        // Each team stages its own activations.
-        let tokens = if warps_k > 1 { tokens.min(32) } else { tokens };
-        let row_tiles = if tokens > 32 { least } else { ROW_TILES };
-        let with_depth = |depth| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead: 1, depth, split };
-        // As deep as leaves room for a block of the next kernel, which requests its weights early.
-        let has_room = |&depth: &usize| with_depth(depth).blocks(device, matrix) == 2;
-        let fits = |&depth: &usize| with_depth(depth).shared_bytes(matrix) + DRAW_BYTES * tokens <= device.shared_bytes;
-        let depth = (2..=4).rev().find(has_room).or_else(|| (2..=3).rev().find(fits));
-        with_depth(depth.unwrap_or(2))
+        let blocks = matrix.rows.div_ceil(8 * row_tiles * warps_m) * cluster;
+        let with = |tokens, depth| {
+            // Sums of 64 tokens for both halves leave registers for half the rows.
+            let row_tiles = if tokens > 32 && split { row_tiles / 2 } else { row_tiles };
+            Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead: 1, depth, split }
+        };
+        let fits = |tiling: &Tiling| tiling.shared_bytes(matrix) + DRAW_BYTES * tiling.tokens <= device.shared_bytes;
+        // Each team stages its own activations: there may be room for those of fewer tokens only.
+        let tokens = if fits(&with(tokens, 2)) { tokens } else { tokens / 2 };
+        // As deep as fits. Where several blocks follow each other on a multiprocessor, they take turns at it if two fit.
+        let depths = || (2..=4).rev().map(|depth| with(tokens, depth));
+        let by_turns = depths().find(|tiling| blocks > device.multiprocessors && tiling.blocks(device, matrix) == 2);
+        by_turns.or_else(|| depths().filter(|tiling| tiling.depth <= 3).find(fits)).unwrap_or_else(|| with(tokens, 2))
     }
 
     pub(super) fn threads(&self) -> usize {

@@ -52,12 +52,23 @@ struct Accumulator {
             const u32 row = min(first + lane / 4 + 8 * i, last);
             from[i] = q_rows + ((u64)(request.first_row + row / GROUP) * HEADS + head * GROUP + row % GROUP) * HEAD_DIM;
         }
+        // A lane loads four neighbours. The tensor cores want two of them, and two others eight further on.
+        float4 four[HEAD_DIM / 16][2];
 #pragma unroll
         for (u32 kk = 0; kk < HEAD_DIM / 16; kk++)
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                const float2 pair = *(const float2*)(from[i % 2] + kk * 16 + lane % 4 * 2 + i / 2 * 8);
-                q[kk][i] = pack(pair.x, pair.y);
+            for (u32 i = 0; i < 2; i++) four[kk][i] = *(const float4*)(from[i] + kk * 16 + lane % 4 * 4);
+#pragma unroll
+        for (u32 kk = 0; kk < HEAD_DIM / 16; kk++)
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                const u32 a = pack(four[kk][i].x, four[kk][i].y), b = pack(four[kk][i].z, four[kk][i].w);
+#pragma unroll
+                for (u32 half = 0; half < 2; half++) {
+                    const u32 from_lane = (lane & ~3u) + half * 2 + lane % 4 / 2;
+                    const u32 x = __shfl_sync(FULL_WARP, a, from_lane), y = __shfl_sync(FULL_WARP, b, from_lane);
+                    q[kk][i + 2 * half] = lane % 2 ? y : x;
+                }
             }
     }
 

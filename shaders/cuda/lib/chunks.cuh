@@ -130,10 +130,10 @@ struct Schedule {
 
 __device__ __forceinline__ u32 cluster_rank_or_zero() { return CLUSTER == 1 ? 0 : cluster_rank(); }
 
-// This block's share of a chunk's tiles.
+// This block's share of a chunk's tiles. The last block, which has the tiles that test ancestors, gets no more than others.
 __device__ __forceinline__ void share(Item& item) {
     if (CLUSTER == 1) return;
     const u32 rank = cluster_rank(), n = item.end - item.tile, begin = item.tile;
-    item.tile = begin + n * rank / CLUSTER;
-    item.end = begin + n * (rank + 1) / CLUSTER;
+    item.tile = begin + divide_up(n * rank, CLUSTER);
+    item.end = begin + divide_up(n * (rank + 1), CLUSTER);
 }

@@ -183,6 +183,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // ---- blocks and clusters
 
 // A barrier for `threads` threads of the block (a multiple of 32). Barrier 0 is __syncthreads.
@@ -212,6 +218,17 @@ __device__ __forceinline__ void cluster_leave() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// Writes 16 bytes where `to`, in this block's shared memory, lies in that of block `rank` of the cluster. They count as a
+// bulk copy on that block's barrier `bar`.
+__device__ __forceinline__ void send(uint4* to, uint4 value, u64* bar, u32 rank) {
+    asm volatile(
+        "{\n.reg .b32 to, bar;\nmapa.shared::cluster.u32 to, %0, %6;\nmapa.shared::cluster.u32 bar, %5, %6;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%1, %2, %3, %4}, [bar];\n}" ::"r"(
+            shared_address(to)),
+        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(shared_address(bar)), "r"(rank)
+        : "memory");
+}
+
 // Where `p`, in this block's shared memory, lies in that of block `rank` of the cluster.
 template <class T>
 __device__ __forceinline__ T* cluster_map(T* p, u32 rank) {
@@ -225,6 +242,7 @@ __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
 __device__ __forceinline__ void cluster_leave() {}
+__device__ __forceinline__ void send(uint4* to, uint4 value, u64*, u32) { *to = value; }
 template <class T>
 __device__ __forceinline__ T* cluster_map(T* p, u32) { return p; }
 #endif
