@@ -151,6 +151,30 @@ impl Op {
                 }
                 Ok(())
             }
+            Op::Grow { shape, ids, tokens, .. } => {
+                if shape.len() == 1 || !shape.is_level_by_level() {
+                    return Err(
+                        c.error("shape", format!("is {shape}, expected two levels or more, one after the other"))
+                    );
+                }
+                let depth = shape.max_depth();
+                let [above, level] = [depth - 1, depth].map(|depth| shape.level(depth));
+                if max_requests * level.len() > max_rows {
+                    let nodes = level.len();
+                    let problem = format!("grows {max_requests} times {nodes} nodes, the buffer holds {max_rows} rows");
+                    return Err(c.error("shape", problem));
+                }
+                c.rank("ids", *ids, 2)?;
+                let (ranked, k) = (c.dims(*ids)[0], c.dims(*ids)[1]);
+                let (parents, children) =
+                    (max_requests * above.len(), 1 + shape.ranks()[level].iter().max().unwrap_or(&0));
+                if ranked < parents || k < children {
+                    let problem = format!("holds the best {k} of {ranked} rows, expected {children} of {parents}");
+                    return Err(c.error("ids", problem));
+                }
+                c.shape("ids", *ids, DType::U32, &[ranked, k])?;
+                c.shape("tokens", *tokens, DType::U32, &[max_requests, MAX_NODES])
+            }
         }
     }
 }

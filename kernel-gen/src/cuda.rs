@@ -12,7 +12,7 @@ use crate::spec::KernelSpec;
 
 mod acceptance;
 mod attention;
-pub mod drafting;
+mod drafting;
 mod plain_attention;
 mod tiling;
 mod weights;
@@ -127,6 +127,7 @@ pub fn lower(op: &Op, pass: &Pass, device: &Device) -> Result<Vec<Launch>, Lower
         Op::Accept { .. } => lowering.accept(),
         Op::Commit { .. } => lowering.commit(),
         Op::DraftNgram { .. } => lowering.draft_ngram(),
+        Op::Grow { .. } => lowering.grow(),
     };
     for launch in &launches {
         if launch.shared_bytes > device.shared_bytes {

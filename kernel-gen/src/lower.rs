@@ -161,7 +161,7 @@ pub fn lower(op: &Op, pass: &Pass, limits: &Limits) -> Result<Vec<KernelCall>, L
         Op::TopK { .. } => lowering.top_k(),
         Op::Accept { .. } => lowering.accept(),
         Op::Commit { .. } => lowering.commit(),
-        Op::DraftNgram { .. } => Err(LowerError::OnlyCuda { op: op.name() }),
+        Op::DraftNgram { .. } | Op::Grow { .. } => Err(LowerError::OnlyCuda { op: op.name() }),
     }?;
     calls.iter().try_for_each(|call| lowering.check(call))?;
     Ok(calls)

@@ -221,6 +221,19 @@ pub enum Op {
         /// Of a further row, relative to a pass of one.
         row_cost: f32,
     },
+    /// Grows the trees of all requests, which have one shape, by the shape's last level: each of its nodes takes the best
+    /// token after its parent that its elder siblings have not taken. The pass before ran the level above, `W` nodes of
+    /// each request, and ranked their continuations: node n of it was row `request * W + n - first`. Writes the tokens,
+    /// and into `rows` and `requests` what a pass over the new level needs.
+    Grow {
+        batch: Batch,
+        /// At least two levels, nodes in order of their depth.
+        shape: TreeShape,
+        /// U32 `[at least B * W, k]`, k at least the most children of a node
+        ids: Buf,
+        /// U32 `[B, MAX_NODES]`, by node; those of the levels above are left as they are
+        tokens: Buf,
+    },
 }
 
 impl Op {
@@ -238,6 +251,7 @@ impl Op {
             Op::Accept { .. } => "accept",
             Op::Commit { .. } => "commit",
             Op::DraftNgram { .. } => "draft_ngram",
+            Op::Grow { .. } => "grow",
         }
     }
 
@@ -253,8 +267,14 @@ impl Op {
             | Op::TopK { batch, .. }
             | Op::Accept { batch, .. }
             | Op::Commit { batch, .. }
-            | Op::DraftNgram { batch, .. } => batch,
+            | Op::DraftNgram { batch, .. }
+            | Op::Grow { batch, .. } => batch,
         }
+    }
+
+    /// Whether it makes up the batch of the next pass, which some backends leave to the host.
+    pub fn drafts(&self) -> bool {
+        matches!(self, Op::DraftNgram { .. } | Op::Grow { .. })
     }
 
     /// The buffers the op names, with the name of the field, in field order (batch first).
@@ -295,6 +315,7 @@ impl Op {
             Op::DraftNgram { accepted, history, state, .. } => {
                 list.extend([("accepted", accepted), ("history", history), ("state", state)]);
             }
+            Op::Grow { ids, tokens, .. } => list.extend([("ids", ids), ("tokens", tokens)]),
         }
         list
     }

@@ -14,6 +14,7 @@
 //! ```
 
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 
 use crate::layout::{ANCESTOR_WORDS, MAX_NODES};
@@ -180,6 +181,30 @@ impl TreeShape {
 
     pub fn max_depth(&self) -> usize {
         self.depths().into_iter().max().expect("a tree has a root")
+    }
+
+    /// Whether nodes are in order of their depth, so that every level is a range of them.
+    pub fn is_level_by_level(&self) -> bool {
+        self.depths().is_sorted()
+    }
+
+    /// The nodes of one depth, if the shape [is level by level](TreeShape::is_level_by_level).
+    pub fn level(&self, depth: usize) -> Range<usize> {
+        let depths = self.depths();
+        let begin_of = |depth: usize| depths.partition_point(|&d| d < depth);
+        begin_of(depth)..begin_of(depth + 1)
+    }
+
+    /// How many elder siblings every node has.
+    pub fn ranks(&self) -> Vec<usize> {
+        let mut children = vec![0; self.len()];
+        let mut ranks = vec![0];
+        for node in 1..self.len() {
+            let seen = &mut children[self.parent(node)];
+            ranks.push(*seen);
+            *seen += 1;
+        }
+        ranks
     }
 
     /// Ascending.
@@ -365,6 +390,16 @@ mod tests {
         let mut full = TreeShape::chain(255).unwrap();
         assert_eq!(full.push(0), Err(ShapeError::TooManyNodes { nodes: 257 }));
         assert_eq!(TreeShape::root().push(1), Err(ShapeError::Parent { node: 1, parent: 1 }));
+    }
+
+    #[test]
+    fn levels_are_ranges_and_siblings_are_ranked() {
+        let shape = parse("parents:0,0,0,0,1,1,3,5").unwrap();
+        assert!(shape.is_level_by_level());
+        assert_eq!([0, 1, 2, 3, 4].map(|depth| shape.level(depth)), [0..1, 1..4, 4..7, 7..8, 8..8]);
+        assert_eq!(shape.ranks(), [0, 0, 1, 2, 0, 1, 0, 0]);
+        assert!(!parse("parents:0,0,1,1,0").unwrap().is_level_by_level());
+        assert_eq!(parse("parents:0,0,1,1,0").unwrap().ranks(), [0, 0, 0, 1, 1]);
     }
 
     proptest! {

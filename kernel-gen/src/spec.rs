@@ -3,8 +3,6 @@
 //! A spec's name is file stem, table key, bench id and log line, e.g. `tree_attention__hd64_h9_g3_bf16_p16_t12_any64`. It
 //! holds the sizes a person would ask for; constants that follow from them, or from the device, are left out.
 
-use std::ops::Range;
-
 use crate::op::TreeSpec;
 use crate::pass::DType;
 use crate::shape::TreeShape;
@@ -116,11 +114,11 @@ impl KernelSpec {
         self.with("STATIC_TREE", is_static).with("TREE_WORDS", tree_words(tree)).with("TREE", Value::Words(words))
     }
 
-    /// `PARENTS`: of some nodes of a tree.
-    pub fn parents(mut self, shape: &TreeShape, nodes: Range<usize>) -> KernelSpec {
+    /// `PARENTS`: of every node of a tree.
+    pub fn parents(mut self, shape: &TreeShape) -> KernelSpec {
         self.tag(&tree_tag(shape));
         self.tree = Some(shape.clone());
-        self.with("PARENTS", Value::Words(shape.parents()[nodes].to_vec()))
+        self.with("PARENTS", Value::Words(shape.parents().to_vec()))
     }
 
     fn tag(&mut self, tag: &str) {

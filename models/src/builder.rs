@@ -7,7 +7,7 @@
 use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, ngram_state_words};
 use treespark_kernel_gen::op::Batch;
 use treespark_kernel_gen::{
-    Buf, BufferDesc, CacheShape, DType, MAX_NODES, Op, Pass, PassError, Request, Role, Row, TreeSpec,
+    Buf, BufferDesc, CacheShape, DType, MAX_NODES, Op, Pass, PassError, Request, Role, Row, TreeShape, TreeSpec,
 };
 
 /// The constant sizes and formats of the buffers that a model's passes share.
@@ -180,9 +180,19 @@ impl<'a> Builder<'a> {
 
     /// What ends a draft pass.
     pub fn top_k(&mut self) {
-        let (batch, logits, shape) = (self.batch, self.logits(), [self.dims.head_rows, self.dims.top_k]);
-        let ids = self.pass.add("top_ids", Role::Output, DType::U32, &shape);
-        let values = self.pass.add("top_values", Role::Output, DType::F32, &shape);
+        let (batch, logits, ids) = (self.batch, self.logits(), self.top_ids());
+        let values = self.pass.add("top_values", Role::Output, DType::F32, &[self.dims.head_rows, self.dims.top_k]);
         self.push(Op::TopK { batch, logits, ids, values });
+    }
+
+    /// Grows trees by the shape's last level, from what a draft pass over the level above ranked.
+    pub fn grow(&mut self, shape: TreeShape) {
+        let (batch, ids) = (self.batch, self.top_ids());
+        let tokens = self.pass.add("grown", Role::Output, DType::U32, &[self.dims.max_requests, MAX_NODES]);
+        self.push(Op::Grow { batch, shape, ids, tokens });
+    }
+
+    fn top_ids(&mut self) -> Buf {
+        self.pass.add("top_ids", Role::Output, DType::U32, &[self.dims.head_rows, self.dims.top_k])
     }
 }

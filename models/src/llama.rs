@@ -13,7 +13,7 @@
 //! logits = head(x)                       norm, projection
 //! ```
 
-use treespark_kernel_gen::{Buf, Op, Pass, PassError};
+use treespark_kernel_gen::{Buf, Op, Pass, PassError, TreeShape};
 
 use crate::builder::{Builder, Dims, NgramDims, Weight, WeightList};
 use crate::config::Config;
@@ -50,6 +50,13 @@ pub fn draft_pass(config: &Config, dims: &Dims, rows: usize) -> Result<Pass, Pas
     let mut llama = Llama::new("draft", config, dims, rows);
     llama.forward();
     llama.builder.top_k();
+    llama.builder.finish()
+}
+
+/// Grows trees by the last level of their shape, from what a draft pass over the level above ranked. It reads no weights.
+pub fn grow_pass(config: &Config, dims: &Dims, shape: TreeShape) -> Result<Pass, PassError> {
+    let mut llama = Llama::new("grow", config, dims, dims.max_rows);
+    llama.builder.grow(shape);
     llama.builder.finish()
 }
 
@@ -277,6 +284,7 @@ mod tests {
             logits_pass(config, &dims, 8).unwrap(),
             verify_pass(config, &dims, 8).unwrap(),
             draft_pass(config, &dims, 4).unwrap(),
+            grow_pass(config, &dims, "2x2".parse().unwrap()).unwrap(),
             commit_pass(config, &dims).unwrap(),
             round_pass(config, &dims, 8, DRAFTER).unwrap(),
             ngram_pass(config, &dims, DRAFTER).unwrap(),

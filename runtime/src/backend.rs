@@ -57,7 +57,8 @@ impl PassCost {
 pub trait Backend {
     fn info(&self) -> &DeviceInfo;
 
-    /// Whether it runs `Op::DraftNgram`, so that a round needs the host only to wait for it.
+    /// Whether it runs the ops that [draft](treespark_kernel_gen::Op::drafts), so that the host waits for a tree once or
+    /// not at all.
     fn drafts(&self) -> bool {
         false
     }

@@ -1,12 +1,13 @@
 //! A language model on a device: its weights, its cache pool and its compiled passes. Target and draft model alike.
-//! `rounds` holds what a round needs where the device drafts.
+//! `growth` has it draft a tree; `rounds` holds what a round needs where the device drafts for itself.
 
+mod growth;
 mod rounds;
 
 use std::collections::HashMap;
 
 use rounds::Drafted;
-use treespark_kernel_gen::{DType, MAX_NODES, Pass, TreeSpec};
+use treespark_kernel_gen::{DType, MAX_NODES, Pass, TreeShape, TreeSpec};
 use treespark_models::{Config, Dims, Model, NgramDims, llama};
 
 use crate::backend::{Backend, Extent, PassId};
@@ -22,7 +23,7 @@ use crate::tree::{ACCEPTED_WORDS, Accepted, TokenTree};
 const PAGE_SIZE: usize = 16;
 
 /// What a pass computes beside the layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Kind {
     /// Only cache rows: prompts.
     Extend,
@@ -30,6 +31,8 @@ enum Kind {
     Verify,
     /// The most likely tokens at every row.
     Draft,
+    /// From these, a tree's next level: the last of the shape.
+    Grow(TreeShape),
     /// Moves accepted rows.
     Commit,
     /// All of a round, then a draft of the next on the device, of up to so many nodes.
@@ -160,25 +163,6 @@ impl Network {
         Accepted::from_words(&words, MAX_NODES).checked(kv.len())
     }
 
-    /// The most likely next tokens of some nodes of a tree, with their logits: `top_k` of each, descending. Waits.
-    pub fn draft(
-        &mut self,
-        backend: &mut dyn Backend,
-        kv: &mut KvCache,
-        tree: &TokenTree,
-        nodes: &[usize],
-    ) -> Result<Vec<Vec<(u32, f32)>>> {
-        kv.reserve(&mut self.pool, tree.len())?;
-        let mut batch = Batch::new(self.dims.pages_per_request);
-        batch.add(kv, tree, nodes, &Sampling::default());
-        self.run(backend, Kind::Draft, &batch)?;
-        let words = nodes.len() * self.dims.top_k;
-        let ids = backend.read(self.memory.get("top_ids"), 0, words)?;
-        let values = backend.read(self.memory.get("top_values"), 0, words)?;
-        let pairs: Vec<(u32, f32)> = ids.into_iter().zip(values.into_iter().map(f32::from_bits)).collect();
-        Ok(pairs.chunks(self.dims.top_k).map(<[_]>::to_vec).collect())
-    }
-
     /// Moves the path's rows of the last tree next to the prefix and counts them as committed.
     pub fn commit(&mut self, backend: &mut dyn Backend, kv: &mut KvCache, path: &[usize]) -> Result<()> {
         if !Accepted::in_place(path) {
@@ -203,34 +187,39 @@ impl Network {
     }
 
     fn write_and_run(&mut self, backend: &mut dyn Backend, pass: PassId, batch: &Batch) -> Result<()> {
-        self.drafted = None;
-        for (name, words) in batch.words() {
-            backend.write(self.memory.get(name), 0, words)?;
-        }
+        self.write(backend, batch)?;
         backend.run(pass, batch.extent())
+    }
+
+    /// Writes the batch buffers, which some pass has bound.
+    fn write(&mut self, backend: &mut dyn Backend, batch: &Batch) -> Result<()> {
+        self.drafted = None;
+        batch.words().into_iter().try_for_each(|(name, words)| backend.write(self.memory.get(name), 0, words))
     }
 
     /// The pass for this many rows, or a few more; compiled when first needed.
     fn pass(&mut self, backend: &mut dyn Backend, kind: Kind, rows: usize) -> Result<PassId> {
         let rows = compiled_rows(rows);
-        if let Some(&pass) = self.passes.get(&(kind, rows)) {
+        let key = (kind, rows);
+        if let Some(&pass) = self.passes.get(&key) {
             return Ok(pass);
         }
         let drafter = |nodes: usize| NgramDims { nodes, row_cost: backend.info().cost.of_a_row() };
-        let pass = match kind {
+        let pass = match &key.0 {
             Kind::Extend => llama::extend_pass(&self.config, &self.dims, rows),
             Kind::Verify => llama::verify_pass(&self.config, &self.dims, rows),
             Kind::Draft => llama::draft_pass(&self.config, &self.dims, rows),
             Kind::Commit => llama::commit_pass(&self.config, &self.dims),
-            Kind::Round { nodes } => llama::round_pass(&self.config, &self.dims, rows, drafter(nodes)),
-            Kind::Ngram { nodes } => llama::ngram_pass(&self.config, &self.dims, drafter(nodes)),
+            Kind::Grow(shape) => llama::grow_pass(&self.config, &self.dims, shape.clone()),
+            Kind::Round { nodes } => llama::round_pass(&self.config, &self.dims, rows, drafter(*nodes)),
+            Kind::Ngram { nodes } => llama::ngram_pass(&self.config, &self.dims, drafter(*nodes)),
         }?;
-        if matches!(kind, Kind::Verify | Kind::Round { .. }) {
+        if matches!(key.0, Kind::Verify | Kind::Round { .. }) {
             self.pass_weight_bytes = pass.weight_bytes();
         }
         let buffers = self.memory.bind(backend, &pass)?;
         let id = backend.compile(&pass, &buffers)?;
-        self.passes.insert((kind, rows), id);
+        self.passes.insert(key, id);
         Ok(id)
     }
 }

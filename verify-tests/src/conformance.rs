@@ -23,10 +23,12 @@
 //! | equal siblings, children in any order, empty and full paths | `acceptance_equals_the_oracle` |
 //! | ties, the last token, a vocabulary that fills no tile | `ties_go_to_the_lowest_id`, `arb::HOUSE_MODELS` |
 //! | a NaN among the logits | `a_nan_draws_no_token` |
+//! | ranks over a level and not among siblings, continuations of another row or request | `a_grown_level_equals_the_oracle` |
 
 pub mod agreement;
 pub mod commit;
 pub mod draws;
+pub mod growth;
 pub mod ops;
 pub mod structure;
 
@@ -68,6 +70,7 @@ macro_rules! conformance {
             draws::ties_go_to_the_lowest_id
             draws::a_nan_draws_no_token
             draws::filters_keep_ties_at_their_threshold
+            growth::a_grown_level_equals_the_oracle
         }
     };
     ($module:ident, $constructor:expr, $($file:ident :: $property:ident)*) => {

@@ -5,6 +5,7 @@
 //! [`Backend`] too, so that the same properties are run on it: they must hold of the definition itself.
 
 mod drafting;
+mod growth;
 mod layers;
 mod philox;
 mod sampling;
@@ -128,6 +129,7 @@ impl Backend for Oracle {
                 Op::Accept { .. } => step.accept(op),
                 Op::Commit { .. } => step.commit(op),
                 Op::DraftNgram { .. } => step.draft_ngram(op),
+                Op::Grow { .. } => step.grow(op),
             }
         }
         Ok(())

@@ -4,7 +4,7 @@
 use half::{bf16, f16};
 use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words};
 use treespark_kernel_gen::op::Batch as BatchBuffers;
-use treespark_kernel_gen::{Buf, BufferDesc, DType, MAX_NODES, Op, Pass, Request, Role, Row, TreeSpec};
+use treespark_kernel_gen::{Buf, BufferDesc, DType, MAX_NODES, Op, Pass, Request, Role, Row, TreeShape, TreeSpec};
 use treespark_models::{Bytes, Tensor};
 
 use crate::rng::Rng;
@@ -147,6 +147,17 @@ impl TinyModel {
         let mut pass = self.accept_pass(rows, tree);
         self.push_commit(&mut pass);
         pass.check().expect("the commit pass is well formed");
+        pass
+    }
+
+    /// Growth alone, from the best `k` of each row that the host wrote.
+    pub fn grow_pass(&self, shape: &TreeShape, k: usize) -> Pass {
+        let mut pass = Pass::new("grow", MAX_ROWS);
+        let batch = self.batch_buffers(&mut pass);
+        let ids = pass.add("ids", Role::Input, DType::U32, &[MAX_ROWS, k]);
+        let tokens = pass.add("tokens", Role::Output, DType::U32, &[MAX_REQUESTS, MAX_NODES]);
+        pass.ops.push(Op::Grow { batch, shape: shape.clone(), ids, tokens });
+        pass.check().expect("the grow pass is well formed");
         pass
     }
 

@@ -53,6 +53,8 @@ fn launches(device: &Device) -> Vec<Launch> {
     let mut launches = release::cuda_launches(device).expect("the release's sizes fit this GPU");
     for sizes in HOUSE_MODELS {
         let model = TinyModel { sizes, seed: 0 };
+        let shape = "4x2x2x1".parse().expect("a shape");
+        launches.extend(lower_pass(&model.grow_pass(&shape, 16), device).expect("a shape fits any GPU"));
         for rows in [1, 16, 256] {
             let pass = model.pass(rows, &TreeSpec::Any(MAX_NODES), Tail::Commit);
             launches.extend(lower_pass(&pass, device).expect("small sizes fit any GPU"));

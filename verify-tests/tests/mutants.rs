@@ -1,6 +1,7 @@
 //! The suite can fail: each of these known mistakes, planted into an otherwise right backend, is caught by a property.
 //!
-//! A [`Mutant`] wraps the CPU backend and spoils what goes in (words that the host writes, ops of a pass) or comes out.
+//! A [`Mutant`] wraps the CPU backend, or the oracle where a device drafts, and spoils what goes in (words that the host
+//! writes, ops of a pass) or comes out.
 
 use std::collections::HashMap;
 
@@ -8,10 +9,11 @@ use treespark::Result;
 use treespark::backend::{Backend, BufferId, DeviceInfo, Extent, PassId};
 use treespark::cpu::CpuBackend;
 use treespark_kernel_gen::layout::HEADER_WORDS;
-use treespark_kernel_gen::{BufferDesc, Op, Pass, Request, Row};
+use treespark_kernel_gen::{BufferDesc, Op, Pass, Request, Row, TreeShape};
 use treespark_models::Tensor;
 use treespark_verify_tests::bed::POISON;
-use treespark_verify_tests::conformance::{Property, commit, draws, ops, structure};
+use treespark_verify_tests::conformance::{Property, commit, draws, growth, ops, structure};
+use treespark_verify_tests::oracle::Oracle;
 
 /// What a mistake does to one row of a batch.
 type SpoilRow = fn(&mut Row);
@@ -31,20 +33,24 @@ enum Mistake {
 }
 
 struct Mutant {
-    inner: CpuBackend,
+    inner: Box<dyn Backend>,
     names: HashMap<BufferId, String>,
     mistake: Mistake,
 }
 
 impl Mutant {
-    fn new(mistake: Mistake) -> Mutant {
-        Mutant { inner: CpuBackend::new(Some(1)), names: HashMap::new(), mistake }
+    fn new(inner: Box<dyn Backend>, mistake: Mistake) -> Mutant {
+        Mutant { inner, names: HashMap::new(), mistake }
     }
 }
 
 impl Backend for Mutant {
     fn info(&self) -> &DeviceInfo {
         self.inner.info()
+    }
+
+    fn drafts(&self) -> bool {
+        self.inner.drafts()
     }
 
     fn load(&mut self, desc: &BufferDesc, parts: &[Tensor]) -> Result<BufferId> {
@@ -111,7 +117,12 @@ impl Backend for Mutant {
 
 #[track_caller]
 fn caught_by(property: fn(&mut dyn Backend) -> Property, mistake: Mistake) {
-    assert!(property(&mut Mutant::new(mistake)).is_err(), "the suite lets this mistake pass");
+    caught_on(Box::new(CpuBackend::new(Some(1))), property, mistake);
+}
+
+#[track_caller]
+fn caught_on(backend: Box<dyn Backend>, property: fn(&mut dyn Backend) -> Property, mistake: Mistake) {
+    assert!(property(&mut Mutant::new(backend, mistake)).is_err(), "the suite lets this mistake pass");
 }
 
 /// Bit of the parent in a row's ancestors, if it has one.
@@ -261,4 +272,33 @@ fn acceptance_that_overlooks_a_branch() {
         row.ancestors[own / 32] |= 1 << (own % 32);
     };
     caught_by(commit::acceptance_equals_the_oracle, Mistake::Row(flatten));
+}
+
+#[test]
+fn growth_that_goes_wrong() {
+    let caught =
+        |mistake: Mistake| caught_on(Box::new(Oracle::new()), growth::a_grown_level_equals_the_oracle, mistake);
+    // The last node of a level under the parent of the first: in chains and stars it is there anyway.
+    let wrong_parent = |op: &mut Op| {
+        if let Op::Grow { shape, .. } = op {
+            let (mut parents, level) = (shape.parents().to_vec(), shape.level(shape.max_depth()));
+            parents[level.end - 1] = parents[level.start];
+            *shape = TreeShape::from_parents(&parents).unwrap();
+        }
+        true
+    };
+    caught(Mistake::Op(wrong_parent));
+    // Ancestors of the first word only.
+    caught(Mistake::Read("rows", |words| {
+        for row in words.chunks_mut(Row::WORDS).filter(|row| row[0] != POISON) {
+            let own = row[3] as usize;
+            row[5..].fill(0);
+            row[4 + own / 32] |= 1 << (own % 32);
+        }
+    }));
+    // Some nodes one position too far.
+    caught(Mistake::Read("rows", |words| {
+        let rows = words.chunks_mut(Row::WORDS).filter(|row| row[0] != POISON);
+        rows.for_each(|row| row[1] += u32::from(row[3] > 40));
+    }));
 }

@@ -1,11 +1,14 @@
-//! Rounds in which the device drafts, on CUDA without a GPU: the drafter's op proposes what the oracle does, and whatever
-//! it proposes, the tokens are those of plain decoding.
+//! Rounds in which the device drafts, on CUDA without a GPU: the drafter's op proposes what the oracle does, a draft model's
+//! tree is the one that the host would grow, and whatever is proposed, the tokens are those of plain decoding.
 
 #![cfg(feature = "cuda")]
 
+use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::Mutex;
 
-use treespark::backend::{Backend, BufferId, Extent, PassCost};
+use treespark::backend::{Backend, BufferId, DeviceInfo, Extent, PassCost, PassId};
+use treespark::draft::model::ModelDrafter;
 use treespark::draft::ngram::NgramDrafter;
 use treespark::draft::{Drafter, NoDrafter};
 use treespark::network::{Limits, Network};
@@ -13,8 +16,8 @@ use treespark::scheduler::Scheduler;
 use treespark::{Engine, FinishReason, Round, Sampling, Sequence, Statistics};
 use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, ngram_state_words};
 use treespark_kernel_gen::op::Batch;
-use treespark_kernel_gen::{DType, MAX_NODES, Op, Pass, Request, Role, Row, TreeShape};
-use treespark_models::Model;
+use treespark_kernel_gen::{BufferDesc, DType, MAX_NODES, Op, Pass, Request, Role, Row, TreeShape};
+use treespark_models::{Model, Tensor};
 use treespark_verify_tests::cases::{cuda_on_cpu, samplings, tiny_models};
 use treespark_verify_tests::oracle::Oracle;
 use treespark_verify_tests::rng::Rng;
@@ -177,13 +180,105 @@ fn sequences_may_take_turns() {
     assert_eq!(together, alone);
 }
 
+/// A backend that may be told not to draft, and how often the host has waited for it.
+struct Watched {
+    inner: Box<dyn Backend>,
+    drafts: bool,
+    waits: Rc<Cell<usize>>,
+}
+
+impl Backend for Watched {
+    fn info(&self) -> &DeviceInfo {
+        self.inner.info()
+    }
+
+    fn drafts(&self) -> bool {
+        self.drafts
+    }
+
+    fn load(&mut self, desc: &BufferDesc, parts: &[Tensor]) -> treespark::Result<BufferId> {
+        self.inner.load(desc, parts)
+    }
+
+    fn alloc(&mut self, desc: &BufferDesc) -> treespark::Result<BufferId> {
+        self.inner.alloc(desc)
+    }
+
+    fn free(&mut self, buffer: BufferId) {
+        self.inner.free(buffer);
+    }
+
+    fn write(&mut self, buffer: BufferId, offset: usize, words: &[u32]) -> treespark::Result<()> {
+        self.inner.write(buffer, offset, words)
+    }
+
+    fn read(&mut self, buffer: BufferId, offset: usize, len: usize) -> treespark::Result<Vec<u32>> {
+        self.waits.set(self.waits.get() + 1);
+        self.inner.read(buffer, offset, len)
+    }
+
+    fn compile(&mut self, pass: &Pass, buffers: &[BufferId]) -> treespark::Result<PassId> {
+        self.inner.compile(pass, buffers)
+    }
+
+    fn run(&mut self, pass: PassId, extent: Extent) -> treespark::Result<()> {
+        self.inner.run(pass, extent)
+    }
+}
+
+/// An engine whose draft model is its target, and how often it has waited.
+fn with_draft_model(model: &Model, shape: Option<&TreeShape>, drafts: bool) -> Option<(Engine, Rc<Cell<usize>>)> {
+    let waits = Rc::new(Cell::new(0));
+    let mut backend: Box<dyn Backend> = Box::new(Watched { inner: cuda_on_cpu(0)?, drafts, waits: waits.clone() });
+    let max_nodes = shape.map_or(16, TreeShape::len);
+    let limits = Limits { context: CONTEXT, max_nodes, top_k: 1 };
+    let target = Network::load(backend.as_mut(), model, limits, &mut |_, _| {}).unwrap();
+    let vocab = model.config().vocab_size;
+    let drafter = ModelDrafter::load(backend.as_mut(), model, vocab, limits, &mut |_, _| {}).unwrap();
+    let scheduler = Scheduler::new(shape.cloned(), max_nodes, PassCost(&[(1, 1.0), (2, 1.001)]));
+    Some((Engine::new(backend, target, Box::new(drafter), scheduler, CONTEXT), waits))
+}
+
+/// Trees of every kind, cut where few tokens are left, accepted whole and in part: they are equal, and so is the end.
+#[test]
+fn a_draft_model_grows_the_same_trees_with_one_wait() {
+    let _guard = ONE_AT_A_TIME.lock();
+    // More nodes than a mask word has bits; levels that are no ranges of nodes; none: the drafter's own, cut to 16 nodes.
+    let shapes = ["2x2x2x2x2", "parents:0,0,1,2,3,0,5,1,2,8", "chain:5", "20"].map(Some).into_iter().chain([None]);
+    for (i, text) in shapes.enumerate() {
+        let model = Model::open(&tiny_models()[i % 3]).unwrap();
+        let vocab = model.config().vocab_size as u32;
+        let shape: Option<TreeShape> = text.map(|text| text.parse().unwrap());
+        let Some((mut device, waits)) = with_draft_model(&model, shape.as_ref(), true) else { return };
+        let (mut host, waits_by_host) = with_draft_model(&model, shape.as_ref(), false).unwrap();
+        let mut levels = 0;
+        for (temperature, seed) in [(0.0, 0), (0.5, 1)] {
+            let sampling = Sampling { temperature, seed, ..Sampling::default() };
+            let job = Job { prompt: prompt(i as u64, 20, vocab), sampling, max_new_tokens: 10, stop_tokens: vec![] };
+            let (before, before_by_host) = (waits.get(), waits_by_host.get());
+            let [got, want] = [&mut device, &mut host].map(|engine| job.run(engine));
+            for (round, (got, want)) in got.rounds.iter().zip(&want.rounds).enumerate() {
+                let what = format!("{text:?}, temperature {temperature}, round {round}");
+                assert_eq!((&got.tree, &got.accepted), (&want.tree, &want.accepted), "{what}");
+            }
+            assert_eq!(got.tokens, want.tokens);
+            let (waited, by_host) = (waits.get() - before, waits_by_host.get() - before_by_host);
+            assert!(waited <= 2 * got.rounds.len() && waited <= by_host, "{waited} waits, by the host {by_host}");
+            levels += by_host - waited;
+            let accepted: Vec<usize> = got.rounds.iter().map(|round| round.accepted.draft_len()).collect();
+            println!("{text:?}: {accepted:?} accepted, {waited} waits, by the host {by_host}");
+        }
+        assert_eq!(levels == 0, text == Some("20"), "only a star has one level");
+    }
+}
+
 const REQUESTS: usize = 4;
 const HISTORY: usize = 192;
 
 /// The drafter's op alone on one backend, between rounds that the test makes up.
 struct Drafting {
     backend: Box<dyn Backend>,
-    pass: treespark::backend::PassId,
+    pass: PassId,
     buffers: Vec<BufferId>,
     sizes: Vec<usize>,
 }

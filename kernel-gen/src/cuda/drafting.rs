@@ -1,11 +1,9 @@
-//! Drafting on the device: the n-gram drafter, and one level of a draft model's growth. No op stands for the latter yet,
-//! and nothing launches it: a draft model is still driven by the host.
+//! Drafting on the device: the n-gram drafter, and the growth of a draft model's tree by one level.
 
 use super::{Argument, Launch, Lowering};
-use crate::TreeShape;
+use crate::MAX_NODES;
 use crate::layout::ngram_nodes;
 use crate::op::Op;
-use crate::pass::{Buf, Pass};
 use crate::spec::KernelSpec;
 
 impl Lowering<'_> {
@@ -23,39 +21,20 @@ impl Lowering<'_> {
         let operands = [self.batch.rows, self.batch.requests, accepted, history, state];
         vec![launch(spec, operands.map(Argument::from).to_vec(), 1, 1024)]
     }
-}
 
-/// One level of a draft model's growth; see `shaders/cuda/grow.cu`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Grow {
-    /// U32 `[rows of the draft's pass, k]`
-    pub ids: Buf,
-    /// The target's batch.
-    pub requests: Buf,
-    pub rows: Buf,
-    /// The draft's batch.
-    pub draft_requests: Buf,
-    pub draft_rows: Buf,
-}
-
-impl Grow {
-    /// The launch after the draft has run the nodes of `depth`. Panics if there is none deeper, or if the shape's nodes are
-    /// not in order of depth.
-    pub fn launch(&self, pass: &Pass, shape: &TreeShape, depth: usize, requests: usize) -> Launch {
-        let depths = shape.depths();
-        assert!(depths.is_sorted(), "the nodes of {shape} do not come level by level");
-        let begin_of = |depth: usize| depths.partition_point(|&d| d < depth);
-        let [first, begin, end] = [depth, depth + 1, depth + 2].map(begin_of);
-        assert!(begin < end, "{shape} has no nodes below depth {depth}");
+    /// The kernel is compiled for the shape: what a row holds, but for its token, is known before.
+    pub(super) fn grow(&self) -> Vec<Launch> {
+        let &Op::Grow { ref shape, ids, tokens, .. } = self.op else { unreachable!("lowering another op") };
+        let depth = shape.max_depth();
         let spec = KernelSpec::new("grow")
-            .parents(shape, begin..end)
-            .size("BEGIN", "from", begin)
-            .size("K", "k", pass.buffer(self.ids).shape[1])
-            .with("FIRST", first)
-            .with("END", end)
-            .with("RUNS", depth + 1 < shape.max_depth());
-        let operands = [self.ids, self.requests, self.rows, self.draft_requests, self.draft_rows];
-        launch(spec, operands.map(Argument::from).to_vec(), requests, 256)
+            .parents(shape)
+            .size("K", "k", self.desc(ids).shape[1])
+            .with("DEPTH", depth)
+            .with("ABOVE", shape.level(depth - 1).start)
+            .with("BEGIN", shape.level(depth).start)
+            .with("END", shape.len());
+        let operands = [ids, self.batch.rows, self.batch.requests, tokens];
+        vec![launch(spec, operands.map(Argument::from).to_vec(), self.max_requests(), MAX_NODES)]
     }
 }
 
@@ -70,7 +49,7 @@ mod tests {
     use crate::emit::{Lang, emit};
     use crate::layout::{HEADER_WORDS, accepted_words, ngram_state_words};
     use crate::op::Batch;
-    use crate::{DType, MAX_NODES, Request, Role, Row};
+    use crate::{DType, Pass, Request, Role, Row};
 
     fn source(launch: &Launch) -> String {
         emit(&launch.spec, Lang::Cuda).unwrap()
@@ -100,18 +79,47 @@ mod tests {
         }
     }
 
+    /// A level for two requests, of whose rows the best four continuations are known.
+    fn grow(shape: &str) -> (Pass, Op) {
+        let mut pass = Pass::new("grow", 32);
+        let mut add = |name: &str, shape: &[usize]| pass.add(name, Role::Input, DType::U32, shape);
+        let batch = Batch {
+            rows: add("rows", &[32, Row::WORDS]),
+            requests: add("requests", &[HEADER_WORDS + 2 * Request::WORDS]),
+            pages: add("pages", &[2, 8]),
+        };
+        let (ids, tokens) = (add("ids", &[8, 4]), add("tokens", &[2, MAX_NODES]));
+        (pass, Op::Grow { batch, shape: shape.parse().unwrap(), ids, tokens })
+    }
+
     #[test]
     fn growth_is_compiled_level_by_level() {
-        let mut pass = Pass::new("round", 32);
-        let mut add = |name: &str, shape: &[usize]| pass.add(name, Role::Input, DType::U32, shape);
-        let [rows, requests, draft_rows, draft_requests] =
-            ["rows", "requests", "draft.rows", "draft.requests"].map(|name| add(name, &[32 * 12]));
-        let grow = Grow { ids: add("ids", &[8, 4]), requests, rows, draft_requests, draft_rows };
+        let (pass, op) = grow("3x2");
+        op.check(&pass).unwrap();
+        let launch = lower(&op, &pass, &Device::H100).unwrap().remove(0);
+        assert_eq!((launch.spec.name(), launch.grid), ("grow__3x2_k4", [2, 1, 1]));
+        let source = source(&launch);
+        assert!(
+            source.contains("PARENTS[] = {0x0u, 0x0u, 0x0u, 0x0u, 0x1u, 0x1u, 0x2u, 0x2u, 0x3u, 0x3u};"),
+            "{source}"
+        );
+        for (name, value) in [("DEPTH", 2), ("ABOVE", 1), ("BEGIN", 4), ("END", 10)] {
+            assert!(source.contains(&format!("constexpr u32 {name} = {value}u;")), "{name}: {source}");
+        }
+    }
 
-        let shape: TreeShape = "3x2x1".parse().unwrap();
-        let grown: Vec<Launch> = (0..3).map(|depth| grow.launch(&pass, &shape, depth, 2)).collect();
-        assert_eq!(grown[1].spec.name(), "grow__3x2x1_from4_k4");
-        assert!(source(&grown[1]).contains("PARENTS[] = {0x1u, 0x1u, 0x2u, 0x2u, 0x3u, 0x3u};"));
-        assert!(source(&grown[1]).contains("RUNS = true") && source(&grown[2]).contains("RUNS = false"));
+    #[test]
+    fn what_cannot_grow_is_named() {
+        for (shape, problem) in [
+            ("root", "is root, expected two levels or more"),
+            ("parents:0,0,1,0", "one after the other"),
+            ("4x4x1", "the best 4 of 8 rows, expected 1 of 32"),
+            ("5", "the best 4 of 8 rows, expected 5 of 2"),
+            ("4x4x4", "2 times 64 nodes, the buffer holds 32 rows"),
+        ] {
+            let (pass, op) = grow(shape);
+            let refused = op.check(&pass).unwrap_err().to_string();
+            assert!(refused.contains(problem), "{refused}");
+        }
     }
 }

@@ -122,7 +122,7 @@ impl Backend for CpuBackend {
 
     fn compile(&mut self, pass: &Pass, buffers: &[BufferId]) -> Result<PassId> {
         assert_eq!(pass.buffers.len(), buffers.len(), "one buffer for each that the pass names");
-        if pass.ops.iter().any(|op| matches!(op, Op::DraftNgram { .. })) {
+        if pass.ops.iter().any(Op::drafts) {
             return Err(Error::Device(format!("pass {} drafts, which the CPU backend leaves to the host", pass.name)));
         }
         self.passes.push(Compiled { pass: pass.clone(), buffers: buffers.to_vec() });

@@ -73,7 +73,7 @@ impl<'a> Run<'a> {
                 self.commit(batch, *accepted, *k_cache);
                 self.commit(batch, *accepted, *v_cache);
             }
-            Op::DraftNgram { .. } => unreachable!("`compile` refuses passes that draft"),
+            Op::DraftNgram { .. } | Op::Grow { .. } => unreachable!("`compile` refuses passes that draft"),
         }
     }
 

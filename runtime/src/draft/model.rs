@@ -1,4 +1,5 @@
-//! A standalone draft model: any model with the target's tokenizer. Its top-k growth gives the tree, level by level.
+//! A standalone draft model: any model with the target's tokenizer. Its top-k growth gives the tree, level by level
+//! ([`Network::grow`]).
 //!
 //! The draft's own cache mirrors the committed text. Before a round it may lack the last few tokens (the bonus token,
 //! and an accepted leaf, which the draft never ran); they are run first.
@@ -29,10 +30,6 @@ pub struct ModelDrafter {
     network: Network,
     kv: KvCache,
     rates: HitRates,
-    /// Rank among its siblings of every node of the last proposal.
-    ranks: Vec<usize>,
-    /// Nodes of the last proposal that have cache rows: all but the deepest level.
-    has_rows: Vec<bool>,
     default_shape: TreeShape,
 }
 
@@ -55,39 +52,8 @@ impl ModelDrafter {
             network: Network::load(backend, model, limits, progress)?,
             kv: KvCache::default(),
             rates: HitRates::new(&PRIORS),
-            ranks: Vec::new(),
-            has_rows: Vec::new(),
             default_shape: if dear { DEFAULT_SHAPE_DEAR } else { DEFAULT_SHAPE_CHEAP }.parse().map_err(Error::Shape)?,
         })
-    }
-
-    /// Grows the tree over the shape's levels. Node ids of the draft follow the shape's order, breadth first.
-    fn grow(&mut self, backend: &mut dyn Backend, draft: &mut Draft, shape: &TreeShape, plan: &Plan) -> Result<()> {
-        let mut level = vec![(0, 0)]; // (node of the shape, node of the draft)
-        for depth in 0..shape.max_depth().min(plan.max_depth) {
-            let parents: Vec<usize> = level.iter().map(|&(_, drafted)| drafted).collect();
-            let offers = self.network.draft(backend, &mut self.kv, &draft.tree, &parents)?;
-            parents.iter().for_each(|&node| self.has_rows[node] = true);
-            let mut next = Vec::new();
-            for ((at, parent), offer) in level.into_iter().zip(&offers) {
-                for (rank, (child, &(token, _))) in shape.children(at).zip(offer).enumerate() {
-                    if draft.tree.len() == plan.max_nodes {
-                        return Ok(());
-                    }
-                    let node = draft.tree.push(parent, token)?;
-                    draft.survival.push(draft.survival[parent] * self.rates.rate(rank));
-                    self.ranks.push(rank);
-                    self.has_rows.push(false);
-                    debug_assert_eq!(shape.depth(child), depth + 1);
-                    next.push((child, node));
-                }
-            }
-            level = next;
-            if level.is_empty() {
-                break;
-            }
-        }
-        Ok(())
     }
 }
 
@@ -100,17 +66,21 @@ impl Drafter for ModelDrafter {
         let last = context.len() - 1;
         let missing = &context[self.kv.len()..last];
         self.network.extend(backend, &mut self.kv, missing, &mut |_| {})?;
-        let mut draft = Draft::root(context[last]);
-        (self.ranks, self.has_rows) = (vec![0], vec![false]);
-        let shape = plan.shape.clone().unwrap_or_else(|| self.default_shape.clone());
-        self.grow(backend, &mut draft, &shape, plan)?;
-        Ok(draft)
+        let shape = fitting(plan.shape.as_ref().unwrap_or(&self.default_shape), plan, self.network.top_k());
+        let tree = self.network.grow(backend, &mut self.kv, context[last], &shape)?;
+        let mut survival = vec![1.0];
+        for (node, rank) in shape.ranks().into_iter().enumerate().skip(1) {
+            survival.push(survival[shape.parent(node)] * self.rates.rate(rank));
+        }
+        Ok(Draft { tree, survival })
     }
 
     fn observe(&mut self, backend: &mut dyn Backend, draft: &Draft, accepted: &Accepted) -> Result<()> {
-        self.rates.learn(&draft.tree, &self.ranks, &accepted.tokens);
-        let path: Vec<usize> = accepted.path.iter().copied().take_while(|&node| self.has_rows[node]).collect();
-        if path.is_empty() { Ok(()) } else { self.network.commit(backend, &mut self.kv, &path) }
+        let shape = draft.tree.shape();
+        self.rates.learn(&draft.tree, &shape.ranks(), &accepted.tokens);
+        // The last level was never run: it has no cache rows.
+        let path = &accepted.path[..accepted.path.len().min(shape.max_depth())];
+        if path.is_empty() { Ok(()) } else { self.network.commit(backend, &mut self.kv, path) }
     }
 
     fn reset(&mut self) {
@@ -119,5 +89,41 @@ impl Drafter for ModelDrafter {
 
     fn memory_use(&self) -> MemoryUse {
         self.network.memory_use()
+    }
+}
+
+/// The nodes of a shape that a round can use, level by level: none too deep, with too many elder siblings, or too many.
+fn fitting(shape: &TreeShape, plan: &Plan, max_children: usize) -> TreeShape {
+    let mut fit = TreeShape::root();
+    let (mut from, mut parent) = (vec![0], 0); // the shape's node that each is
+    while parent < fit.len() && fit.depth(parent) < plan.max_depth {
+        let room = plan.max_nodes.saturating_sub(fit.len());
+        for child in shape.children(from[parent]).take(room.min(max_children)) {
+            fit.push(parent).expect("no more nodes than the shape has");
+            from.push(child);
+        }
+        parent += 1;
+    }
+    fit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fit(shape: &str, max_nodes: usize, max_depth: usize, max_children: usize) -> String {
+        let plan = Plan { shape: None, max_nodes, max_depth };
+        fitting(&shape.parse().unwrap(), &plan, max_children).to_string()
+    }
+
+    #[test]
+    fn shapes_are_cut_to_what_a_round_can_use() {
+        assert_eq!(fit("3x2x1", 64, 64, 16), "3x2x1");
+        assert_eq!(fit("3x2x1", 64, 2, 16), "3x2");
+        assert_eq!(fit("3x2x1", 64, 64, 2), "2x2x1");
+        assert_eq!(fit("3x2x1", 6, 64, 16), "parents:0,0,0,0,1,1");
+        assert_eq!(fit("3x2x1", 1, 64, 16), "root");
+        assert_eq!(fit("3x2x1", 64, 0, 16), "root");
+        assert_eq!(fit("parents:0,0,1,1,0,4,2", 64, 64, 16), "parents:0,0,0,1,1,2,3", "breadth first");
     }
 }
