@@ -1,4 +1,4 @@
-// needs: ptx formats matmul
+// needs: ptx formats wgmma matmul
 // out[r, i] = silu(g[i]) * u[i], where g and u are the halves of rms_norm(x[r]) · weightᵀ
 //
 // A tile has eight gate rows, then the eight up rows that belong to them, and so on.
@@ -18,6 +18,7 @@ constexpr u32 CLUSTER = 1; // blocks along the columns
 constexpr u32 AHEAD = 1; // steps whose activations are loaded ahead
 constexpr u32 DEPTH = 1; // steps whose weights are requested ahead
 constexpr bool SPLIT = true; // sums of their own for the halves of the activations
+constexpr bool WGMMA = false; // products by groups of four warps
 constexpr u32 BLOCKS = 2; // that a multiprocessor has room for
 constexpr u32 SHARED_BYTES = 57344;
 // constants-end

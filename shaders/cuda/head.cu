@@ -1,4 +1,4 @@
-// needs: ptx layout formats batch philox best score matmul
+// needs: ptx layout formats batch philox best score wgmma matmul
 // logits[r] = rms_norm(x[r]) · weightᵀ, and what `draw` needs of them.
 //
 // Where a draw follows, each tile leaves the best of its tokens for each row (CANDIDATES), noise included. The logits
@@ -19,6 +19,7 @@ constexpr u32 CLUSTER = 1; // blocks along the columns
 constexpr u32 AHEAD = 1; // steps whose activations are loaded ahead
 constexpr u32 DEPTH = 1; // steps whose weights are requested ahead
 constexpr bool SPLIT = true; // sums of their own for the halves of the activations
+constexpr bool WGMMA = false; // products by groups of four warps
 constexpr u32 BLOCKS = 2; // that a multiprocessor has room for
 constexpr u32 SHARED_BYTES = 57344;
 constexpr u32 CANDIDATES = 0; // tiles that leave one for each row, or 0

@@ -1,4 +1,4 @@
-// needs: ptx layout formats paged matmul
+// needs: ptx layout formats paged wgmma matmul
 // q, k, v = rms_norm(x[r]) · weightᵀ + bias; q and k heads normed and turned by their position; k and v cached.
 //
 // Rope turns elements i and i + D/2 of a head together: such a *pair* of outputs. A tile has the first elements of
@@ -31,6 +31,7 @@ constexpr u32 CLUSTER = 1; // blocks along the columns
 constexpr u32 AHEAD = 1; // steps whose activations are loaded ahead
 constexpr u32 DEPTH = 1; // steps whose weights are requested ahead
 constexpr bool SPLIT = true; // sums of their own for the halves of the activations
+constexpr bool WGMMA = false; // products by groups of four warps
 constexpr u32 BLOCKS = 2; // that a multiprocessor has room for
 constexpr u32 SHARED_BYTES = 57344;
 // constants-end

@@ -44,17 +44,21 @@ struct Graph {
     std::vector<Work> nodes;
 };
 
-// There is a GPU of each kind that kernels are written for. Each has one context, and all use the same memory.
+// There is a GPU of each kind that kernels are written for, and one of each with a single multiprocessor, for which
+// small matrices are large. Each has one context, and all use the same memory.
 struct Device {
     const char* name;
     int major, minor;
     int shared_bytes; // of a block at most
+    int multiprocessors;
 
     bool has_clusters() const { return major >= 9; }
 };
 Device devices[] = {
-    {"CUDA on the CPU, like an H100", 9, 0, 227 << 10},
-    {"CUDA on the CPU, like an A100", 8, 0, 163 << 10},
+    {"CUDA on the CPU, like an H100", 9, 0, 227 << 10, 4},
+    {"CUDA on the CPU, like an A100", 8, 0, 163 << 10, 4},
+    {"CUDA on the CPU, like a slice of an H100", 9, 0, 227 << 10, 1},
+    {"CUDA on the CPU, like a slice of an A100", 8, 0, 163 << 10, 1},
 };
 constexpr int N_DEVICES = sizeof devices / sizeof devices[0];
 
@@ -331,7 +335,6 @@ DRIVER cuDeviceGetAttribute(int* value, int attribute, int device) {
         {10, 32},               // threads of a warp
         {12, 65536},            // registers of a block
         {13, 1000000},          // clock, kHz
-        {16, 4},                // multiprocessors
         {36, 1000000}, {37, 4096}, // memory: clock, kHz; bits wide
         {38, 4 << 20},          // L2 cache
         {39, 2048},             // threads of a multiprocessor
@@ -345,6 +348,7 @@ DRIVER cuDeviceGetAttribute(int* value, int attribute, int device) {
     const Device& d = devices[device];
     if (attribute == 75) *value = d.major; // compute capability
     else if (attribute == 76) *value = d.minor;
+    else if (attribute == 16) *value = d.multiprocessors;
     else if (attribute == 81) *value = d.shared_bytes + (1 << 10); // shared memory of a multiprocessor
     else if (attribute == 97) *value = d.shared_bytes;
     else if (attribute == 120) *value = d.has_clusters();

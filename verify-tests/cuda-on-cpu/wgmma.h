@@ -96,6 +96,12 @@ inline unsigned long long wgmma_matrix(const void* begin, unsigned across, unsig
     inline void NAME(float (*d)[4], const unsigned a[4], unsigned long long b, bool add) {     \
         emu::group_multiply<N, BY_ROWS, emu::WIDEN>(#NAME, d, a, b, add);                      \
     }
+EMU_WGMMA(wgmma_rows8, 8, true, widen_bf16)
+EMU_WGMMA(wgmma_rows8_f16, 8, true, widen_f16)
+EMU_WGMMA(wgmma_rows16, 16, true, widen_bf16)
+EMU_WGMMA(wgmma_rows16_f16, 16, true, widen_f16)
+EMU_WGMMA(wgmma_rows32, 32, true, widen_bf16)
+EMU_WGMMA(wgmma_rows32_f16, 32, true, widen_f16)
 EMU_WGMMA(wgmma_rows64, 64, true, widen_bf16)
 EMU_WGMMA(wgmma_rows64_f16, 64, true, widen_f16)
 EMU_WGMMA(wgmma_columns64, 64, false, widen_bf16)

@@ -196,6 +196,16 @@ pub const HOUSE_MODELS: [Sizes; 8] = [
             bias: false, qk_norm: false, weights: DType::F32, cache: DType::BF16, page_size: 64 },
 ];
 
+/// Matrices that are large for a GPU of one multiprocessor: their kernels stream them. Attention of an f32 cache gives the
+/// same bits in any pass, so the products must, too.
+#[rustfmt::skip]
+pub const WIDE_MODELS: [Sizes; 2] = [
+    Sizes { vocab: 160, hidden: 512, layers: 1, kv_heads: 2, group: 2, head_dim: 64, ffn: 320, bias: false, qk_norm: true,
+            weights: DType::BF16, cache: DType::F32, page_size: 16 },
+    Sizes { vocab: 160, hidden: 512, layers: 1, kv_heads: 2, group: 2, head_dim: 64, ffn: 320, bias: true, qk_norm: false,
+            weights: DType::F16, cache: DType::F32, page_size: 16 },
+];
+
 /// A case on one of the [`HOUSE_MODELS`].
 pub fn cases() -> impl Strategy<Value = Case> {
     cases_of(select(HOUSE_MODELS.to_vec()))

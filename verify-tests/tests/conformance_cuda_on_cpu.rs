@@ -6,6 +6,15 @@ use treespark_verify_tests::{cases, conformance};
 
 conformance!(h100, || cases::cuda_on_cpu(0));
 
+conformance! { h100_slice, || cases::cuda_on_cpu(2),
+    ops::wide_matrices_equal_the_oracle
+    structure::the_compiled_size_of_a_wide_model_changes_nothing
+}
+conformance! { a100_slice, || cases::cuda_on_cpu(3),
+    ops::wide_matrices_equal_the_oracle
+    structure::the_compiled_size_of_a_wide_model_changes_nothing
+}
+
 // An A100 lacks clusters, bulk copies and products of warpgroups: other paths of the same kernels.
 conformance! { a100, || cases::cuda_on_cpu(1),
     ops::every_op_equals_the_oracle

@@ -2,7 +2,7 @@
 //!
 //! The knobs are all here: `SMALL_SHARE`; in `small` the bytes a block may have, the warps (`most`) and rows of a tile; in
 //! `streaming` the shapes, their `cost`, and the depths. Whatever they are, the order of sums must follow from matrix
-//! and device alone: `cluster`, `warps_k`, `split`, and whether `warps_m` is 1.
+//! and device alone: `cluster`, `warps_k`, `split`, `wgmma`, and whether `warps_m` is 1.
 
 use super::Device;
 use crate::pass::DType;
@@ -12,8 +12,9 @@ const STEP: usize = 64;
 /// A matrix of fewer bytes a multiprocessor is done before the memory has reached its speed: what counts is latency.
 const SMALL_SHARE: usize = 128 << 10;
 
-/// Tiles of a warp, warps along the rows and along the columns.
-const HOPPER_SHAPES: [[usize; 3]; 5] = [[4, 12, 1], [4, 8, 1], [4, 6, 2], [4, 4, 2], [2, 4, 4]];
+/// Tiles of a warp, warps along the rows and along the columns. Four warps of Hopper multiply together, an even number of
+/// tiles each.
+const HOPPER_SHAPES: [[usize; 3]; 5] = [[4, 12, 1], [4, 8, 1], [2, 12, 1], [4, 4, 2], [2, 4, 4]];
 const AMPERE_SHAPES: [[usize; 3]; 3] = [[4, 8, 1], [4, 4, 2], [4, 2, 4]];
 
 /// What `qkv` and `head` keep of a token behind the shared memory of the product: where its vectors go, how it is drawn.
@@ -31,6 +32,7 @@ pub(super) struct Tiling {
     pub(super) ahead: usize,
     pub(super) depth: usize,
     pub(super) split: bool,
+    pub(super) wgmma: bool,
 }
 
 /// The matrix of an op.
@@ -83,7 +85,8 @@ impl Tiling {
         let each = steps.div_ceil((most / warps_m).max(1));
         let warps_k = steps.div_ceil(each);
         let depth = each.min(4);
-        let tiling = |ahead| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead, depth, split: true };
+        let tiling =
+            |ahead| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead, depth, split: true, wgmma: false };
         tiling((2..=each.min(4)).rev().find(|&ahead| tiling(ahead).has_registers(1, matrix)).unwrap_or(1))
     }
 
@@ -102,7 +105,7 @@ impl Tiling {
             blocks.div_ceil(device.multiprocessors) * (columns * (2 * rows + 4 * 32) + sums)
         };
         let is_possible = |([row_tiles, warps_m, warps_k], cluster): &([usize; 3], usize)| {
-            (8 * if split { row_tiles / 2 } else { *row_tiles } * warps_m).is_multiple_of(matrix.unit) && steps >= 4 * warps_k * cluster
+            (8 * row_tiles * warps_m).is_multiple_of(matrix.unit) && steps >= 4 * warps_k * cluster
         };
         let shapes: &[[usize; 3]] = if device.has_clusters() { &HOPPER_SHAPES } else { &AMPERE_SHAPES };
         let clusters = if device.has_clusters() { 2 } else { 1 };
@@ -111,14 +114,13 @@ impl Tiling {
             return Tiling::small(matrix, tokens, device);
         };
         let blocks = matrix.rows.div_ceil(8 * row_tiles * warps_m) * cluster;
-        let with = |tokens, depth| {
-            // Sums of 64 tokens for both halves leave registers for half the rows.
-            let row_tiles = if tokens > 32 && split { row_tiles / 2 } else { row_tiles };
-            Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead: 1, depth, split }
-        };
+        let wgmma = device.has_wgmma();
+        let with =
+            |tokens, depth| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead: 1, depth, split, wgmma };
         let fits = |tiling: &Tiling| tiling.shared_bytes(matrix) + DRAW_BYTES * tiling.tokens <= device.shared_bytes;
-        // Each team stages its own activations: there may be room for those of fewer tokens only.
-        let tokens = if fits(&with(tokens, 2)) { tokens } else { tokens / 2 };
+        // Each team stages its own activations: there may be room for those of fewer tokens only. Sums of both halves take
+        // twice the registers.
+        let tokens = if split || !fits(&with(tokens, 2)) { tokens.min(32) } else { tokens };
         // As deep as fits. Where several blocks follow each other on a multiprocessor, they take turns at it if two fit.
         let depths = || (2..=4).rev().map(|depth| with(tokens, depth));
         let by_turns = depths().find(|tiling| blocks > device.multiprocessors && tiling.blocks(device, matrix) == 2);
@@ -144,7 +146,11 @@ impl Tiling {
         let is_plain = matrix.dtype == DType::F32;
         let ring = if is_plain { 0 } else { self.depth * self.row_tiles * 2 * 32 * 16 };
         let sums = self.tokens * (8 * self.row_tiles + 4) * 4;
-        let units = if is_plain || self.warps_m == 1 { 0 } else { 2 * self.token_tiles() * 16 * (STEP / 4 + 1) * 16 };
+        let units = match self {
+            _ if is_plain || self.warps_m == 1 => 0,
+            _ if self.wgmma => 2 * 2 * self.tokens * 128,
+            _ => 2 * self.token_tiles() * 16 * (STEP / 4 + 1) * 16,
+        };
         self.warps_k * (self.warps_m * ring.max(sums) + units + self.tokens * 4)
     }
 

@@ -154,6 +154,7 @@ impl Lowering<'_> {
             .with("AHEAD", tiling.ahead)
             .with("DEPTH", tiling.depth)
             .with("SPLIT", tiling.split)
+            .with("WGMMA", tiling.wgmma)
             .with("BLOCKS", tiling.blocks(self.device, matrix))
             .with("SHARED_BYTES", shared_bytes);
         Launch {

@@ -13,15 +13,17 @@
 //                  a = high + low. Both halves are multiplied, so that only the weights are as coarse as 16 bits. Warps
 //                  with the same columns share this work, through shared memory; a warp with columns of its own keeps
 //                  its fragments in registers
+//     products     are a warp's own (mma), or a whole group's of four warps, each with its own rows (wgmma): the weights are in
+//                  the same registers, the activations are read where the team shares them
 //     norm         is linear but for one factor a token, so the sum of squares is gathered on the way (`inv_rms`)
 //
-// The order of a token's sums depends on the matrix alone (COLUMNS, CLUSTER, WARPS_K, SPLIT, whether WARPS_M is 1),
+// The order of a token's sums depends on the matrix alone (COLUMNS, CLUSTER, WARPS_K, SPLIT, WGMMA, whether WARPS_M is 1),
 // never on how many tokens share the pass or a tile.
 //
 // Weights in F32 take a plain path, lanes along the columns, with the same teams.
 //
-// Needs ptx, formats. Expects COLUMNS, WEIGHT, NORMED, EPS, TOKENS, TOKEN_TILES, ROW_TILES, WARPS_M, WARPS_K, CLUSTER,
-// AHEAD, DEPTH, SPLIT, SHARED_BYTES.
+// Needs ptx, formats, wgmma. Expects COLUMNS, WEIGHT, NORMED, EPS, TOKENS, TOKEN_TILES, ROW_TILES, WARPS_M, WARPS_K,
+// CLUSTER, AHEAD, DEPTH, SPLIT, WGMMA, SHARED_BYTES.
 
 constexpr u32 STEP = 64; // columns
 constexpr u32 STEPS = (COLUMNS + STEP - 1) / STEP;
@@ -43,14 +45,16 @@ constexpr u32 PARTS = SPLIT ? 2 : 1;
 constexpr float HIGH_SCALE = WEIGHT == F16 ? 1.0f / 256 : 1.0f;
 constexpr float LOW_SCALE = WEIGHT == F16 ? 2048.0f : 1.0f;
 static_assert(WEIGHT != F16 || SPLIT, "the halves of F16 are scaled differently");
+static_assert(!WGMMA || (WARPS_M % 4 == 0 && ROW_TILES % 2 == 0 && !PLAIN), "a group of four warps has 16 rows each");
 
 // ---- shared memory
 
 // Activations of a step, in *units* of four columns: of a pair of tokens 16 bytes, as the tensor cores take them. Two
 // buffers of [M_TILES][high, low][8 pairs][UNIT_STRIDE]; padded, so that eight lanes read two pairs' without conflicts.
+// For groups [high, low][TOKENS] rows of 128 bytes, 16-byte chunks permuted by the row modulo 8.
 constexpr u32 UNITS = STEP / 4;
 constexpr u32 UNIT_STRIDE = UNITS + 1;
-constexpr u32 BUFFER_UNITS = PLAIN || ALONE ? 0 : M_TILES * 2 * 8 * UNIT_STRIDE;
+constexpr u32 BUFFER_UNITS = PLAIN || ALONE ? 0 : WGMMA ? 2 * TOKENS * 8 : M_TILES * 2 * 8 * UNIT_STRIDE;
 
 // A warp's ring of weights [DEPTH][ROW_TILES][half of the step][32 lanes][16 bytes], later its sums
 // [TOKENS][SUM_STRIDE].
@@ -60,6 +64,7 @@ constexpr u32 SUM_BYTES = TOKENS * SUM_STRIDE * 4;
 constexpr u32 WARP_BYTES = RING_BYTES > SUM_BYTES ? RING_BYTES : SUM_BYTES;
 
 constexpr u32 UNITS_AT = WARPS_M * WARPS_K * WARP_BYTES;
+static_assert(!WGMMA || UNITS_AT % 1024 == 0, "what groups read is aligned");
 constexpr u32 SQUARES_AT = UNITS_AT + WARPS_K * 2 * BUFFER_UNITS * 16;
 constexpr u32 MATMUL_BYTES = SQUARES_AT + WARPS_K * TOKENS * 4;
 static_assert(MATMUL_BYTES <= SHARED_BYTES, "the launch gives less shared memory than the tile needs");
@@ -147,7 +152,7 @@ struct Matmul {
     float4 gamma[AHEAD][MY_UNITS]; // of the steps to come
     float4 ahead[AHEAD][MY_PAIRS][PAIR][MY_UNITS];
     float squares[MY_PAIRS][PAIR];
-    float sums[PARTS][M_TILES][ROW_TILES][4];
+    float sums[PARTS][M_TILES][ROW_TILES][4]; // for groups [PARTS][ROW_TILES / 2][tokens / 8][4]
 
     // Requests the first weights. `weight_row` says which row of the weight is which of the tile.
     template <class WeightRow>
@@ -319,10 +324,12 @@ struct Matmul {
                     share_activations(units, i);
                     load_gamma(norm, i, step + AHEAD);
                     load_activations(x, i, step + AHEAD);
+                    if (WGMMA) fence_async();
                     // Whoever passes has also seen the others leave the buffer that is written next.
                     team_barrier();
                 }
-                multiply_step(units + lane / 4 * UNIT_STRIDE + lane % 4 * 2, i, slot);
+                if constexpr (WGMMA) multiply_step_together(units, slot);
+                else multiply_step(units + lane / 4 * UNIT_STRIDE + lane % 4 * 2, i, slot);
                 if (ALONE && TEAM_STEPS > AHEAD) {
                     load_gamma(norm, i, step + AHEAD);
                     load_activations(x, i, step + AHEAD);
@@ -343,9 +350,74 @@ struct Matmul {
         for (u32 i = 0; i < MY_PAIRS; i++) {
             const u32 token = my_token(i);
             if (token >= tile.n_tokens) continue;
+            if (WGMMA) {
+#pragma unroll
+                for (u32 j = 0; j < PAIR; j++) share_unit((unsigned char*)units, token + j * 8, take_halves(slot, i, j, 0));
+                continue;
+            }
             uint4* to = units + (token / 16 * 16 + token % 8) * UNIT_STRIDE + my_unit(0);
             take_unit(slot, i, 0, to[0], to[8 * UNIT_STRIDE]);
         }
+    }
+
+    // A lane's eight elements of a row of the weight count as two blocks of 16 columns, as below: so do a unit's pairs.
+    __device__ __forceinline__ void share_unit(unsigned char* units, u32 token, uint4 halves) const {
+        const u32 unit = my_unit(0), block = unit / 8 * 2 + unit % 2, lane_of_unit = unit / 2 % 4;
+        unsigned char* to = units + token * 128 + lane_of_unit * 4;
+        const u32 first = ((2 * block) ^ (token % 8)) * 16, second = ((2 * block + 1) ^ (token % 8)) * 16;
+        *(u32*)(to + first) = halves.x;
+        *(u32*)(to + second) = halves.y;
+        *(u32*)(to + TOKENS * 128 + first) = halves.z;
+        *(u32*)(to + TOKENS * 128 + second) = halves.w;
+    }
+
+    // d[64 rows x TOKENS] += a · activationsᵀ
+    __device__ __forceinline__ static void add_product(float (*d)[4], const u32 a[4], u64 activations) {
+        if (WEIGHT == BF16) {
+            if constexpr (TOKENS == 8) wgmma_rows8(d, a, activations, true);
+            else if constexpr (TOKENS == 16) wgmma_rows16(d, a, activations, true);
+            else if constexpr (TOKENS == 32) wgmma_rows32(d, a, activations, true);
+            else wgmma_rows64(d, a, activations, true);
+        } else {
+            if constexpr (TOKENS == 8) wgmma_rows8_f16(d, a, activations, true);
+            else if constexpr (TOKENS == 16) wgmma_rows16_f16(d, a, activations, true);
+            else if constexpr (TOKENS == 32) wgmma_rows32_f16(d, a, activations, true);
+            else wgmma_rows64_f16(d, a, activations, true);
+        }
+    }
+
+    __device__ __forceinline__ float (*group_sums(u32 part, u32 pair))[4] {
+        return &sums[0][0][0] + (part * (ROW_TILES / 2) + pair) * (TOKENS / 8);
+    }
+
+    __device__ __forceinline__ void multiply_step_together(const uint4* units, u32 slot) {
+        if (TEAM_STEPS > DEPTH) cp_async_wait<DEPTH - 1>();
+        else cp_async_wait<0>();
+        u32 a[2][ROW_TILES / 2][2][4];
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+#pragma unroll
+            for (u32 pair = 0; pair < ROW_TILES / 2; pair++) {
+                const uint4 w = ring(slot)[(pair * 4 + half) * 32], below = ring(slot)[(pair * 4 + 2 + half) * 32];
+                a[half][pair][0][0] = w.x, a[half][pair][0][1] = below.x, a[half][pair][0][2] = w.y, a[half][pair][0][3] = below.y;
+                a[half][pair][1][0] = w.z, a[half][pair][1][1] = below.z, a[half][pair][1][2] = w.w, a[half][pair][1][3] = below.w;
+            }
+        }
+        if (TEAM_STEPS > DEPTH) request_weights(step + DEPTH, slot);
+        wgmma_fence();
+#pragma unroll
+        for (u32 block = 0; block < 4; block++) {
+#pragma unroll
+            for (u32 part = 0; part < 2; part++) { // high, low
+                const u64 activations = wgmma_matrix((const unsigned char*)units + part * TOKENS * 128 + block * 32, 0, 1024);
+#pragma unroll
+                for (u32 pair = 0; pair < ROW_TILES / 2; pair++) {
+                    add_product(group_sums(part < PARTS ? part : 0, pair), a[block / 2][pair][block % 2], activations);
+                }
+            }
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
     }
 
     // `units`: this lane's first unit of its first pair of tokens, if the team shares them.
@@ -390,7 +462,8 @@ struct Matmul {
         }
     }
 
-    __device__ __forceinline__ void store_sums() const {
+    __device__ __forceinline__ void store_sums() {
+        if (WGMMA) return store_group_sums();
         float* to = warp_sums(team, warp_m) + lane / 4 * SUM_STRIDE + lane % 4 * 2;
 #pragma unroll
         for (u32 m = 0; m < M_TILES; m++) {
@@ -400,6 +473,20 @@ struct Matmul {
                 const u32 r = i / PAIR, of_pair = i % PAIR;
                 *(float2*)(to + (m * 16 + of_pair * 8) * SUM_STRIDE + r * 8) =
                     make_float2(sum_of_parts(m, r, of_pair * 2), sum_of_parts(m, r, of_pair * 2 + 1));
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store_group_sums() {
+        float* to = warp_sums(team, warp_m) + lane % 4 * 2 * SUM_STRIDE + lane / 4;
+#pragma unroll
+        for (u32 n = 0; n < TOKENS / 8; n++) {
+            if (n * 8 >= tile.n_tokens) break;
+#pragma unroll
+            for (u32 i = 0; i < ROW_TILES / 2 * 4; i++) {
+                const u32 pair = i / 4, of_row = i / 2 % 2, token = n * 8 + i % 2;
+                const float high = group_sums(0, pair)[n][i % 4], low = group_sums(PARTS - 1, pair)[n][i % 4];
+                to[token * SUM_STRIDE + pair * 16 + of_row * 8] = (SPLIT ? fmaf(low, 1.0f / LOW_SCALE, high) : high) / HIGH_SCALE;
             }
         }
     }

@@ -33,8 +33,11 @@ __device__ __forceinline__ u64 wgmma_matrix(const void* begin, u32 across, u32 d
 #define WGMMA_EIGHT(i) \
     WGMMA_FOUR(i), WGMMA_FOUR(i + 1), WGMMA_FOUR(i + 2), WGMMA_FOUR(i + 3), WGMMA_FOUR(i + 4), WGMMA_FOUR(i + 5), \
         WGMMA_FOUR(i + 6), WGMMA_FOUR(i + 7)
+#define WGMMA_NAMES_4 "%0, %1, %2, %3"
+#define WGMMA_NAMES_8 WGMMA_NAMES_4 ", %4, %5, %6, %7"
+#define WGMMA_NAMES_16 WGMMA_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_NAMES_32 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    WGMMA_NAMES_16 ", " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_NAMES_64 \
     WGMMA_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
@@ -48,14 +51,27 @@ __device__ __forceinline__ u64 wgmma_matrix(const void* begin, u32 across, u32 d
                      : __VA_ARGS__                                                                                      \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));                              \
     }
+#define WGMMA_8(NAME, FORMAT) \
+    WGMMA_PRODUCT(NAME, "8", FORMAT, "0", WGMMA_NAMES_4, "{%4, %5, %6, %7}, %8", "%9", WGMMA_FOUR(0))
+#define WGMMA_16(NAME, FORMAT) \
+    WGMMA_PRODUCT(NAME, "16", FORMAT, "0", WGMMA_NAMES_8, "{%8, %9, %10, %11}, %12", "%13", WGMMA_FOUR(0), WGMMA_FOUR(1))
+#define WGMMA_32(NAME, FORMAT)                                                                                          \
+    WGMMA_PRODUCT(NAME, "32", FORMAT, "0", WGMMA_NAMES_16, "{%16, %17, %18, %19}, %20", "%21", WGMMA_FOUR(0), WGMMA_FOUR(1), \
+                  WGMMA_FOUR(2), WGMMA_FOUR(3))
 #define WGMMA_64(NAME, FORMAT, TRANSPOSED) \
     WGMMA_PRODUCT(NAME, "64", FORMAT, TRANSPOSED, WGMMA_NAMES_32, "{%32, %33, %34, %35}, %36", "%37", WGMMA_EIGHT(0))
 #define WGMMA_128(NAME, FORMAT, TRANSPOSED)                                                                     \
     WGMMA_PRODUCT(NAME, "128", FORMAT, TRANSPOSED, WGMMA_NAMES_64, "{%64, %65, %66, %67}, %68", "%69", WGMMA_EIGHT(0), \
                   WGMMA_EIGHT(8))
 
-// d[64 x 64] = a[64 x 16] bᵀ, or += if `add`; b has 64 rows, of which 16 columns are used.
+// d[64 x N] = a[64 x 16] bᵀ, or += if `add`; b has N rows, of which 16 columns are used.
 // The _f16 forms take f16 instead of bf16.
+WGMMA_8(wgmma_rows8, "bf16")
+WGMMA_8(wgmma_rows8_f16, "f16")
+WGMMA_16(wgmma_rows16, "bf16")
+WGMMA_16(wgmma_rows16_f16, "f16")
+WGMMA_32(wgmma_rows32, "bf16")
+WGMMA_32(wgmma_rows32_f16, "f16")
 WGMMA_64(wgmma_rows64, "bf16", "0")
 WGMMA_64(wgmma_rows64_f16, "f16", "0")
 

@@ -8,7 +8,7 @@ use treespark_kernel_gen::{BufferDesc, DType, MAX_NODES, Op, Pass, Role, TreeSpe
 use super::agreement::Tolerance;
 use super::draws::excusable;
 use super::{Property, finite, for_cases, same};
-use crate::arb::{Case, HOUSE_MODELS, Topology, cases, tree, wild_cases};
+use crate::arb::{Case, HOUSE_MODELS, Topology, WIDE_MODELS, cases, tree, wild_cases};
 use crate::batch::{Batch, Member, Sampling};
 use crate::bed::Bed;
 use crate::oracle::Oracle;
@@ -47,6 +47,17 @@ pub fn edge_sizes_equal_the_oracle(backend: &mut dyn Backend) -> Property {
         let case = Case { model, batch, seed: 0 };
         op_by_op(backend, &case)
             .map_err(|problem| format!("prefixes and nodes {sizes:?}, {:?}: {problem}", case.model))?;
+    }
+    Ok(())
+}
+
+/// Products with matrices that are large for a GPU of one multiprocessor, at the edges of their tiles of tokens.
+pub fn wide_matrices_equal_the_oracle(backend: &mut dyn Backend) -> Property {
+    for (index, (nodes, sizes)) in [(1, 0), (9, 0), (17, 1), (40, 0), (64, 1), (70, 0)].into_iter().enumerate() {
+        let model = TinyModel { sizes: WIDE_MODELS[sizes], seed: index as u64 };
+        let member = Member::new(&[5, 7], tree(nodes, Topology::Recursive, model.sizes.vocab, index as u64));
+        let case = Case { model, batch: Batch { members: vec![member] }, seed: 0 };
+        op_by_op(backend, &case).map_err(|problem| format!("{nodes} nodes, {:?}: {problem}", case.model))?;
     }
     Ok(())
 }

@@ -5,11 +5,11 @@ use treespark_kernel_gen::{MAX_NODES, TreeShape, TreeSpec};
 
 use super::agreement::{equal_row, same_row};
 use super::{Property, finite, for_cases};
-use crate::arb::{Case, cases};
+use crate::arb::{Case, WIDE_MODELS, cases};
 use crate::batch::{Batch, Member, Sampling, Tree};
 use crate::bed::Bed;
 use crate::rng::Rng;
-use crate::tiny_model::MAX_ROWS;
+use crate::tiny_model::{MAX_ROWS, TinyModel};
 
 const ANY: TreeSpec = TreeSpec::Any(MAX_NODES);
 
@@ -125,18 +125,28 @@ pub fn rows_are_independent_of_their_batch(backend: &mut dyn Backend) -> Propert
 
 /// One row gives the same bits in passes compiled for any number of rows and nodes.
 pub fn the_compiled_size_changes_nothing(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 2, cases(), |backend, case| {
-        let member = &case.batch.members[0];
-        let root = Member { tree: Tree::chain(&member.tree.tokens[..1]), ..member.clone() };
-        let batch = Batch { members: vec![root] };
-        let mut bed = Bed::new(backend, case.model.clone());
-        let one = bed.verify(&batch, 1, &TreeSpec::Any(1));
-        for rows in [2, 7, 16, 65, 256] {
-            let more = bed.decode(&batch, rows, &TreeSpec::Any(rows));
-            same_row(&format!("passes of 1 and {rows} rows"), (&one, 0), (&more, 0))?;
-        }
-        Ok(())
+    for_cases(backend, 2, cases(), |backend, case| any_compiled_size(backend, case.model, &case.batch.members[0]))
+}
+
+/// The same with large matrices.
+pub fn the_compiled_size_of_a_wide_model_changes_nothing(backend: &mut dyn Backend) -> Property {
+    WIDE_MODELS.iter().try_for_each(|&sizes| {
+        let member = Member::new(&[3, 1, 4], Tree::chain(&[1]));
+        any_compiled_size(backend, TinyModel { sizes, seed: 1 }, &member)
     })
+}
+
+/// The member's root alone.
+pub fn any_compiled_size(backend: &mut dyn Backend, model: TinyModel, member: &Member) -> Property {
+    let root = Member { tree: Tree::chain(&member.tree.tokens[..1]), ..member.clone() };
+    let batch = Batch { members: vec![root] };
+    let mut bed = Bed::new(backend, model);
+    let one = bed.verify(&batch, 1, &TreeSpec::Any(1));
+    for rows in [2, 7, 16, 65, 256] {
+        let more = bed.decode(&batch, rows, &TreeSpec::Any(rows));
+        same_row(&format!("passes of 1 and {rows} rows"), (&one, 0), (&more, 0))?;
+    }
+    Ok(())
 }
 
 /// A pass compiled for one tree, and for a tree that this one begins, equals the pass for any tree.
