@@ -35,6 +35,7 @@ constexpr u32 CLUSTER = 1u; // blocks along the columns
 constexpr u32 AHEAD = 1u; // steps whose activations are loaded ahead
 constexpr u32 DEPTH = 1u; // steps whose weights are requested ahead
 constexpr bool SPLIT = true; // sums of their own for the halves of the activations
+constexpr bool WGMMA = false; // products by groups of four warps
 constexpr u32 BLOCKS = 1u; // that a multiprocessor has room for
 constexpr u32 SHARED_BYTES = 19200u;
 // constants-end
@@ -224,6 +225,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // ---- blocks and clusters
 
 // A barrier for `threads` threads of the block (a multiple of 32). Barrier 0 is __syncthreads.
@@ -253,6 +260,17 @@ __device__ __forceinline__ void cluster_leave() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// Writes 16 bytes where `to`, in this block's shared memory, lies in that of block `rank` of the cluster. They count as a
+// bulk copy on that block's barrier `bar`.
+__device__ __forceinline__ void send(uint4* to, uint4 value, u64* bar, u32 rank) {
+    asm volatile(
+        "{\n.reg .b32 to, bar;\nmapa.shared::cluster.u32 to, %0, %6;\nmapa.shared::cluster.u32 bar, %5, %6;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%1, %2, %3, %4}, [bar];\n}" ::"r"(
+            shared_address(to)),
+        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(shared_address(bar)), "r"(rank)
+        : "memory");
+}
+
 // Where `p`, in this block's shared memory, lies in that of block `rank` of the cluster.
 template <class T>
 __device__ __forceinline__ T* cluster_map(T* p, u32 rank) {
@@ -266,6 +284,7 @@ __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
 __device__ __forceinline__ void cluster_leave() {}
+__device__ __forceinline__ void send(uint4* to, uint4 value, u64*, u32) { *to = value; }
 template <class T>
 __device__ __forceinline__ T* cluster_map(T* p, u32) { return p; }
 #endif
@@ -366,6 +385,103 @@ __device__ __forceinline__ u64 cache_element(const u32* pages, u32 request, u32 
     return cache_block(page, head) + cache_place(slot % PAGE_SIZE, d);
 }
 
+// Warpgroup matrix products (sm_90a): four warps multiply 64 rows held in registers by a matrix in shared memory.
+//
+// Registers are laid out as for `mma_bf16`, warp w of the group holding rows 16 w .. 16 w + 16. The matrix in shared memory
+// lies in pieces of 64 elements (128 bytes) a row, rows of a piece one behind the other, 16-byte chunks permuted by the row
+// modulo 8: the order of a tiled cache. Pieces begin at multiples of 1024 bytes.
+//
+// Needs ptx.
+
+#ifndef CUDA_ON_CPU
+
+// Registers that the products read or add to are as the code says.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until all but the latest PENDING groups of products are complete.
+template <u32 PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// What this thread wrote to shared memory is seen by products and bulk copies that come after a barrier.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// How the unit that multiplies finds the matrix: where it begins, how far apart pieces beside each other are (`across`)
+// and groups of eight rows (`down`), in bytes.
+__device__ __forceinline__ u64 wgmma_matrix(const void* begin, u32 across, u32 down) {
+    const u64 swizzle_128 = 1;
+    return (u64)(shared_address(begin) >> 4 & 0x3fff) | (u64)(across >> 4) << 16 | (u64)(down >> 4) << 32 | swizzle_128 << 62;
+}
+
+#define WGMMA_FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define WGMMA_EIGHT(i) \
+    WGMMA_FOUR(i), WGMMA_FOUR(i + 1), WGMMA_FOUR(i + 2), WGMMA_FOUR(i + 3), WGMMA_FOUR(i + 4), WGMMA_FOUR(i + 5), \
+        WGMMA_FOUR(i + 6), WGMMA_FOUR(i + 7)
+#define WGMMA_NAMES_4 "%0, %1, %2, %3"
+#define WGMMA_NAMES_8 WGMMA_NAMES_4 ", %4, %5, %6, %7"
+#define WGMMA_NAMES_16 WGMMA_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_NAMES_32 \
+    WGMMA_NAMES_16 ", " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_NAMES_64 \
+    WGMMA_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// Results [64 x WIDTH] in d, operands behind them: `a`, `b`, whether to add.
+#define WGMMA_PRODUCT(NAME, WIDTH, FORMAT, TRANSPOSED, NAMES, OPERANDS, ADD, ...)                                        \
+    __device__ __forceinline__ void NAME(float (*d)[4], const u32 a[4], u64 b, bool add) {                              \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                              \
+                     "wgmma.mma_async.sync.aligned.m64n" WIDTH "k16.f32." FORMAT "." FORMAT " {" NAMES "}, " OPERANDS    \
+                     ", add, 1, 1, " TRANSPOSED ";\n}\n"                                                                \
+                     : __VA_ARGS__                                                                                      \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));                              \
+    }
+#define WGMMA_8(NAME, FORMAT) \
+    WGMMA_PRODUCT(NAME, "8", FORMAT, "0", WGMMA_NAMES_4, "{%4, %5, %6, %7}, %8", "%9", WGMMA_FOUR(0))
+#define WGMMA_16(NAME, FORMAT) \
+    WGMMA_PRODUCT(NAME, "16", FORMAT, "0", WGMMA_NAMES_8, "{%8, %9, %10, %11}, %12", "%13", WGMMA_FOUR(0), WGMMA_FOUR(1))
+#define WGMMA_32(NAME, FORMAT)                                                                                          \
+    WGMMA_PRODUCT(NAME, "32", FORMAT, "0", WGMMA_NAMES_16, "{%16, %17, %18, %19}, %20", "%21", WGMMA_FOUR(0), WGMMA_FOUR(1), \
+                  WGMMA_FOUR(2), WGMMA_FOUR(3))
+#define WGMMA_64(NAME, FORMAT, TRANSPOSED) \
+    WGMMA_PRODUCT(NAME, "64", FORMAT, TRANSPOSED, WGMMA_NAMES_32, "{%32, %33, %34, %35}, %36", "%37", WGMMA_EIGHT(0))
+#define WGMMA_128(NAME, FORMAT, TRANSPOSED)                                                                     \
+    WGMMA_PRODUCT(NAME, "128", FORMAT, TRANSPOSED, WGMMA_NAMES_64, "{%64, %65, %66, %67}, %68", "%69", WGMMA_EIGHT(0), \
+                  WGMMA_EIGHT(8))
+
+// d[64 x N] = a[64 x 16] bᵀ, or += if `add`; b has N rows, of which 16 columns are used.
+// The _f16 forms take f16 instead of bf16.
+WGMMA_8(wgmma_rows8, "bf16")
+WGMMA_8(wgmma_rows8_f16, "f16")
+WGMMA_16(wgmma_rows16, "bf16")
+WGMMA_16(wgmma_rows16_f16, "f16")
+WGMMA_32(wgmma_rows32, "bf16")
+WGMMA_32(wgmma_rows32_f16, "f16")
+WGMMA_64(wgmma_rows64, "bf16", "0")
+WGMMA_64(wgmma_rows64_f16, "f16", "0")
+
+// d[64 x 64] += a[64 x 16] b; b has 16 rows of 64 columns.
+WGMMA_64(wgmma_columns64, "bf16", "1")
+WGMMA_64(wgmma_columns64_f16, "f16", "1")
+
+// d[64 x 128] += a[64 x 16] b; b has 16 rows of 128 columns.
+WGMMA_128(wgmma_columns128, "bf16", "1")
+WGMMA_128(wgmma_columns128_f16, "f16", "1")
+
+// All four warps of a group keep this many registers each, or get as many, once others have given them.
+template <u32 REGISTERS>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <u32 REGISTERS>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+#endif // CUDA_ON_CPU
+
 // A tile of weight rows times a tile of tokens: the body that all weight kernels share.
 //
 //     sum[token][row] = sum over k of weight[row][k] * gamma[k] * x[token][k]
@@ -381,15 +497,17 @@ __device__ __forceinline__ u64 cache_element(const u32* pages, u32 request, u32 
 //                  a = high + low. Both halves are multiplied, so that only the weights are as coarse as 16 bits. Warps
 //                  with the same columns share this work, through shared memory; a warp with columns of its own keeps
 //                  its fragments in registers
+//     products     are a warp's own (mma), or a whole group's of four warps, each with its own rows (wgmma): the weights are in
+//                  the same registers, the activations are read where the team shares them
 //     norm         is linear but for one factor a token, so the sum of squares is gathered on the way (`inv_rms`)
 //
-// The order of a token's sums depends on the matrix alone (COLUMNS, CLUSTER, WARPS_K, SPLIT, whether WARPS_M is 1),
+// The order of a token's sums depends on the matrix alone (COLUMNS, CLUSTER, WARPS_K, SPLIT, WGMMA, whether WARPS_M is 1),
 // never on how many tokens share the pass or a tile.
 //
 // Weights in F32 take a plain path, lanes along the columns, with the same teams.
 //
-// Needs ptx, formats. Expects COLUMNS, WEIGHT, NORMED, EPS, TOKENS, TOKEN_TILES, ROW_TILES, WARPS_M, WARPS_K, CLUSTER,
-// AHEAD, DEPTH, SPLIT, SHARED_BYTES.
+// Needs ptx, formats, wgmma. Expects COLUMNS, WEIGHT, NORMED, EPS, TOKENS, TOKEN_TILES, ROW_TILES, WARPS_M, WARPS_K,
+// CLUSTER, AHEAD, DEPTH, SPLIT, WGMMA, SHARED_BYTES.
 
 constexpr u32 STEP = 64; // columns
 constexpr u32 STEPS = (COLUMNS + STEP - 1) / STEP;
@@ -411,14 +529,16 @@ constexpr u32 PARTS = SPLIT ? 2 : 1;
 constexpr float HIGH_SCALE = WEIGHT == F16 ? 1.0f / 256 : 1.0f;
 constexpr float LOW_SCALE = WEIGHT == F16 ? 2048.0f : 1.0f;
 static_assert(WEIGHT != F16 || SPLIT, "the halves of F16 are scaled differently");
+static_assert(!WGMMA || (WARPS_M % 4 == 0 && ROW_TILES % 2 == 0 && !PLAIN), "a group of four warps has 16 rows each");
 
 // ---- shared memory
 
 // Activations of a step, in *units* of four columns: of a pair of tokens 16 bytes, as the tensor cores take them. Two
 // buffers of [M_TILES][high, low][8 pairs][UNIT_STRIDE]; padded, so that eight lanes read two pairs' without conflicts.
+// For groups [high, low][TOKENS] rows of 128 bytes, 16-byte chunks permuted by the row modulo 8.
 constexpr u32 UNITS = STEP / 4;
 constexpr u32 UNIT_STRIDE = UNITS + 1;
-constexpr u32 BUFFER_UNITS = PLAIN || ALONE ? 0 : M_TILES * 2 * 8 * UNIT_STRIDE;
+constexpr u32 BUFFER_UNITS = PLAIN || ALONE ? 0 : WGMMA ? 2 * TOKENS * 8 : M_TILES * 2 * 8 * UNIT_STRIDE;
 
 // A warp's ring of weights [DEPTH][ROW_TILES][half of the step][32 lanes][16 bytes], later its sums
 // [TOKENS][SUM_STRIDE].
@@ -428,6 +548,7 @@ constexpr u32 SUM_BYTES = TOKENS * SUM_STRIDE * 4;
 constexpr u32 WARP_BYTES = RING_BYTES > SUM_BYTES ? RING_BYTES : SUM_BYTES;
 
 constexpr u32 UNITS_AT = WARPS_M * WARPS_K * WARP_BYTES;
+static_assert(!WGMMA || UNITS_AT % 1024 == 0, "what groups read is aligned");
 constexpr u32 SQUARES_AT = UNITS_AT + WARPS_K * 2 * BUFFER_UNITS * 16;
 constexpr u32 MATMUL_BYTES = SQUARES_AT + WARPS_K * TOKENS * 4;
 static_assert(MATMUL_BYTES <= SHARED_BYTES, "the launch gives less shared memory than the tile needs");
@@ -515,7 +636,7 @@ struct Matmul {
     float4 gamma[AHEAD][MY_UNITS]; // of the steps to come
     float4 ahead[AHEAD][MY_PAIRS][PAIR][MY_UNITS];
     float squares[MY_PAIRS][PAIR];
-    float sums[PARTS][M_TILES][ROW_TILES][4];
+    float sums[PARTS][M_TILES][ROW_TILES][4]; // for groups [PARTS][ROW_TILES / 2][tokens / 8][4]
 
     // Requests the first weights. `weight_row` says which row of the weight is which of the tile.
     template <class WeightRow>
@@ -687,10 +808,12 @@ struct Matmul {
                     share_activations(units, i);
                     load_gamma(norm, i, step + AHEAD);
                     load_activations(x, i, step + AHEAD);
+                    if (WGMMA) fence_async();
                     // Whoever passes has also seen the others leave the buffer that is written next.
                     team_barrier();
                 }
-                multiply_step(units + lane / 4 * UNIT_STRIDE + lane % 4 * 2, i, slot);
+                if constexpr (WGMMA) multiply_step_together(units, slot);
+                else multiply_step(units + lane / 4 * UNIT_STRIDE + lane % 4 * 2, i, slot);
                 if (ALONE && TEAM_STEPS > AHEAD) {
                     load_gamma(norm, i, step + AHEAD);
                     load_activations(x, i, step + AHEAD);
@@ -711,9 +834,74 @@ struct Matmul {
         for (u32 i = 0; i < MY_PAIRS; i++) {
             const u32 token = my_token(i);
             if (token >= tile.n_tokens) continue;
+            if (WGMMA) {
+#pragma unroll
+                for (u32 j = 0; j < PAIR; j++) share_unit((unsigned char*)units, token + j * 8, take_halves(slot, i, j, 0));
+                continue;
+            }
             uint4* to = units + (token / 16 * 16 + token % 8) * UNIT_STRIDE + my_unit(0);
             take_unit(slot, i, 0, to[0], to[8 * UNIT_STRIDE]);
         }
+    }
+
+    // A lane's eight elements of a row of the weight count as two blocks of 16 columns, as below: so do a unit's pairs.
+    __device__ __forceinline__ void share_unit(unsigned char* units, u32 token, uint4 halves) const {
+        const u32 unit = my_unit(0), block = unit / 8 * 2 + unit % 2, lane_of_unit = unit / 2 % 4;
+        unsigned char* to = units + token * 128 + lane_of_unit * 4;
+        const u32 first = ((2 * block) ^ (token % 8)) * 16, second = ((2 * block + 1) ^ (token % 8)) * 16;
+        *(u32*)(to + first) = halves.x;
+        *(u32*)(to + second) = halves.y;
+        *(u32*)(to + TOKENS * 128 + first) = halves.z;
+        *(u32*)(to + TOKENS * 128 + second) = halves.w;
+    }
+
+    // d[64 rows x TOKENS] += a · activationsᵀ
+    __device__ __forceinline__ static void add_product(float (*d)[4], const u32 a[4], u64 activations) {
+        if (WEIGHT == BF16) {
+            if constexpr (TOKENS == 8) wgmma_rows8(d, a, activations, true);
+            else if constexpr (TOKENS == 16) wgmma_rows16(d, a, activations, true);
+            else if constexpr (TOKENS == 32) wgmma_rows32(d, a, activations, true);
+            else wgmma_rows64(d, a, activations, true);
+        } else {
+            if constexpr (TOKENS == 8) wgmma_rows8_f16(d, a, activations, true);
+            else if constexpr (TOKENS == 16) wgmma_rows16_f16(d, a, activations, true);
+            else if constexpr (TOKENS == 32) wgmma_rows32_f16(d, a, activations, true);
+            else wgmma_rows64_f16(d, a, activations, true);
+        }
+    }
+
+    __device__ __forceinline__ float (*group_sums(u32 part, u32 pair))[4] {
+        return &sums[0][0][0] + (part * (ROW_TILES / 2) + pair) * (TOKENS / 8);
+    }
+
+    __device__ __forceinline__ void multiply_step_together(const uint4* units, u32 slot) {
+        if (TEAM_STEPS > DEPTH) cp_async_wait<DEPTH - 1>();
+        else cp_async_wait<0>();
+        u32 a[2][ROW_TILES / 2][2][4];
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+#pragma unroll
+            for (u32 pair = 0; pair < ROW_TILES / 2; pair++) {
+                const uint4 w = ring(slot)[(pair * 4 + half) * 32], below = ring(slot)[(pair * 4 + 2 + half) * 32];
+                a[half][pair][0][0] = w.x, a[half][pair][0][1] = below.x, a[half][pair][0][2] = w.y, a[half][pair][0][3] = below.y;
+                a[half][pair][1][0] = w.z, a[half][pair][1][1] = below.z, a[half][pair][1][2] = w.w, a[half][pair][1][3] = below.w;
+            }
+        }
+        if (TEAM_STEPS > DEPTH) request_weights(step + DEPTH, slot);
+        wgmma_fence();
+#pragma unroll
+        for (u32 block = 0; block < 4; block++) {
+#pragma unroll
+            for (u32 part = 0; part < 2; part++) { // high, low
+                const u64 activations = wgmma_matrix((const unsigned char*)units + part * TOKENS * 128 + block * 32, 0, 1024);
+#pragma unroll
+                for (u32 pair = 0; pair < ROW_TILES / 2; pair++) {
+                    add_product(group_sums(part < PARTS ? part : 0, pair), a[block / 2][pair][block % 2], activations);
+                }
+            }
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
     }
 
     // `units`: this lane's first unit of its first pair of tokens, if the team shares them.
@@ -758,7 +946,8 @@ struct Matmul {
         }
     }
 
-    __device__ __forceinline__ void store_sums() const {
+    __device__ __forceinline__ void store_sums() {
+        if (WGMMA) return store_group_sums();
         float* to = warp_sums(team, warp_m) + lane / 4 * SUM_STRIDE + lane % 4 * 2;
 #pragma unroll
         for (u32 m = 0; m < M_TILES; m++) {
@@ -768,6 +957,20 @@ struct Matmul {
                 const u32 r = i / PAIR, of_pair = i % PAIR;
                 *(float2*)(to + (m * 16 + of_pair * 8) * SUM_STRIDE + r * 8) =
                     make_float2(sum_of_parts(m, r, of_pair * 2), sum_of_parts(m, r, of_pair * 2 + 1));
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store_group_sums() {
+        float* to = warp_sums(team, warp_m) + lane % 4 * 2 * SUM_STRIDE + lane / 4;
+#pragma unroll
+        for (u32 n = 0; n < TOKENS / 8; n++) {
+            if (n * 8 >= tile.n_tokens) break;
+#pragma unroll
+            for (u32 i = 0; i < ROW_TILES / 2 * 4; i++) {
+                const u32 pair = i / 4, of_row = i / 2 % 2, token = n * 8 + i % 2;
+                const float high = group_sums(0, pair)[n][i % 4], low = group_sums(PARTS - 1, pair)[n][i % 4];
+                to[token * SUM_STRIDE + pair * 16 + of_row * 8] = (SPLIT ? fmaf(low, 1.0f / LOW_SCALE, high) : high) / HIGH_SCALE;
             }
         }
     }

@@ -22,7 +22,8 @@ typedef unsigned int u32;
 //     merge       each block of a cluster finishes some of the rows: warps leave their partial results in its shared memory.
 //                 Where a unit has several chunks, the one that arrives last adds them up, from the workspace
 //
-// Scores and sums are f32; q and the weights are rounded to the cache's format for the tensor cores.
+// Scores and sums are f32. Rounded to the cache's format are q and the weights, for the tensor cores, and partial results
+// that other warps add up: what blocks send each other is what one request waits for.
 
 // constants-begin
 constexpr u32 HEAD_DIM = 64u;
@@ -37,11 +38,11 @@ constexpr u32 SLABS = 1u; // units that a request of all the pass's rows needs f
 constexpr float SCALE = 0.125f; // of the scores
 constexpr u32 GROUPS = 1u; // groups of four consumer warps
 constexpr bool WGMMA = true; // products by whole groups, of 64 rows
-constexpr u32 STAGES = 10u; // tiles of keys or of values in the ring, twice a multiple of the groups that take turns
+constexpr u32 STAGES = 12u; // tiles of keys or of values in the ring, twice a multiple of the groups that take turns
 constexpr u32 CLUSTER = 8u; // blocks that share a chunk
 constexpr u32 BLOCKS = 2u; // of a multiprocessor: this kernel's and the next one's
 constexpr bool BULK = true; // bulk copies, or else 16-byte ones
-constexpr u32 MIN_CHUNK = 16u; // fewer tiles are not worth a merge through the workspace
+constexpr u32 MIN_CHUNK = 48u; // fewer tiles are not worth a merge through the workspace
 constexpr u32 MAX_REQUESTS = 4u;
 constexpr bool STATIC_TREE = false; // one tree for all requests, its ancestor words in TREE
 constexpr u32 TREE_WORDS = 2u;
@@ -233,6 +234,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // ---- blocks and clusters
 
 // A barrier for `threads` threads of the block (a multiple of 32). Barrier 0 is __syncthreads.
@@ -262,6 +269,17 @@ __device__ __forceinline__ void cluster_leave() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// Writes 16 bytes where `to`, in this block's shared memory, lies in that of block `rank` of the cluster. They count as a
+// bulk copy on that block's barrier `bar`.
+__device__ __forceinline__ void send(uint4* to, uint4 value, u64* bar, u32 rank) {
+    asm volatile(
+        "{\n.reg .b32 to, bar;\nmapa.shared::cluster.u32 to, %0, %6;\nmapa.shared::cluster.u32 bar, %5, %6;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%1, %2, %3, %4}, [bar];\n}" ::"r"(
+            shared_address(to)),
+        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(shared_address(bar)), "r"(rank)
+        : "memory");
+}
+
 // Where `p`, in this block's shared memory, lies in that of block `rank` of the cluster.
 template <class T>
 __device__ __forceinline__ T* cluster_map(T* p, u32 rank) {
@@ -275,6 +293,7 @@ __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
 __device__ __forceinline__ void cluster_leave() {}
+__device__ __forceinline__ void send(uint4* to, uint4 value, u64*, u32) { *to = value; }
 template <class T>
 __device__ __forceinline__ T* cluster_map(T* p, u32) { return p; }
 #endif
@@ -287,6 +306,47 @@ __device__ __forceinline__ u32 arrive(u32* counter) {
 }
 
 #endif // CUDA_ON_CPU
+
+// Number formats of weights and caches, widened to float where they are used.
+//
+// 16-bit elements lie two in a word, the element of lower index in the low half. A format is always a constant: after
+// inlining, nothing is left of the branches.
+//
+// Needs ptx.
+
+constexpr u32 F32 = 0;
+constexpr u32 BF16 = 1;
+constexpr u32 F16 = 2;
+
+__device__ constexpr u32 bytes_of(u32 format) { return format == F32 ? 4 : 2; }
+
+__device__ __forceinline__ float2 widen_pair(u32 format, u32 word) {
+    if (format == BF16) return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+    return make_float2(widen_f16((u16)word), widen_f16((u16)(word >> 16)));
+}
+
+// Rounded to nearest, ties to even; `low` in the low half.
+__device__ __forceinline__ u32 narrow_pair(u32 format, float low, float high) {
+    return format == BF16 ? pack_bf16(low, high) : pack_f16(low, high);
+}
+
+// Eight consecutive elements.
+struct Eight {
+    float x[8];
+};
+
+__device__ __forceinline__ Eight widen_eight(u32 format, uint4 words) {
+    const float2 a = widen_pair(format, words.x), b = widen_pair(format, words.y);
+    const float2 c = widen_pair(format, words.z), d = widen_pair(format, words.w);
+    return {{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
+}
+
+// Elements `at` .. `at + 8` of an array; `at` is a multiple of 8, the array is aligned to 16 bytes.
+__device__ __forceinline__ Eight load_eight(u32 format, const void* array, u64 at) {
+    if (format != F32) return widen_eight(format, ((const uint4*)array)[at / 8]);
+    const float4 low = ((const float4*)array)[at / 4], high = ((const float4*)array)[at / 4 + 1];
+    return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+}
 
 // Warpgroup matrix products (sm_90a): four warps multiply 64 rows held in registers by a matrix in shared memory.
 //
@@ -323,8 +383,11 @@ __device__ __forceinline__ u64 wgmma_matrix(const void* begin, u32 across, u32 d
 #define WGMMA_EIGHT(i) \
     WGMMA_FOUR(i), WGMMA_FOUR(i + 1), WGMMA_FOUR(i + 2), WGMMA_FOUR(i + 3), WGMMA_FOUR(i + 4), WGMMA_FOUR(i + 5), \
         WGMMA_FOUR(i + 6), WGMMA_FOUR(i + 7)
+#define WGMMA_NAMES_4 "%0, %1, %2, %3"
+#define WGMMA_NAMES_8 WGMMA_NAMES_4 ", %4, %5, %6, %7"
+#define WGMMA_NAMES_16 WGMMA_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_NAMES_32 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    WGMMA_NAMES_16 ", " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_NAMES_64 \
     WGMMA_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
@@ -338,14 +401,27 @@ __device__ __forceinline__ u64 wgmma_matrix(const void* begin, u32 across, u32 d
                      : __VA_ARGS__                                                                                      \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));                              \
     }
+#define WGMMA_8(NAME, FORMAT) \
+    WGMMA_PRODUCT(NAME, "8", FORMAT, "0", WGMMA_NAMES_4, "{%4, %5, %6, %7}, %8", "%9", WGMMA_FOUR(0))
+#define WGMMA_16(NAME, FORMAT) \
+    WGMMA_PRODUCT(NAME, "16", FORMAT, "0", WGMMA_NAMES_8, "{%8, %9, %10, %11}, %12", "%13", WGMMA_FOUR(0), WGMMA_FOUR(1))
+#define WGMMA_32(NAME, FORMAT)                                                                                          \
+    WGMMA_PRODUCT(NAME, "32", FORMAT, "0", WGMMA_NAMES_16, "{%16, %17, %18, %19}, %20", "%21", WGMMA_FOUR(0), WGMMA_FOUR(1), \
+                  WGMMA_FOUR(2), WGMMA_FOUR(3))
 #define WGMMA_64(NAME, FORMAT, TRANSPOSED) \
     WGMMA_PRODUCT(NAME, "64", FORMAT, TRANSPOSED, WGMMA_NAMES_32, "{%32, %33, %34, %35}, %36", "%37", WGMMA_EIGHT(0))
 #define WGMMA_128(NAME, FORMAT, TRANSPOSED)                                                                     \
     WGMMA_PRODUCT(NAME, "128", FORMAT, TRANSPOSED, WGMMA_NAMES_64, "{%64, %65, %66, %67}, %68", "%69", WGMMA_EIGHT(0), \
                   WGMMA_EIGHT(8))
 
-// d[64 x 64] = a[64 x 16] bᵀ, or += if `add`; b has 64 rows, of which 16 columns are used.
+// d[64 x N] = a[64 x 16] bᵀ, or += if `add`; b has N rows, of which 16 columns are used.
 // The _f16 forms take f16 instead of bf16.
+WGMMA_8(wgmma_rows8, "bf16")
+WGMMA_8(wgmma_rows8_f16, "f16")
+WGMMA_16(wgmma_rows16, "bf16")
+WGMMA_16(wgmma_rows16_f16, "f16")
+WGMMA_32(wgmma_rows32, "bf16")
+WGMMA_32(wgmma_rows32_f16, "f16")
 WGMMA_64(wgmma_rows64, "bf16", "0")
 WGMMA_64(wgmma_rows64_f16, "f16", "0")
 
@@ -547,12 +623,12 @@ struct Schedule {
 
 __device__ __forceinline__ u32 cluster_rank_or_zero() { return CLUSTER == 1 ? 0 : cluster_rank(); }
 
-// This block's share of a chunk's tiles.
+// This block's share of a chunk's tiles. The last block, which has the tiles that test ancestors, gets no more than others.
 __device__ __forceinline__ void share(Item& item) {
     if (CLUSTER == 1) return;
     const u32 rank = cluster_rank(), n = item.end - item.tile, begin = item.tile;
-    item.tile = begin + n * rank / CLUSTER;
-    item.end = begin + n * (rank + 1) / CLUSTER;
+    item.tile = begin + divide_up(n * rank, CLUSTER);
+    item.end = begin + divide_up(n * (rank + 1), CLUSTER);
 }
 
 // A warp's rows of tree attention: scores, softmax and output, on tensor cores.
@@ -560,7 +636,7 @@ __device__ __forceinline__ void share(Item& item) {
 // A *group* of four warps has up to 64 rows. Where it has fewer, its warps share the keys of a tile. In shared memory a tile
 // of keys or values is [HALVES][TILE] rows of 128 bytes, 16-byte chunks permuted by the row modulo 8, as tiled caches are.
 //
-// Needs ptx, wgmma, layout, chunks. Expects HEAD_DIM, KV_HEADS, GROUP, M, GROUPS, WGMMA, CACHE, SCALE.
+// Needs ptx, formats, wgmma, layout, chunks. Expects HEAD_DIM, KV_HEADS, GROUP, M, GROUPS, WGMMA, CACHE, SCALE.
 
 constexpr u32 HEADS = KV_HEADS * GROUP;
 constexpr u32 HALVES = HEAD_DIM / 64; // a vector is read in pieces of 64 elements
@@ -579,9 +655,7 @@ __device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) 
     else mma_f16(d, a, b0, b1);
 }
 
-__device__ __forceinline__ u32 pack(float low, float high) {
-    return CACHE == 1 ? pack_bf16(low, high) : pack_f16(low, high);
-}
+__device__ __forceinline__ u32 pack(float low, float high) { return narrow_pair(CACHE, low, high); }
 
 // The row of a tile of keys or values and the 16-byte chunk of its vector.
 __device__ __forceinline__ const unsigned char* place(const unsigned char* tile, u32 row, u32 chunk) {
@@ -611,12 +685,23 @@ struct Accumulator {
             const u32 row = min(first + lane / 4 + 8 * i, last);
             from[i] = q_rows + ((u64)(request.first_row + row / GROUP) * HEADS + head * GROUP + row % GROUP) * HEAD_DIM;
         }
+        // A lane loads four neighbours. The tensor cores want two of them, and two others eight further on.
+        float4 four[HEAD_DIM / 16][2];
 #pragma unroll
         for (u32 kk = 0; kk < HEAD_DIM / 16; kk++)
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                const float2 pair = *(const float2*)(from[i % 2] + kk * 16 + lane % 4 * 2 + i / 2 * 8);
-                q[kk][i] = pack(pair.x, pair.y);
+            for (u32 i = 0; i < 2; i++) four[kk][i] = *(const float4*)(from[i] + kk * 16 + lane % 4 * 4);
+#pragma unroll
+        for (u32 kk = 0; kk < HEAD_DIM / 16; kk++)
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                const u32 a = pack(four[kk][i].x, four[kk][i].y), b = pack(four[kk][i].z, four[kk][i].w);
+#pragma unroll
+                for (u32 half = 0; half < 2; half++) {
+                    const u32 from_lane = (lane & ~3u) + half * 2 + lane % 4 / 2;
+                    const u32 x = __shfl_sync(FULL_WARP, a, from_lane), y = __shfl_sync(FULL_WARP, b, from_lane);
+                    q[kk][i + 2 * half] = lane % 2 ? y : x;
+                }
             }
     }
 
@@ -689,6 +774,15 @@ struct Accumulator {
             for (u32 i = 0; i < 4; i++) out[d][i] *= rescale[i / 2];
     }
 
+    // The sums of whole rows, in each of their lanes.
+    __device__ void add_up_sums() {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 1);
+            sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 2);
+        }
+    }
+
     // Weights of 16 keys as the products take them.
     __device__ static void narrow(u32 a[4], const float (*weight)[4]) {
 #pragma unroll
@@ -742,17 +836,20 @@ constexpr u32 CONSUMERS = GROUPS * 128; // threads
 // Registers move between groups of four warps, from the producer's to the consumers': where they do, three warps idle.
 constexpr bool MOVES_REGISTERS = WGMMA && (GROUPS == 2 || BLOCKS == 2);
 constexpr u32 THREADS = CONSUMERS + (WGMMA ? 128 : 32);
-constexpr u32 PARTS = KEY_GROUPS * KEY_WARPS; // partial results of a row in a block
-constexpr u32 PART_ROW = HEAD_DIM + 4; // floats of a row of a partial result: padded against bank conflicts
-constexpr u32 QUADS = HEAD_DIM / 4; // threads that finish a row, four elements each
-constexpr u32 ROWS_EACH = (M + CLUSTER - 1) / CLUSTER; // rows that a block of the cluster finishes
+constexpr u32 PARTS = CLUSTER * KEY_GROUPS * KEY_WARPS; // warps that have partial results of a row
+constexpr u32 MOST_ROWS = PARTS == 1 ? 1 : (M + CLUSTER - 1) / CLUSTER; // that a block of the cluster finishes
 constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
 
-// Results of all warps of the cluster for the rows that this block finishes.
+// A thread finishes a *piece* of a row: eight elements, as one lane of a warp has them (`Accumulator`): pairs, eight apart.
+constexpr u32 PIECES = HEAD_DIM / 8;
+__device__ __forceinline__ u32 piece_element(u32 piece, u32 pair) { return piece / 4 * 32 + pair * 8 + piece % 4 * 2; }
+
+// Results of all warps of the cluster for the rows that this block finishes: every CLUSTER-th.
 struct Parts {
-    float out[CLUSTER * PARTS][ROWS_EACH][PART_ROW]; // not yet divided by the sums
-    float2 sums[CLUSTER * PARTS][ROWS_EACH]; // running maximum, sum
+    // Pieces, divided by the row's sum, then its {running maximum, sum, -, -}; padded against bank conflicts.
+    uint4 rows[PARTS][MOST_ROWS][PIECES + 4];
 };
+constexpr u32 PART_BYTES = (PIECES + 1) * 16; // of a row
 
 // Shared memory, in this order.
 struct Shared {
@@ -760,6 +857,7 @@ struct Shared {
     Parts parts;
     u64 full[STAGES];
     u64 empty[STAGES];
+    u64 received; // parts
     u32 ancestors[KEY_GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node; groups that take turns load their own
     u32 arrived; // chunks that came before this one
 };
@@ -803,22 +901,6 @@ __device__ __forceinline__ void copy_tile(unsigned char* stage, u64* full, u32 n
 
 // ---- consumers
 
-// Leaves a warp's partial results with the blocks that finish its rows.
-__device__ __forceinline__ void leave_parts(Accumulator& acc, Shared& shared, u32 part, u32 first, u32 n_rows, u32 lane) {
-#pragma unroll
-    for (u32 i = 0; i < 2; i++) {
-        const u32 row = first + lane / 4 + 8 * i;
-        acc.sum[i] += __shfl_xor_sync(FULL_WARP, acc.sum[i], 1);
-        acc.sum[i] += __shfl_xor_sync(FULL_WARP, acc.sum[i], 2);
-        if (row >= n_rows) continue;
-        Parts& parts = CLUSTER == 1 ? shared.parts : *cluster_map(&shared.parts, row / ROWS_EACH);
-        if (lane % 4 == 0) parts.sums[part][row % ROWS_EACH] = make_float2(acc.largest[i], acc.sum[i]);
-        float* to = parts.out[part][row % ROWS_EACH] + lane % 4 * 2;
-#pragma unroll
-        for (u32 d = 0; d < HEAD_DIM / 8; d++) *(float2*)(to + d * 8) = make_float2(acc.out[d][2 * i], acc.out[d][2 * i + 1]);
-    }
-}
-
 // 64 bits of a row's ancestor words from node `first` on; nodes before 0 are prefix, and seen.
 __device__ __forceinline__ u64 window(const u32* words, int first) {
     auto word = [&](int i) { return i >= 0 && i < (int)ANCESTOR_WORDS ? words[i] : i < 0 ? 0xffffffffu : 0u; };
@@ -860,91 +942,159 @@ __device__ __forceinline__ void clear_unseen(unsigned char* values, const u32 (*
 
 // ---- merge
 
-// A row's partial results, added up: four elements that are not yet divided by the sum.
-struct Merged {
+// A piece of a row, of some of its keys: to be divided by the sum.
+struct Piece {
     float largest = NEVER;
     float sum = 0.0f;
-    float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    Eight out = {};
 
-    __device__ void add(float2 sums, float4 part) {
-        const float most = fmaxf(largest, sums.x);
-        const float base = most == NEVER ? 0.0f : most;
-        const float mine = exp2_approx(largest - base), theirs = exp2_approx(sums.x - base);
+    // Scales to a larger maximum, which may still be none.
+    __device__ __forceinline__ float weight(float most) const { return exp2_approx(largest - (most == NEVER ? 0.0f : most)); }
+
+    __device__ void add(const Piece& other) {
+        const float most = fmaxf(largest, other.largest), mine = weight(most), theirs = other.weight(most);
         largest = most;
-        sum = sum * mine + sums.y * theirs;
-        out.x = out.x * mine + part.x * theirs;
-        out.y = out.y * mine + part.y * theirs;
-        out.z = out.z * mine + part.z * theirs;
-        out.w = out.w * mine + part.w * theirs;
+        sum = sum * mine + other.sum * theirs;
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) out.x[i] = out.x[i] * mine + other.out.x[i] * theirs;
     }
 };
 
-// All warps' results of a row.
-__device__ __forceinline__ Merged merge_parts(const Parts& parts, u32 row, u32 quad) {
-    Merged merged;
+// This lane's piece number `n` of its i-th row.
+__device__ __forceinline__ Piece piece_of(const Accumulator& acc, u32 i, u32 n) {
+    Piece piece;
+    piece.largest = acc.largest[i];
+    piece.sum = acc.sum[i];
+#pragma unroll
+    for (u32 j = 0; j < 8; j++) piece.out.x[j] = acc.out[n * 4 + j / 2][2 * i + j % 2];
+    return piece;
+}
+
+// Leaves a warp's partial results with the blocks that finish its rows.
+__device__ __forceinline__ void leave_parts(const Accumulator& acc, Shared& shared, u32 part, u32 first, u32 n_rows, u32 lane) {
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+        const u32 row = first + lane / 4 + 8 * i;
+        if (row >= n_rows) continue;
+        uint4* to = shared.parts.rows[part][row / CLUSTER];
+        const auto put = [&](u32 at, u32 a, u32 b, u32 c, u32 d) {
+            if (CLUSTER == 1) to[at] = make_uint4(a, b, c, d);
+            else send(to + at, make_uint4(a, b, c, d), &shared.received, row % CLUSTER);
+        };
+        const float inverse = acc.sum[i] > 0.0f ? reciprocal_approx(acc.sum[i]) : 0.0f;
+#pragma unroll
+        for (u32 n = 0; n < PIECES / 4; n++) {
+            const Eight x = piece_of(acc, i, n).out;
+            const auto pair = [&](u32 j) { return pack(x.x[2 * j] * inverse, x.x[2 * j + 1] * inverse); };
+            put(n * 4 + lane % 4, pair(0), pair(1), pair(2), pair(3));
+        }
+        if (lane % 4 == 0) put(PIECES, __float_as_uint(acc.largest[i]), __float_as_uint(acc.sum[i]), 0, 0);
+    }
+}
+
+// Threads that share a piece, each with some of its parts: neighbours, a power of two.
+__device__ constexpr u32 least(u32 a, u32 b) { return a < b ? a : b; }
+__device__ constexpr u32 power_of_two_upto(u32 n) { return n < 2 ? 1 : 2 * power_of_two_upto(n / 2); }
+constexpr u32 SHARES = power_of_two_upto(least(least(CONSUMERS / (MOST_ROWS * PIECES), PARTS), 32));
+
+// All warps' results of a piece of this block's row number `row`. Its threads call it together.
+__device__ __forceinline__ Piece merge_parts(const Parts& parts, u32 row, u32 n, u32 lane) {
+    const u32 together = (SHARES == 32 ? FULL_WARP : (1u << SHARES) - 1) << (lane & ~(SHARES - 1));
+    Piece merged;
+#pragma unroll
+    for (u32 i = lane % SHARES; i < PARTS; i += SHARES) {
+        merged.largest = fmaxf(merged.largest, __uint_as_float(parts.rows[i][row][PIECES].x));
+    }
+#pragma unroll
+    for (u32 step = 1; step < SHARES; step *= 2) {
+        merged.largest = fmaxf(merged.largest, __shfl_xor_sync(together, merged.largest, step));
+    }
+    const float base = merged.largest == NEVER ? 0.0f : merged.largest;
 #pragma unroll 8
-    for (u32 i = 0; i < CLUSTER * PARTS; i++)
-        merged.add(parts.sums[i][row], *(const float4*)&parts.out[i][row][quad * 4]);
+    for (u32 i = lane % SHARES; i < PARTS; i += SHARES) {
+        const uint4 sums = parts.rows[i][row][PIECES];
+        const Eight part = widen_eight(CACHE, parts.rows[i][row][n]);
+        const float weight = __uint_as_float(sums.y) * exp2_approx(__uint_as_float(sums.x) - base);
+        merged.sum += weight;
+#pragma unroll
+        for (u32 j = 0; j < 8; j++) merged.out.x[j] = fmaf(weight, part.x[j], merged.out.x[j]);
+    }
+#pragma unroll
+    for (u32 step = 1; step < SHARES; step *= 2) {
+        merged.sum += __shfl_xor_sync(together, merged.sum, step);
+#pragma unroll
+        for (u32 j = 0; j < 8; j++) merged.out.x[j] += __shfl_xor_sync(together, merged.out.x[j], step);
+    }
     return merged;
 }
 
-// What a chunk leaves in the workspace: [M, HEAD_DIM] outputs, then a maximum and a sum a row.
+// What a chunk leaves in the workspace: [M, PIECES] pieces of eight elements, then a maximum and a sum a row.
 constexpr u32 PARTIAL = M * (HEAD_DIM + 2);
 
-__device__ __forceinline__ void write_row(float* out, const Request& request, const Item& item, u32 row, u32 quad,
-                                          const Merged& merged) {
-    const u32 packed = item.slab * M + row;
-    const u64 at = (u64)(request.first_row + packed / GROUP) * HEADS + item.head * GROUP + packed % GROUP;
-    const float inverse = 1.0f / merged.sum;
-    float4 y = merged.out;
-    y.x *= inverse, y.y *= inverse, y.z *= inverse, y.w *= inverse;
-    *(float4*)(out + at * HEAD_DIM + quad * 4) = y;
+__device__ __forceinline__ void store_partial(float* partial, u32 row, u32 n, const Piece& piece) {
+    float4* to = (float4*)(partial + (row * PIECES + n) * 8);
+    const float* x = piece.out.x;
+    to[0] = make_float4(x[0], x[1], x[2], x[3]);
+    to[1] = make_float4(x[4], x[5], x[6], x[7]);
+    if (n == 0) *(float2*)(partial + M * HEAD_DIM + row * 2) = make_float2(piece.largest, piece.sum);
 }
 
-// The consumers' threads finish the rows of this block.
-__device__ __forceinline__ void finish(Shared& shared, const Request& request, const Item& item, float* partials,
-                                       u32* counters, float* out, u32 thread) {
-    const u32 n_rows = min(M, request.n_rows * GROUP - item.slab * M);
-    const u32 rank = cluster_rank_or_zero();
-    const u32 first = rank * ROWS_EACH, end = min(n_rows, first + ROWS_EACH);
-    float* mine = partials + (u64)item.cut * PARTIAL;
-    for (u32 i = thread; i < ROWS_EACH * QUADS; i += CONSUMERS) {
-        const u32 row = first + i / QUADS, quad = i % QUADS;
-        if (row >= end) continue;
-        const Merged merged = merge_parts(shared.parts, row - first, quad);
-        if (item.chunks == 1) {
-            write_row(out, request, item, row, quad, merged);
-        } else {
-            *(float4*)(mine + row * HEAD_DIM + quad * 4) = merged.out;
-            if (quad == 0) *(float2*)(mine + M * HEAD_DIM + row * 2) = make_float2(merged.largest, merged.sum);
-        }
-    }
-    if (item.chunks == 1) return;
-
-    // The last of the unit's chunks adds them up. The counter is left at zero for the next launch.
-    u32* counter = counters + ((item.request * KV_HEADS + item.head) * SLABS + item.slab) * CLUSTER + rank;
-    named_barrier(1, CONSUMERS);
-    if (thread == 0) {
-        __threadfence();
-        shared.arrived = arrive(counter);
-        __threadfence();
-        if (shared.arrived == item.chunks - 1) *counter = 0;
-    }
-    named_barrier(1, CONSUMERS);
-    if (shared.arrived != item.chunks - 1) return;
-    const float* all = partials + (u64)(item.cut - item.chunk) * PARTIAL;
-    for (u32 i = thread; i < ROWS_EACH * QUADS; i += CONSUMERS) {
-        const u32 row = first + i / QUADS, quad = i % QUADS;
-        if (row >= end) continue;
-        Merged merged;
-        for (u32 chunk = 0; chunk < item.chunks; chunk++) {
-            const float* theirs = all + (u64)chunk * PARTIAL;
-            const float2 sums = __ldcg((const float2*)(theirs + M * HEAD_DIM + row * 2));
-            merged.add(sums, __ldcg((const float4*)(theirs + row * HEAD_DIM + quad * 4)));
-        }
-        write_row(out, request, item, row, quad, merged);
-    }
+__device__ __forceinline__ Piece load_partial(const float* partial, u32 row, u32 n) {
+    const float4* from = (const float4*)(partial + (row * PIECES + n) * 8);
+    const float4 a = __ldcg(from), b = __ldcg(from + 1);
+    const float2 sums = __ldcg((const float2*)(partial + M * HEAD_DIM + row * 2));
+    return {sums.x, sums.y, {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}}};
 }
+
+// A chunk's results of the rows that its blocks have, and where they go.
+struct Finish {
+    const Item& item;
+    const Request& request;
+    float* partials;
+    u32* counters;
+    float* out;
+
+    __device__ float* partial(u32 chunk) const { return partials + (u64)(item.cut - item.chunk + chunk) * PARTIAL; }
+
+    __device__ void write(u32 row, u32 n, const Piece& piece) const {
+        const u32 packed = item.slab * M + row;
+        const u64 at = (u64)(request.first_row + packed / GROUP) * HEADS + item.head * GROUP + packed % GROUP;
+        const float inverse = 1.0f / piece.sum;
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) {
+            float* to = out + at * HEAD_DIM + piece_element(n, j);
+            *(float2*)to = make_float2(piece.out.x[2 * j] * inverse, piece.out.x[2 * j + 1] * inverse);
+        }
+    }
+
+    // A whole chunk's result: that of the row, or one of several.
+    __device__ void take(u32 row, u32 n, const Piece& piece) const {
+        if (item.chunks == 1) write(row, n, piece);
+        else store_partial(partial(item.chunk), row, n, piece);
+    }
+
+    // The last of the unit's chunks adds up this block's rows, which are the same in all of them. The counter is left at
+    // zero for the next launch.
+    __device__ void add_chunks(Shared& shared, u32 rank, u32 n_rows, u32 thread) const {
+        u32* counter = counters + ((item.request * KV_HEADS + item.head) * SLABS + item.slab) * CLUSTER + rank;
+        named_barrier(1, CONSUMERS);
+        if (thread == 0) {
+            __threadfence();
+            shared.arrived = arrive(counter);
+            __threadfence();
+            if (shared.arrived == item.chunks - 1) *counter = 0;
+        }
+        named_barrier(1, CONSUMERS);
+        if (shared.arrived != item.chunks - 1) return;
+        for (u32 i = thread; i / PIECES * CLUSTER + rank < n_rows; i += CONSUMERS) {
+            const u32 row = i / PIECES * CLUSTER + rank, n = i % PIECES;
+            Piece sum;
+#pragma unroll 4
+            for (u32 chunk = 0; chunk < item.chunks; chunk++) sum.add(load_partial(partial(chunk), row, n));
+            write(row, n, sum);
+        }
+    }
+};
 
 // ---- the kernel
 
@@ -966,13 +1116,19 @@ struct Block {
     }
 };
 
+// Threads arrive at the cluster's barrier when they have begun, and when they have read the parts of a chunk; they wait for
+// all others before they send those of the next.
+__device__ __forceinline__ void cluster_turn() {
+    cluster_wait();
+    cluster_arrive();
+}
+
 // One warp runs ahead of the consumers, into the next chunk too.
 __device__ __forceinline__ void produce(const Block& block, const u32* pages, const u16* k_cache, const u16* v_cache) {
     u32 turn = 0; // tiles of this block so far
-    bool waited = false, again = false;
+    bool waited = false;
     Item item;
-    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item); again = true) {
-        if (CLUSTER > 1) again ? cluster_sync() : cluster_wait(); // all have begun, or read the parts of the chunk before
+    for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
         if (block.warp == CONSUMERS / 32) {
             const Request request = read_request(block.rows, block.requests, item.request);
             const u32* table = pages + item.request * PAGES_PER_REQUEST;
@@ -994,9 +1150,9 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
                 }
             }
         }
-        if (CLUSTER > 1) cluster_sync(); // the parts are there
+        if (CLUSTER > 1) cluster_turn();
     }
-    if (CLUSTER > 1 && !again) cluster_wait();
+    if (CLUSTER > 1) cluster_wait();
 }
 
 // A consumer warp's tiles of a chunk: its group's turns among the block's.
@@ -1106,10 +1262,10 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
     const u32 first_row = row_group * 64 + warp % ROW_WARPS * 16, key_warp = warp / ROW_WARPS % KEY_WARPS;
     const u32 team_thread = thread % (ROW_GROUPS * 128);
     u32 turn = 0; // tiles of this block so far
+    u32 received = 0; // phases of the barrier
     bool waited = false, again = false;
     Item item;
     for (u32 index = blockIdx.x / CLUSTER; block.next(index, item); again = true) {
-        if (CLUSTER > 1 && again) cluster_sync(); // the parts of the chunk before are read
         const Request request = read_request(block.rows, block.requests, item.request);
         const u32 first_packed = item.slab * M;
         load_ancestors(shared.ancestors[key_group], block.rows, request, first_packed, team_thread);
@@ -1128,15 +1284,40 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
         turn += item.end - item.tile;
         if (WGMMA && has_rows) add_tiles_together(acc, tiles, mine, turn);
         else add_tiles(acc, tiles, mine, turn, has_rows);
-        if (CLUSTER == 1 && again) named_barrier(1, CONSUMERS); // the parts of the chunk before are read
-        if (CLUSTER > 1 && !again) cluster_wait(); // all blocks have begun
-        const u32 part = (cluster_rank_or_zero() * KEY_GROUPS + key_group) * KEY_WARPS + key_warp;
-        if (has_rows) leave_parts(acc, shared, part, first_row, min(M, request.n_rows * GROUP - first_packed), lane);
-        if (CLUSTER > 1) cluster_sync(); // the parts are there
-        else named_barrier(1, CONSUMERS);
-        finish(shared, request, item, partials, counters, out, thread);
+        acc.add_up_sums();
+
+        const u32 n_rows = min(M, request.n_rows * GROUP - first_packed), rank = cluster_rank_or_zero();
+        const Finish result = {item, request, partials, counters, out};
+        if (PARTS == 1) { // nobody else has results of these rows
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                const u32 row = first_row + lane / 4 + 8 * i;
+#pragma unroll
+                for (u32 n = 0; n < PIECES / 4; n++) {
+                    if (row < n_rows) result.take(row, n * 4 + lane % 4, piece_of(acc, i, n));
+                }
+            }
+        } else {
+            if (CLUSTER > 1) cluster_wait(); // all blocks have read the parts of the chunk before
+            else if (again) named_barrier(1, CONSUMERS); // all warps have
+            const u32 part = (rank * KEY_GROUPS + key_group) * KEY_WARPS + key_warp;
+            if (has_rows) leave_parts(acc, shared, part, first_row, n_rows, lane);
+            if (CLUSTER == 1) {
+                named_barrier(1, CONSUMERS);
+            } else if (rank < n_rows) {
+                if (thread == 0) mbarrier_expect(&shared.received, divide_up(n_rows - rank, CLUSTER) * PARTS * PART_BYTES);
+                mbarrier_wait(&shared.received, received++ & 1);
+            }
+            for (u32 i = thread / SHARES; i / PIECES * CLUSTER + rank < n_rows; i += CONSUMERS / SHARES) {
+                const Piece piece = merge_parts(shared.parts, i / PIECES, i % PIECES, lane);
+                if (lane % SHARES == 0) result.take(i / PIECES * CLUSTER + rank, i % PIECES, piece);
+            }
+            __syncwarp();
+            if (CLUSTER > 1) cluster_arrive();
+        }
+        if (item.chunks > 1) result.add_chunks(shared, rank, n_rows, thread);
     }
-    if (CLUSTER > 1 && !again) cluster_wait();
+    if (CLUSTER > 1) cluster_wait();
     if (!waited) wait_for_previous();
 }
 
@@ -1154,6 +1335,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             mbarrier_init(&shared.full[s], BULK ? 1 : 32);
             mbarrier_init(&shared.empty[s], ROW_GROUPS * 4);
         }
+        mbarrier_init(&shared.received, 1);
         fence_barrier_init();
     }
     const u32 clusters = gridDim.x / CLUSTER;

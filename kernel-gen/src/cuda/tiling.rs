@@ -14,7 +14,7 @@ const SMALL_SHARE: usize = 128 << 10;
 
 /// Tiles of a warp, warps along the rows and along the columns. Four warps of Hopper multiply together, an even number of
 /// tiles each.
-const HOPPER_SHAPES: [[usize; 3]; 5] = [[4, 12, 1], [4, 8, 1], [2, 12, 1], [4, 4, 2], [2, 4, 4]];
+const HOPPER_SHAPES: [[usize; 3]; 4] = [[4, 12, 1], [4, 8, 1], [2, 8, 2], [2, 4, 4]];
 const AMPERE_SHAPES: [[usize; 3]; 3] = [[4, 8, 1], [4, 4, 2], [4, 2, 4]];
 
 /// What `qkv` and `head` keep of a token behind the shared memory of the product: where its vectors go, how it is drawn.
@@ -33,6 +33,8 @@ pub(super) struct Tiling {
     pub(super) depth: usize,
     pub(super) split: bool,
     pub(super) wgmma: bool,
+    /// Blocks that a multiprocessor should have room for.
+    pub(super) blocks: usize,
 }
 
 /// The matrix of an op.
@@ -85,9 +87,13 @@ impl Tiling {
         let each = steps.div_ceil((most / warps_m).max(1));
         let warps_k = steps.div_ceil(each);
         let depth = each.min(4);
+        let (split, wgmma) = (true, false);
         let tiling =
-            |ahead| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead, depth, split: true, wgmma: false };
-        tiling((2..=each.min(4)).rev().find(|&ahead| tiling(ahead).has_registers(1, matrix)).unwrap_or(1))
+            |ahead| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead, depth, split, wgmma, blocks: 1 };
+        let ahead = (2..=each.min(4)).rev().find(|&ahead| tiling(ahead).has_registers(1, matrix)).unwrap_or(1);
+        // A second block is one of the next kernel, which requests its weights early.
+        let blocks = if tiling(ahead).has_room(2, matrix, device) { 2 } else { 1 };
+        Tiling { blocks, ..tiling(ahead) }
     }
 
     /// Wide tiles, so that activations are staged for many weight rows. Columns are shared, by a pair of blocks or by
@@ -113,18 +119,15 @@ impl Tiling {
         let Some(([row_tiles, warps_m, warps_k], cluster)) = all.filter(is_possible).min_by_key(cost) else {
             return Tiling::small(matrix, tokens, device);
         };
-        let blocks = matrix.rows.div_ceil(8 * row_tiles * warps_m) * cluster;
-        let wgmma = device.has_wgmma();
+        let (ahead, wgmma, blocks) = (1, device.has_wgmma(), 1);
         let with =
-            |tokens, depth| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead: 1, depth, split, wgmma };
+            |tokens, depth| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead, depth, split, wgmma, blocks };
         let fits = |tiling: &Tiling| tiling.shared_bytes(matrix) + DRAW_BYTES * tiling.tokens <= device.shared_bytes;
         // Each team stages its own activations: there may be room for those of fewer tokens only. Sums of both halves take
         // twice the registers.
         let tokens = if split || !fits(&with(tokens, 2)) { tokens.min(32) } else { tokens };
-        // As deep as fits. Where several blocks follow each other on a multiprocessor, they take turns at it if two fit.
-        let depths = || (2..=4).rev().map(|depth| with(tokens, depth));
-        let by_turns = depths().find(|tiling| blocks > device.multiprocessors && tiling.blocks(device, matrix) == 2);
-        by_turns.or_else(|| depths().filter(|tiling| tiling.depth <= 3).find(fits)).unwrap_or_else(|| with(tokens, 2))
+        // A third step on its way is worth more than room for a second block; a fourth is worth nothing.
+        if fits(&with(tokens, 3)) { with(tokens, 3) } else { with(tokens, 2) }
     }
 
     pub(super) fn threads(&self) -> usize {
@@ -154,11 +157,11 @@ impl Tiling {
         self.warps_k * (self.warps_m * ring.max(sums) + units + self.tokens * 4)
     }
 
-    /// Blocks that a multiprocessor should have room for: two, if shared memory and registers allow it.
-    pub(super) fn blocks(&self, device: &Device, matrix: &Matrix) -> usize {
+    /// Whether so many blocks fit a multiprocessor.
+    fn has_room(&self, blocks: usize, matrix: &Matrix, device: &Device) -> bool {
         // A block takes 1 KiB more than it asks for.
         let shared_bytes = self.shared_bytes(matrix) + DRAW_BYTES * self.tokens + 1024;
-        if 2 * shared_bytes <= device.shared_bytes + 1024 && self.has_registers(2, matrix) { 2 } else { 1 }
+        blocks * shared_bytes <= device.shared_bytes + 1024 && self.has_registers(blocks, matrix)
     }
 
     /// Whether so many blocks of a multiprocessor have registers enough, by what the compiler was seen to need.

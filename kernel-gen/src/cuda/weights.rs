@@ -155,7 +155,7 @@ impl Lowering<'_> {
             .with("DEPTH", tiling.depth)
             .with("SPLIT", tiling.split)
             .with("WGMMA", tiling.wgmma)
-            .with("BLOCKS", tiling.blocks(self.device, matrix))
+            .with("BLOCKS", tiling.blocks)
             .with("SHARED_BYTES", shared_bytes);
         Launch {
             spec,
