@@ -46,6 +46,14 @@ impl Engine {
         Engine { backend, target, drafter, scheduler, context, nodes_on_device }
     }
 
+    /// Compiles what rounds will run where the device drafts; otherwise the first sequence waits for that.
+    pub fn prepare(&mut self) -> Result<()> {
+        if let Some(nodes) = self.nodes_on_device {
+            self.target.prepare_rounds(self.backend.as_mut(), nodes)?;
+        }
+        Ok(())
+    }
+
     /// Runs the prompt: all of it but the last token, which is the root of the first round's tree.
     pub fn prefill(
         &mut self,

@@ -146,12 +146,10 @@ impl Llm {
             _ => Box::new(NgramDrafter::default()),
         };
         let scheduler = Scheduler::new(options.tree.clone(), limits.max_nodes.min(MAX_NODES), backend.info().cost);
-        Ok(Llm {
-            template: model.chat_template()?,
-            stop_tokens: model.stop_tokens(&tokenizer),
-            tokenizer,
-            engine: Engine::new(backend, target, drafter, scheduler, context),
-        })
+        let mut engine = Engine::new(backend, target, drafter, scheduler, context);
+        engine.prepare()?;
+        let (template, stop_tokens) = (model.chat_template()?, model.stop_tokens(&tokenizer));
+        Ok(Llm { engine, tokenizer, template, stop_tokens })
     }
 
     fn resolve(name: &str, progress: &mut dyn FnMut(LoadProgress)) -> Result<PathBuf> {

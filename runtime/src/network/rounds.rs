@@ -6,7 +6,7 @@
 use treespark_kernel_gen::layout::{NgramReport, ngram_report_words};
 
 use super::{Kind, Network, compiled_rows};
-use crate::backend::{Backend, Extent};
+use crate::backend::{Backend, Extent, PassId};
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::kv::KvCache;
@@ -61,6 +61,15 @@ impl Network {
         Ok(accepted)
     }
 
+    /// Compiles all that rounds of up to `nodes` nodes may need, so that they wait for no compiler. Returns the pass that
+    /// drafts the first tree.
+    pub fn prepare_rounds(&mut self, backend: &mut dyn Backend, nodes: usize) -> Result<PassId> {
+        for rows in (1..=nodes).filter(|&rows| rows == compiled_rows(rows) || rows == nodes) {
+            self.pass(backend, Kind::Round { nodes }, rows)?;
+        }
+        self.pass(backend, Kind::Ngram { nodes }, 1)
+    }
+
     /// Tells the device of a sequence, and has it draft the first tree.
     fn start(&mut self, backend: &mut dyn Backend, seq: &mut Sequence, nodes: usize) -> Result<TokenTree> {
         let limit = seq.tokens().len() + seq.room();
@@ -68,11 +77,7 @@ impl Network {
         let root = TokenTree::root(seq.tokens()[seq.tokens().len() - 1]);
         let mut batch = Batch::new(self.dims.pages_per_request);
         batch.add(&seq.kv, &root, &[], &seq.sampling);
-        // All that rounds may need: they wait for no compiler.
-        for rows in (1..=nodes).filter(|&rows| rows == compiled_rows(rows) || rows == nodes) {
-            self.pass(backend, Kind::Round { nodes }, rows)?;
-        }
-        let pass = self.pass(backend, Kind::Ngram { nodes }, 1)?;
+        let pass = self.prepare_rounds(backend, nodes)?;
         backend.write(self.memory.get("history"), 0, seq.tokens())?;
         // Hit rates, further on, are kept from one sequence to the next.
         backend.write(self.memory.get("state"), 0, &[limit as u32])?;
