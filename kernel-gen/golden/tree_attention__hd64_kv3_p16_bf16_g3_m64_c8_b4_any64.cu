@@ -499,8 +499,6 @@ __device__ __forceinline__ u64 cache_element(const u32* pages, u32 request, u32 
 // Needs ptx, layout. Expects KV_HEADS, GROUP, M, CLUSTER, MIN_CHUNK.
 
 constexpr u32 TILE = 64; // keys
-constexpr u32 MOST_ROUNDS = 3; // in which clusters take chunks, one each
-constexpr u32 CHUNK_COST = 3; // a chunk costs as much as its tiles and so many more
 
 // What a cluster has to do next: a chunk of a unit.
 struct Item {
@@ -573,28 +571,18 @@ struct Schedule {
             for (u32 step = 16; step > 0; step /= 2) tiles = max(tiles, __shfl_xor_sync(FULL_WARP, tiles, step));
             longest = max(longest, tiles);
         }
-        const u32 fair = max(divide_up(all_tiles, clusters), MIN_CHUNK);
-        chunk = fair;
-        if (all_units > clusters || fair >= longest) return;
-        // Fewer units than clusters: the shortest chunks with which one round of clusters does all, or, where units are so
-        // different that this is far from fair, several rounds.
-        u32 least = ~0u;
-        for (u32 rounds = 1; rounds <= MOST_ROUNDS; rounds++) {
-            const u32 shortest = fewest_tiles(rounds * clusters, max(divide_up(fair, rounds), MIN_CHUNK), longest, lane);
-            const u32 cost = rounds * (shortest + CHUNK_COST);
-            if (cost < least) least = cost, chunk = shortest;
-            if (least <= fair + fair / 4) break;
+        u32 low = max(divide_up(all_tiles, clusters), MIN_CHUNK);
+        chunk = low;
+        // Fewer units than clusters: the shortest chunks with which one round of clusters does all.
+        if (all_units <= clusters && low < longest) {
+            u32 high = longest;
+            while (low < high) {
+                const u32 middle = (low + high) / 2;
+                if (count(middle, lane) <= clusters) high = middle;
+                else low = middle + 1;
+            }
+            chunk = low;
         }
-    }
-
-    // The shortest chunks, of `low` to `high` tiles, of which there are at most `most`.
-    __device__ u32 fewest_tiles(u32 most, u32 low, u32 high, u32 lane) const {
-        while (low < high) {
-            const u32 middle = (low + high) / 2;
-            if (count(middle, lane) <= most) high = middle;
-            else low = middle + 1;
-        }
-        return low;
     }
 
     // False past the last chunk. Whole warps call it.

@@ -8,8 +8,6 @@ use crate::spec::KernelSpec;
 const TILE: usize = 64;
 /// Slots of a context that a cluster of 8 goes through in a few tiles a block.
 const SHORT_CONTEXT: usize = 2048;
-/// In which clusters take chunks, as in `lib/chunks.cuh`.
-const MOST_ROUNDS: usize = 3;
 /// A merge through the workspace takes as long as this many tiles.
 const MIN_TILES: usize = 6;
 /// Words of a row's ancestors in shared memory: padded.
@@ -64,8 +62,8 @@ impl Lowering<'_> {
             .with("STAGES", stages)
             .with("BULK", self.device.has_clusters())
             .with("MIN_CHUNK", if cluster > 1 { MIN_TILES * cluster * key_groups } else { 8 });
-        // Chunks of units that are cut: those of all rounds.
-        let cut = MOST_ROUNDS * clusters;
+        // Chunks of units that are cut: at most one more than each cluster's share of tiles gives, and one a unit.
+        let cut = clusters + units.min(clusters);
         vec![Launch {
             spec,
             arguments: vec![

@@ -139,7 +139,13 @@ impl Lowering<'_> {
         arguments: Vec<Argument>,
     ) -> Launch {
         let token_tiles = self.pass.rows.div_ceil(tiling.tokens);
-        let shared_bytes = tiling.shared_bytes(matrix) + extra;
+        let needed = tiling.shared_bytes(matrix) + extra;
+        // Two blocks of a pair would share a multiprocessor if they fitted, and leave another one idle.
+        let shared_bytes = if tiling.blocks == 1 && tiling.cluster > 1 {
+            needed.max(self.device.shared_bytes / 2 + 1).next_multiple_of(16)
+        } else {
+            needed
+        };
         let spec = spec
             .size("COLUMNS", "k", matrix.columns)
             .format("WEIGHT", matrix.dtype)
