@@ -1,6 +1,5 @@
 //! Honest timing: medians with their spread, and where they were taken.
 
-use std::process::Command;
 use std::time::Instant;
 
 /// Times of repeated runs, sorted.
@@ -38,11 +37,9 @@ impl Samples {
     }
 }
 
-/// The commit that was measured, if a repository is there to tell.
-pub fn commit() -> String {
-    let described = Command::new("git").args(["describe", "--always", "--dirty"]).output();
-    let commit = described.map(|out| String::from_utf8_lossy(&out.stdout).trim().to_string()).unwrap_or_default();
-    if commit.is_empty() { "unknown".into() } else { commit }
+/// The commit that this was built from, if a repository was there to tell.
+pub fn commit() -> &'static str {
+    env!("TREESPARK_COMMIT")
 }
 
 /// Where and how a measurement was taken, a line each.

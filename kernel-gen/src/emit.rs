@@ -88,7 +88,7 @@ const CUDA_KERNELS: &[(&str, &str)] = sources!("cuda/" ".cu":
     "embed" "qkv" "tree_attention" "plain_attention" "project" "gate_up" "head" "draw" "top_k" "accept" "commit"
     "draft_ngram" "grow");
 const CUDA_LIBRARY: &[(&str, &str)] = sources!("cuda/lib/" ".cuh":
-    "ptx" "wgmma" "layout" "formats" "paged" "chunks" "accumulator" "batch" "ancestors" "philox" "best" "score" "matmul");
+    "ptx" "wgmma" "layout" "formats" "paged" "chunks" "accumulator" "parts" "batch" "ancestors" "philox" "best" "score" "vectors" "matmul");
 
 /// Stems of all kernel sources.
 pub fn stems(lang: Lang) -> impl Iterator<Item = &'static str> {

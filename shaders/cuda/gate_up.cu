@@ -1,4 +1,4 @@
-// needs: ptx formats wgmma matmul
+// needs: ptx formats vectors wgmma matmul
 // out[r, i] = silu(g[i]) * u[i], where g and u are the halves of rms_norm(x[r]) · weightᵀ
 //
 // A tile has eight gate rows, then the eight up rows that belong to them, and so on.

@@ -1,4 +1,4 @@
-// needs: ptx layout formats batch philox best score wgmma matmul
+// needs: ptx layout formats batch philox best score vectors wgmma matmul
 // logits[r] = rms_norm(x[r]) · weightᵀ, and what `draw` needs of them.
 //
 // Where a draw follows, each tile leaves the best of its tokens for each row (CANDIDATES), noise included. The logits

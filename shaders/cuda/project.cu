@@ -1,4 +1,4 @@
-// needs: ptx formats wgmma matmul
+// needs: ptx formats vectors wgmma matmul
 // residual[r] += x[r] · weightᵀ
 
 // constants-begin

@@ -1,4 +1,4 @@
-// needs: ptx layout formats paged wgmma matmul
+// needs: ptx layout formats paged vectors wgmma matmul
 // q, k, v = rms_norm(x[r]) · weightᵀ + bias; q and k heads normed and turned by their position; k and v cached.
 //
 // Rope turns elements i and i + D/2 of a head together: such a *pair* of outputs. A tile has the first elements of

@@ -22,7 +22,7 @@
 //
 // Weights in F32 take a plain path, lanes along the columns, with the same teams.
 //
-// Needs ptx, formats, wgmma. Expects COLUMNS, WEIGHT, NORMED, EPS, TOKENS, TOKEN_TILES, ROW_TILES, WARPS_M, WARPS_K,
+// Needs ptx, formats, vectors, wgmma. Expects COLUMNS, WEIGHT, NORMED, EPS, TOKENS, TOKEN_TILES, ROW_TILES, WARPS_M, WARPS_K,
 // CLUSTER, AHEAD, DEPTH, SPLIT, WGMMA, SHARED_BYTES.
 
 constexpr u32 STEP = 64; // columns
@@ -89,38 +89,6 @@ __device__ __forceinline__ Tile tile_of_block(const u32* requests) {
     const u32 n_rows = requests[0];
     const u32 left = n_rows > first_token ? n_rows - first_token : 0;
     return {cluster / TOKEN_TILES, blockIdx.x % CLUSTER, first_token, left < TOKENS ? left : TOKENS};
-}
-
-__device__ __forceinline__ float4 fma4(float4 a, float b, float4 c) {
-    return make_float4(fmaf(a.x, b, c.x), fmaf(a.y, b, c.y), fmaf(a.z, b, c.z), fmaf(a.w, b, c.w));
-}
-__device__ __forceinline__ float4 add4(float4 a, float4 b) {
-    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
-__device__ __forceinline__ float4 mul4(float4 a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
-// a · a + sum, one product after the other.
-__device__ __forceinline__ float add_squares(float4 a, float sum) {
-    return fmaf(a.w, a.w, fmaf(a.z, a.z, fmaf(a.y, a.y, fmaf(a.x, a.x, sum))));
-}
-
-// Elements at .. at + 4 of a row of WIDTH elements, as far as it has them.
-template <u32 WIDTH>
-__device__ __forceinline__ float4 load_row4(const float* row, u32 at) {
-    if (WIDTH % 4 == 0) return at < WIDTH ? *(const float4*)(row + at) : make_float4(0, 0, 0, 0);
-    return make_float4(at < WIDTH ? row[at] : 0, at + 1 < WIDTH ? row[at + 1] : 0, at + 2 < WIDTH ? row[at + 2] : 0,
-                       at + 3 < WIDTH ? row[at + 3] : 0);
-}
-
-template <u32 WIDTH>
-__device__ __forceinline__ void store_row4(float* row, u32 at, float4 v) {
-    if (WIDTH % 4 == 0) {
-        if (at < WIDTH) *(float4*)(row + at) = v;
-        return;
-    }
-    if (at < WIDTH) row[at] = v.x;
-    if (at + 1 < WIDTH) row[at + 1] = v.y;
-    if (at + 2 < WIDTH) row[at + 2] = v.z;
-    if (at + 3 < WIDTH) row[at + 3] = v.w;
 }
 
 // ---- the product
