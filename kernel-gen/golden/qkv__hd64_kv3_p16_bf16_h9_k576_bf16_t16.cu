@@ -387,9 +387,6 @@ __device__ __forceinline__ u64 cache_element(const u32* pages, u32 request, u32 
 
 // Arithmetic of four neighbours, and rows that are read and written four elements at a time.
 
-__device__ __forceinline__ float4 fma4(float4 a, float b, float4 c) {
-    return make_float4(fmaf(a.x, b, c.x), fmaf(a.y, b, c.y), fmaf(a.z, b, c.z), fmaf(a.w, b, c.w));
-}
 __device__ __forceinline__ float4 add4(float4 a, float4 b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }

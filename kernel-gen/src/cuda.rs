@@ -30,6 +30,8 @@ pub struct Device {
 impl Device {
     pub const H100: Device = Device { arch: 90, multiprocessors: 132, shared_bytes: 227 << 10 };
     pub const A100: Device = Device { arch: 80, multiprocessors: 108, shared_bytes: 163 << 10 };
+    /// Has the least shared memory of all that kernels are cut for.
+    pub const RTX_4090: Device = Device { arch: 89, multiprocessors: 128, shared_bytes: 99 << 10 };
 
     /// Blocks can form clusters that read each other's shared memory.
     pub fn has_clusters(&self) -> bool {

@@ -59,6 +59,7 @@ Device devices[] = {
     {"CUDA on the CPU, like an A100", 8, 0, 163 << 10, 4},
     {"CUDA on the CPU, like a slice of an H100", 9, 0, 227 << 10, 1},
     {"CUDA on the CPU, like a slice of an A100", 8, 0, 163 << 10, 1},
+    {"CUDA on the CPU, like a slice of an RTX 4090", 8, 9, 99 << 10, 1},
 };
 constexpr int N_DEVICES = sizeof devices / sizeof devices[0];
 

@@ -14,6 +14,11 @@ conformance! { a100_slice, || cases::cuda_on_cpu(3),
     ops::wide_matrices_equal_the_oracle
     structure::the_compiled_size_of_a_wide_model_changes_nothing
 }
+// Blocks of consumer cards have less shared memory.
+conformance! { rtx_slice, || cases::cuda_on_cpu(4),
+    ops::every_op_equals_the_oracle
+    ops::wide_matrices_equal_the_oracle
+}
 
 // An A100 lacks clusters, bulk copies and products of warpgroups: other paths of the same kernels.
 conformance! { a100, || cases::cuda_on_cpu(1),

@@ -18,8 +18,8 @@ use treespark_verify_tests::arb::HOUSE_MODELS;
 use treespark_verify_tests::cases;
 use treespark_verify_tests::tiny_model::{Tail, TinyModel};
 
-/// What kernels are compiled for: an A100 and an H100.
-const TARGETS: [(&str, Device); 2] = [("sm_80", Device::A100), ("sm_90a", Device::H100)];
+/// What kernels are compiled for.
+const TARGETS: [(&str, Device); 3] = [("sm_80", Device::A100), ("sm_89", Device::RTX_4090), ("sm_90a", Device::H100)];
 
 /// Kernels that may spill, by the beginning of their name, and why.
 const MAY_SPILL: [(&str, &str); 0] = [];

@@ -86,10 +86,11 @@ impl Tiling {
         let steps = matrix.steps().div_ceil(cluster);
         let each = steps.div_ceil((most / warps_m).max(1));
         let warps_k = steps.div_ceil(each);
-        let depth = each.min(4);
         let (split, wgmma) = (true, false);
-        let tiling =
-            |ahead| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead, depth, split, wgmma, blocks: 1 };
+        let with =
+            |depth| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead: 1, depth, split, wgmma, blocks: 1 };
+        let deepest = (2..=each.min(4)).rev().map(with).find(|tiling| tiling.fits(matrix, device)).unwrap_or(with(1));
+        let tiling = |ahead| Tiling { ahead, ..deepest };
         let ahead = (2..=each.min(4)).rev().find(|&ahead| tiling(ahead).has_registers(1, matrix)).unwrap_or(1);
         // A second block is one of the next kernel, which requests its weights early.
         let blocks = if tiling(ahead).has_room(2, matrix, device) { 2 } else { 1 };
@@ -122,10 +123,11 @@ impl Tiling {
         let (ahead, wgmma, blocks) = (1, device.has_wgmma(), 1);
         let with =
             |tokens, depth| Tiling { tokens, row_tiles, warps_m, warps_k, cluster, ahead, depth, split, wgmma, blocks };
-        let fits = |tiling: &Tiling| tiling.shared_bytes(matrix) + DRAW_BYTES * tiling.tokens <= device.shared_bytes;
+        let fits = |tiling: &Tiling| tiling.fits(matrix, device);
         // Each team stages its own activations: there may be room for those of fewer tokens only. Sums of both halves take
         // twice the registers.
-        let tokens = if split || !fits(&with(tokens, 2)) { tokens.min(32) } else { tokens };
+        let most = if split { tokens.min(32) } else { tokens };
+        let tokens = [64, 32, 16].into_iter().find(|&n| n <= most && fits(&with(n, 2))).unwrap_or(8);
         // A third step on its way is worth more than room for a second block; a fourth is worth nothing.
         if fits(&with(tokens, 3)) { with(tokens, 3) } else { with(tokens, 2) }
     }
@@ -155,6 +157,10 @@ impl Tiling {
             _ => 2 * self.token_tiles() * 16 * (STEP / 4 + 1) * 16,
         };
         self.warps_k * (self.warps_m * ring.max(sums) + units + self.tokens * 4)
+    }
+
+    fn fits(&self, matrix: &Matrix, device: &Device) -> bool {
+        self.shared_bytes(matrix) + DRAW_BYTES * self.tokens <= device.shared_bytes
     }
 
     /// Whether so many blocks fit a multiprocessor.

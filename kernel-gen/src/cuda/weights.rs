@@ -200,7 +200,7 @@ mod tests {
 
     #[test]
     fn the_order_of_sums_is_that_of_the_matrix() {
-        for device in [Device::H100, Device::A100] {
+        for device in [Device::H100, Device::A100, Device::RTX_4090] {
             for model in MODELS {
                 let order = |rows| -> Vec<[usize; 3]> {
                     let order = |launch: &Launch| {
@@ -218,13 +218,14 @@ mod tests {
 
     #[test]
     fn launches_are_possible() {
-        for device in [Device::H100, Device::A100] {
+        for device in [Device::H100, Device::A100, Device::RTX_4090] {
             for model in MODELS {
                 for rows in [1, 8, 16, 32, 64, 256] {
                     for launch in launches(model, rows, &device) {
                         let name = launch.spec.name();
                         emit(&launch.spec, Lang::Cuda).unwrap();
                         assert!(launch.threads <= 1024, "{name}");
+                        assert!(launch.shared_bytes <= device.shared_bytes, "{name}: {}", launch.shared_bytes);
                         assert_eq!(launch.grid[0] % launch.cluster, 0, "{name}");
                         assert!(launch.cluster == 1 || device.has_clusters(), "{name}");
                         // Teams have barriers 1 to 15.

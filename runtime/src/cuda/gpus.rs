@@ -12,9 +12,11 @@ use crate::error::{Error, Result};
 
 /// The oldest compute capability, times ten, that kernels are written for: the first with asynchronous copies and bf16.
 pub const OLDEST_ARCH: usize = 80;
-/// Shared memory that a block must be able to have, in bytes: an A100's. Weight products are cut into tiles for no less,
-/// and consumer cards give 99 KiB.
-pub const LEAST_SHARED_BYTES: usize = 163 << 10;
+/// Shared memory that a block must be able to have, in bytes: kernels are cut for no less. Where blocks form clusters they
+/// take more, and what such GPUs of less (consumer cards since Blackwell) can do has not been tried.
+pub fn least_shared_bytes(device: &cuda::Device) -> usize {
+    if device.has_clusters() { 163 << 10 } else { cuda::Device::RTX_4090.shared_bytes }
+}
 
 #[derive(Debug, Clone)]
 pub struct Gpu {

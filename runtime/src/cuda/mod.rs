@@ -28,7 +28,7 @@ use treespark_models::Tensor;
 use copies::{Downloads, Uploads};
 use cubin_cache::CubinCache;
 use device::OpenDevice;
-pub use gpus::{DriverVersion, Gpu, LEAST_SHARED_BYTES, OLDEST_ARCH, gpus};
+pub use gpus::{DriverVersion, Gpu, OLDEST_ARCH, gpus, least_shared_bytes};
 use graph::Graph;
 use kernels::Kernels;
 use launch::ReadyLaunch;
@@ -156,9 +156,9 @@ pub fn drawback(gpu: &Gpu) -> Option<String> {
         let capability = |arch: usize| format!("{}.{}", arch / 10, arch % 10);
         return Some(format!("compute capability {}: {} is needed", capability(arch), capability(oldest)));
     }
-    let (has, needed) = (gpu.device.shared_bytes >> 10, LEAST_SHARED_BYTES >> 10);
+    let (has, needed) = (gpu.device.shared_bytes >> 10, least_shared_bytes(&gpu.device) >> 10);
     if has < needed {
-        return Some(format!("a block has {has} KiB of shared memory, kernels are cut for {needed} KiB: use Vulkan"));
+        return Some(format!("a block has {has} KiB of shared memory, kernels need {needed} KiB: use Vulkan"));
     }
     Nvrtc::find(gpu.driver).err().map(String::from)
 }
