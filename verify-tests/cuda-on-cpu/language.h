@@ -2,7 +2,7 @@
 #pragma once
 #include <math.h>
 
-#include "threads.h"
+#include "launch.h"
 
 #define __global__
 #define __device__
