@@ -51,7 +51,7 @@ turns on copies of the weight, 200 MB of them or more, inside one CUDA graph; th
 clock, over its calls. Weights repeat one block of 16 M random numbers, from a different place each time.
 
 Before that, a few hundred outputs of the first and the last row (of qkv: queries) are compared with f64: over 1e-4 is an \
-error. GB/s counts the weight only; 'of copy' is its share of a device copy's speed in this run.
+error. So is a first row that has other bits among more rows. GB/s counts the weight only; 'of copy' is its share of a device copy's speed in this run.
 
 Examples:
   treespark-bench matmul
