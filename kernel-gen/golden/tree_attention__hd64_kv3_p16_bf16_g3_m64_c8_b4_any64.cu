@@ -247,6 +247,11 @@ __device__ __forceinline__ void named_barrier(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Counts this warp's threads there, without waiting.
+__device__ __forceinline__ void named_barrier_arrive(u32 id, u32 threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ u32 cluster_rank() {
     u32 r;
@@ -1225,10 +1230,31 @@ __device__ __forceinline__ void add_tiles(Accumulator& acc, const Tiled& tiles, 
     }
 }
 
+// Two groups that have rows of the same tiles multiply by turns: one weighs its scores while the other's products are
+// under way. Left alone they fall into step, and the tensor cores idle while both weigh.
+struct Turns {
+    bool two; // or one group alone
+    u32 group;
+
+    static constexpr u32 FIRST_BARRIER = 4; // one a group
+
+    __device__ void begin() const {
+        if (two && group == 1) named_barrier_arrive(FIRST_BARRIER, 256);
+    }
+    __device__ void take() const {
+        if (two) named_barrier(FIRST_BARRIER + group, 256);
+    }
+    // The last turn is the second group's, and passed on to nobody.
+    __device__ void pass(bool is_last) const {
+        if (two && !(group == 1 && is_last)) named_barrier_arrive(FIRST_BARRIER + (group ^ 1), 256);
+    }
+};
+
 // Products by the group: a tile's scores are under way while the values of the one before it are added.
-__device__ __forceinline__ void add_tiles_together(Accumulator& acc, const Tiled& tiles, u32 turn, u32 end) {
+__device__ __forceinline__ void add_tiles_together(Accumulator& acc, const Tiled& tiles, u32 turn, u32 end, const Turns& turns) {
     if (turn >= end) return;
     const u32 lane = tiles.block.lane;
+    if (turn + KEY_GROUPS < end) turns.begin();
     float score[TILE / 8][4];
     u32 weights[TILE / 16][4];
     u64 sees[2] = {}, any = 0;
@@ -1242,9 +1268,11 @@ __device__ __forceinline__ void add_tiles_together(Accumulator& acc, const Tiled
     for (u32 n = 0; n < TILE / 16; n++) Accumulator::narrow(weights[n], score + 2 * n);
     for (u32 next = turn + KEY_GROUPS; next < end; turn = next, next += KEY_GROUPS) {
         tiles.open(next, sees, any);
+        turns.take();
         acc.start_scores(score, tiles.keys(next));
         tiles.wait(turn, 1);
         acc.start_values(weights, tiles.values(turn));
+        turns.pass(next + KEY_GROUPS >= end);
         wgmma_wait<1>();
         tiles.close(next, 0);
         if (tiles.is_masked(next)) acc.weigh<true>(score, sees, lane);
@@ -1288,7 +1316,8 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
         const Tiled tiles = {block, request, item.tile, turn, key_group, first_row, key_warp * WARP_KEYS, team_thread};
         const u32 mine = turn + (key_group + KEY_GROUPS - turn % KEY_GROUPS) % KEY_GROUPS;
         turn += item.end - item.tile;
-        if (WGMMA && has_rows) add_tiles_together(acc, tiles, mine, turn);
+        const Turns turns = {ROW_GROUPS == 2 && first_packed + 64 < request.n_rows * GROUP, row_group};
+        if (WGMMA && has_rows) add_tiles_together(acc, tiles, mine, turn, turns);
         else add_tiles(acc, tiles, mine, turn, has_rows);
         acc.add_up_sums();
 

@@ -191,6 +191,7 @@ inline float reciprocal_approx(float x) { return 1.0f / x; }
 // ---- blocks and clusters
 
 inline void named_barrier(unsigned id, unsigned threads) { emu::barrier(id, threads); }
+inline void named_barrier_arrive(unsigned id, unsigned threads) { emu::barrier_arrive(id, threads); }
 inline unsigned cluster_rank() { return emu::current->block->rank; }
 inline void cluster_arrive() { emu::cluster_arrive(); }
 inline void cluster_wait() { emu::cluster_wait(); }

@@ -6,7 +6,7 @@ use treespark_models::{Dims, Model, llama};
 
 use crate::batch::{Batch, Member, Tree};
 
-/// The logits of every position of each sequence, each computed in one pass.
+/// The logits of every position of each sequence, computed in as few passes as hold it.
 pub fn logits(
     backend: &mut dyn Backend,
     model: &Model,
@@ -16,9 +16,10 @@ pub fn logits(
     let (config, vocab) = (model.config(), model.config().vocab_size);
     let longest = sequences.iter().map(Vec::len).max().expect("there are sequences");
     let (page_size, pages) = (16, longest.div_ceil(16));
+    let rows = longest.min(MAX_NODES);
     let dims = Dims {
-        max_rows: longest,
-        head_rows: longest,
+        max_rows: rows,
+        head_rows: rows,
         max_requests: 1,
         context: longest,
         page_size,
@@ -33,7 +34,7 @@ pub fn logits(
         let (desc, parts) = item.unwrap();
         weights.push((backend.load(&desc, &parts).unwrap(), desc));
     }
-    let pass = llama::logits_pass(config, &dims, longest).unwrap();
+    let pass = llama::logits_pass(config, &dims, rows).unwrap();
     let buffers: Vec<_> = pass
         .buffers
         .iter()
@@ -50,12 +51,16 @@ pub fn logits(
     backend.write(buffer("pages"), 0, &(0..pages as u32).collect::<Vec<_>>()).unwrap();
     let mut all = Vec::new();
     for tokens in sequences {
-        let batch = Batch { members: vec![Member::new(&[], Tree::chain(tokens))] };
-        backend.write(buffer("rows"), 0, &batch.row_words()).unwrap();
-        backend.write(buffer("requests"), 0, &batch.request_words()).unwrap();
-        backend.run(compiled, Extent { rows: tokens.len(), requests: 1, keys: tokens.len() }).unwrap();
-        let words = backend.read(buffer("logits"), 0, tokens.len() * vocab).unwrap();
-        all.push(words.chunks(vocab).map(|row| row.iter().map(|&w| f32::from_bits(w)).collect()).collect());
+        let mut of_sequence = Vec::new();
+        for (part, done) in tokens.chunks(rows).zip((0..).step_by(rows)) {
+            let batch = Batch { members: vec![Member::new(&tokens[..done], Tree::chain(part))] };
+            backend.write(buffer("rows"), 0, &batch.row_words()).unwrap();
+            backend.write(buffer("requests"), 0, &batch.request_words()).unwrap();
+            backend.run(compiled, Extent { rows: part.len(), requests: 1, keys: done + part.len() }).unwrap();
+            let words = backend.read(buffer("logits"), 0, part.len() * vocab).unwrap();
+            of_sequence.extend(words.chunks(vocab).map(|row| row.iter().map(|&w| f32::from_bits(w)).collect()));
+        }
+        all.push(of_sequence);
     }
     all
 }
