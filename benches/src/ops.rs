@@ -9,7 +9,7 @@ use treespark::sampling::Sampling;
 use treespark_benches::{Samples, circumstances};
 use treespark_kernel_gen::release::PORTABLE;
 use treespark_kernel_gen::{DType, MAX_NODES, Op, Pass, TreeSpec};
-use treespark_models::{Dims, llama};
+use treespark_models::{Dims, Llama};
 
 use crate::device::Device;
 use crate::{PassArgs, bushy, models};
@@ -27,7 +27,7 @@ pub fn run(args: &PassArgs) -> Result<()> {
         memory.load(device.backend(), desc, &parts)?;
     }
     for &rows in &args.rows {
-        let whole = llama::verify_pass(model.config(), &dims, rows)?;
+        let whole = Llama::new(model.config(), &dims).verify_pass(rows)?;
         let buffers = memory.bind(device.backend(), &whole)?;
         let extent = write_batch(device.backend(), &memory, &dims, args, rows)?;
         let kernels = if device.has_clock() { device.kernels(&whole)?.len() } else { whole.kernels(&PORTABLE)? };

@@ -70,6 +70,9 @@ impl Op {
                 }
                 c.rank("rope", *rope, 3)?;
                 c.shape("rope", *rope, DType::F32, &[c.dims(*rope)[0], dim / 2, 2])?;
+                if *heads == 0 {
+                    return c.dtype("q", *q, DType::F32);
+                }
                 c.shape("q", *q, DType::F32, &[max_rows, *heads, dim])
             }
             Op::TreeAttention { layer, heads, kv_heads, tree, q, k_cache, v_cache, out, .. } => {
@@ -96,6 +99,10 @@ impl Op {
                 c.weight_shape("weight", *weight, &[2 * ffn, hidden])?;
                 c.shape("out", *out, DType::F32, &[max_rows, ffn])
             }
+            Op::Norm { x, norm, out, .. } => {
+                let hidden = c.normed("x", *x, *norm, max_rows)?;
+                c.shape("out", *out, DType::F32, &[max_rows, hidden])
+            }
             Op::Head { x, norm, weight, logits, .. } => {
                 let hidden = c.normed("x", *x, *norm, max_rows)?;
                 c.rank("logits", *logits, 2)?;
@@ -108,6 +115,7 @@ impl Op {
                 c.shape("seen", *seen, DType::U32, &[max_requests, c.dims(*logits)[1].div_ceil(32)])?;
                 c.shape("draws", *draws, DType::U32, &[max_rows])
             }
+            Op::Perturb { logits, .. } => c.logits(*logits),
             Op::TopK { logits, ids, values, .. } => {
                 c.logits(*logits)?;
                 c.rank("ids", *ids, 2)?;
@@ -315,7 +323,7 @@ mod tests {
         let x = pass.add("x", Role::Scratch, DType::F32, &[4, 16]);
         let weight = pass.add("weight", Role::Weight, DType::BF16, &[8, 16]);
         let residual = pass.add("residual", Role::Scratch, DType::F32, &[4, 8]);
-        (pass, Op::Project { batch, x, weight, residual })
+        (pass, Op::Project { batch, add: true, x, weight, residual })
     }
 
     /// What is said when a buffer is described otherwise.

@@ -36,7 +36,8 @@ pub struct Row {
     pub request: u32,
     /// Node index within the request's tree; the row's cache slot is `prefix + node`.
     pub node: u32,
-    /// Bit j: node j is this node or an ancestor of it. Bit `node` is always set.
+    /// Bit j: the row sees node j, which in a tree is this node or an ancestor of it. Bit `node` is always set. In a block
+    /// that a parallel drafter fills, all rows see all nodes, and node j stands at position `prefix + j`.
     pub ancestors: [u32; ANCESTOR_WORDS],
 }
 

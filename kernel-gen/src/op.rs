@@ -79,6 +79,7 @@ pub enum Op {
     Qkv {
         batch: Batch,
         layer: usize,
+        /// 0: keys and values alone; `q` is not written.
         heads: usize,
         kv_heads: usize,
         eps: f32,
@@ -120,9 +121,10 @@ pub enum Op {
         /// F32 `[R, heads, D]`
         out: Buf,
     },
-    /// `residual[r] += x[r] · weightᵀ`
+    /// `residual[r] += x[r] · weightᵀ`, or without `add` just `=`.
     Project {
         batch: Batch,
+        add: bool,
         /// F32 `[R, ..]` with K elements a row
         x: Buf,
         /// Weight `[H, K]`
@@ -141,6 +143,17 @@ pub enum Op {
         /// Weight `[2 * F, H]`: gate rows, then up rows
         weight: Buf,
         /// F32 `[R, F]`
+        out: Buf,
+    },
+    /// `out[r] = rms_norm(x[r], norm, eps)`
+    Norm {
+        batch: Batch,
+        eps: f32,
+        /// F32 `[R, H]`
+        x: Buf,
+        /// F32 `[H]`
+        norm: Buf,
+        /// F32 `[R, H]`
         out: Buf,
     },
     /// `logits[r] = rms_norm(x[r], norm, eps) · weightᵀ`
@@ -175,6 +188,14 @@ pub enum Op {
         logits: Buf,
         /// U32 `[R]`
         draws: Buf,
+    },
+    /// Logits become what a draw ranks: `logit * (1 / temperature) + gumbel`, the noise being that of [`Op::Draw`] at the
+    /// row's position. Rows of temperature 0 are left as they are. A drafter that ranks these guesses the target's very
+    /// draw, noise and all.
+    Perturb {
+        batch: Batch,
+        /// F32 `[R, V]`
+        logits: Buf,
     },
     /// The k largest logits of each row, descending, ties to the lowest id.
     TopK {
@@ -245,8 +266,10 @@ impl Op {
             Op::TreeAttention { .. } => "tree_attention",
             Op::Project { .. } => "project",
             Op::GateUp { .. } => "gate_up",
+            Op::Norm { .. } => "norm",
             Op::Head { .. } => "head",
             Op::Draw { .. } => "draw",
+            Op::Perturb { .. } => "perturb",
             Op::TopK { .. } => "top_k",
             Op::Accept { .. } => "accept",
             Op::Commit { .. } => "commit",
@@ -262,8 +285,10 @@ impl Op {
             | Op::TreeAttention { batch, .. }
             | Op::Project { batch, .. }
             | Op::GateUp { batch, .. }
+            | Op::Norm { batch, .. }
             | Op::Head { batch, .. }
             | Op::Draw { batch, .. }
+            | Op::Perturb { batch, .. }
             | Op::TopK { batch, .. }
             | Op::Accept { batch, .. }
             | Op::Commit { batch, .. }
@@ -299,12 +324,14 @@ impl Op {
             Op::GateUp { x, norm, weight, out, .. } => {
                 list.extend([("x", x), ("norm", norm), ("weight", weight), ("out", out)]);
             }
+            Op::Norm { x, norm, out, .. } => list.extend([("x", x), ("norm", norm), ("out", out)]),
             Op::Head { x, norm, weight, logits, .. } => {
                 list.extend([("x", x), ("norm", norm), ("weight", weight), ("logits", logits)]);
             }
             Op::Draw { seen, logits, draws, .. } => {
                 list.extend([("seen", seen), ("logits", logits), ("draws", draws)]);
             }
+            Op::Perturb { logits, .. } => list.push(("logits", logits)),
             Op::TopK { logits, ids, values, .. } => {
                 list.extend([("logits", logits), ("ids", ids), ("values", values)]);
             }

@@ -195,9 +195,9 @@ impl Sizes {
             Op::Embed { batch, table, out: x },
             qkv,
             attention,
-            Op::Project { batch, x: attended, weight: o_proj, residual: x },
+            Op::Project { batch, add: true, x: attended, weight: o_proj, residual: x },
             Op::GateUp { batch, eps, x, norm, weight: gate_up, out: hidden },
-            Op::Project { batch, x: hidden, weight: down, residual: x },
+            Op::Project { batch, add: true, x: hidden, weight: down, residual: x },
         ];
         if rows <= 64 {
             pass.ops.extend([

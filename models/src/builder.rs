@@ -10,6 +10,8 @@ use treespark_kernel_gen::{
     Buf, BufferDesc, CacheShape, DType, MAX_NODES, Op, Pass, PassError, Request, Role, Row, TreeShape, TreeSpec,
 };
 
+use crate::config::Config;
+
 /// The constant sizes and formats of the buffers that a model's passes share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dims {
@@ -53,6 +55,8 @@ pub struct Weight {
 pub enum Source {
     /// Tensors of the checkpoint with their shapes, stacked along the first dimension.
     Stack(Vec<(String, Vec<usize>)>),
+    /// The columns of one tensor of this shape, from `first` on: as many as the buffer has.
+    Columns { tensor: String, shape: Vec<usize>, first: usize },
     /// [`rope::table`](crate::rope::table)
     RopeTable,
 }
@@ -76,8 +80,21 @@ impl WeightList {
         self.stack(name.into(), DType::F32, parts, &[]);
     }
 
-    pub fn rope(&mut self, positions: usize, head_dim: usize) {
-        self.add("rope".to_string(), DType::F32, vec![positions, head_dim / 2, 2], Source::RopeTable);
+    pub fn rope(&mut self, name: &str, positions: usize, head_dim: usize) {
+        self.add(name.to_string(), DType::F32, vec![positions, head_dim / 2, 2], Source::RopeTable);
+    }
+
+    /// The columns of a tensor, `[rows, columns]`, from `first` on: as many as the buffer has.
+    pub fn columns(
+        &mut self,
+        name: impl Into<String>,
+        tensor: &str,
+        [rows, columns]: [usize; 2],
+        first: usize,
+        width: usize,
+    ) {
+        let source = Source::Columns { tensor: tensor.to_string(), shape: vec![rows, columns], first };
+        self.add(name.into(), self.matrix_dtype, vec![rows, width], source);
     }
 
     pub fn finish(self) -> Vec<Weight> {
@@ -142,10 +159,12 @@ impl<'a> Builder<'a> {
         self.pass.add(name, Role::Scratch, DType::F32, &[&[self.dims.max_rows], row_shape].concat())
     }
 
-    pub fn cache(&mut self, layers: usize, kv_heads: usize, head_dim: usize) -> (Buf, Buf) {
+    /// Keys and values of a stack of layers whose buffers begin with `prefix`.
+    pub fn cache(&mut self, prefix: &str, config: &Config) -> (Buf, Buf) {
         let Dims { pages, page_size, cache_dtype, .. } = *self.dims;
+        let &Config { layers, kv_heads, head_dim, .. } = config;
         let shape = CacheShape { layers, pages, kv_heads, page_size, head_dim }.dims();
-        let mut add = |name: &str| self.pass.add(name, Role::Cache, cache_dtype, &shape);
+        let mut add = |name: &str| self.pass.add(format!("{prefix}{name}"), Role::Cache, cache_dtype, &shape);
         (add("cache.k"), add("cache.v"))
     }
 

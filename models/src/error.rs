@@ -16,6 +16,8 @@ pub enum Error {
     TensorShape { name: String, expected: Vec<usize>, got: Vec<usize> },
     #[error("architecture {got} is not supported; supported: {supported}")]
     Architecture { got: String, supported: String },
+    #[error("{}: made for another target: its {what} is {drafter}, the target's {target}", path.display())]
+    Mismatch { path: PathBuf, what: String, drafter: String, target: String },
     #[error("{0}")]
     Tokenizer(String),
     #[error("{0}")]

@@ -82,6 +82,7 @@ impl Model {
                 Source::Stack(parts) => {
                     parts.iter().map(|(name, shape)| self.tensor(name, shape)).collect::<Result<Vec<_>>>()?
                 }
+                Source::Columns { .. } => unreachable!("no model is cut into columns"),
                 Source::RopeTable => vec![self.rope_table(&desc.shape)],
             };
             Ok((desc, parts))

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use treespark_kernel_gen::layout::HEADER_WORDS;
-use treespark_kernel_gen::{Request, Row};
+use treespark_kernel_gen::{ANCESTOR_WORDS, Request, Row};
 
 use crate::backend::Extent;
 use crate::kv::KvCache;
@@ -26,10 +26,28 @@ impl Batch {
 
     /// Adds a request with some nodes of its tree. Nodes outside the range must already have their cache rows.
     pub fn add(&mut self, kv: &KvCache, tree: &TokenTree, nodes: &[usize], sampling: &Sampling) {
+        let row = |&node: &usize| (node, tree.token(node), tree.shape().depth(node), tree.shape().ancestors(node));
+        self.add_rows(kv, nodes.iter().map(row), sampling);
+    }
+
+    /// Adds a request with a block: tokens one behind the other that all see each other.
+    pub fn add_block(&mut self, kv: &KvCache, tokens: &[u32], sampling: &Sampling) {
+        let mut seen = [0; ANCESTOR_WORDS];
+        (0..tokens.len()).for_each(|node| seen[node / 32] |= 1 << (node % 32));
+        self.add_rows(kv, tokens.iter().enumerate().map(|(node, &token)| (node, token, node, seen)), sampling);
+    }
+
+    /// Node, token, depth and what is seen, of each row.
+    fn add_rows(
+        &mut self,
+        kv: &KvCache,
+        rows: impl ExactSizeIterator<Item = (usize, u32, usize, [u32; ANCESTOR_WORDS])>,
+        sampling: &Sampling,
+    ) {
         let request = Request {
             prefix: kv.len() as u32,
             first_row: self.n_rows() as u32,
-            n_rows: nodes.len() as u32,
+            n_rows: rows.len() as u32,
             sample: sampling.sample,
             seed: [sampling.seed as u32, (sampling.seed >> 32) as u32],
             temperature: sampling.temperature,
@@ -39,16 +57,9 @@ impl Batch {
             repetition_penalty: sampling.repetition_penalty,
         };
         let index = self.n_requests() as u32;
-        for &node in nodes {
-            let position = kv.len() + tree.shape().depth(node);
-            let ancestors = tree.shape().ancestors(node);
-            let row = Row {
-                token: tree.token(node),
-                position: position as u32,
-                request: index,
-                node: node as u32,
-                ancestors,
-            };
+        for (node, token, depth, ancestors) in rows {
+            let position = kv.len() + depth;
+            let row = Row { token, position: position as u32, request: index, node: node as u32, ancestors };
             self.rows.extend(row.to_words());
             self.keys = self.keys.max(position + 1);
         }

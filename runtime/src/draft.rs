@@ -3,6 +3,8 @@
 //! A drafter's proposals change only the speed, never the tokens: the target draws its own token at every node, and
 //! only the path that equals those draws is kept.
 
+pub mod best_first;
+pub mod dspark;
 pub mod model;
 pub mod ngram;
 
@@ -11,6 +13,8 @@ use treespark_kernel_gen::TreeShape;
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::memory::MemoryUse;
+use crate::network::Network;
+use crate::sequence::Sequence;
 use crate::tree::{Accepted, TokenTree};
 
 /// A proposed tree. Nodes are listed best first where the drafter can choose, so that every prefix of them is the
@@ -25,6 +29,12 @@ pub struct Draft {
 impl Draft {
     pub fn root(token: u32) -> Draft {
         Draft { tree: TokenTree::root(token), survival: vec![1.0] }
+    }
+
+    /// Adds a child and returns its node.
+    pub fn push(&mut self, parent: usize, token: u32, survival: f32) -> Result<usize> {
+        self.survival.push(survival);
+        self.tree.push(parent, token)
     }
 }
 
@@ -42,8 +52,14 @@ pub struct Plan {
 pub trait Drafter {
     fn name(&self) -> &'static str;
 
-    /// Proposes continuations of `context`; the root is its last token.
-    fn propose(&mut self, backend: &mut dyn Backend, context: &[u32], plan: &Plan) -> Result<Draft>;
+    /// Proposes continuations of the sequence; the root is its last token.
+    fn propose(
+        &mut self,
+        backend: &mut dyn Backend,
+        target: &mut Network,
+        seq: &mut Sequence,
+        plan: &Plan,
+    ) -> Result<Draft>;
 
     /// Learns what became of the last proposal, of which a prefix was verified.
     fn observe(&mut self, backend: &mut dyn Backend, draft: &Draft, accepted: &Accepted) -> Result<()>;
@@ -71,8 +87,8 @@ impl Drafter for NoDrafter {
         "none"
     }
 
-    fn propose(&mut self, _: &mut dyn Backend, context: &[u32], _: &Plan) -> Result<Draft> {
-        Ok(Draft::root(context[context.len() - 1]))
+    fn propose(&mut self, _: &mut dyn Backend, _: &mut Network, seq: &mut Sequence, _: &Plan) -> Result<Draft> {
+        Ok(Draft::root(seq.last()))
     }
 
     fn observe(&mut self, _: &mut dyn Backend, _: &Draft, _: &Accepted) -> Result<()> {

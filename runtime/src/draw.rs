@@ -216,6 +216,20 @@ fn loudest(row: &[f32], maxima: &[f32], floor: f32, inverse_temperature: f32, ke
     token
 }
 
+/// What [`draw`] ranks: `logit * (1 / temperature) + gumbel`. At temperature 0 the logits stay as they are.
+pub fn perturb(logits: &mut [f32], request: &Request, position: u32) {
+    let inverse_temperature = 1.0 / request.temperature;
+    if !inverse_temperature.is_finite() {
+        return;
+    }
+    let key = NoiseKey { seed: request.seed, sample: request.sample, position };
+    for (index, chunk) in logits.chunks_mut(CHUNK).enumerate() {
+        for (logit, word) in chunk.iter_mut().zip(key.chunk(index)) {
+            *logit = *logit * inverse_temperature + gumbel(word);
+        }
+    }
+}
+
 /// The `ids.len()` largest logits, descending, ties to the lowest id. NaN ranks below everything.
 pub fn top_k(logits: &[f32], ids: &mut [u32], values: &mut [f32], scratch: &mut Scratch) {
     let k = ids.len();

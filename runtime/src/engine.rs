@@ -90,7 +90,7 @@ impl Engine {
         let mut clock = stats.start_round();
 
         // Draft. Node 0 is the last committed token; every other node is a guess.
-        let draft = drafter.propose(backend, seq.tokens(), &scheduler.plan(seq.room()))?;
+        let draft = drafter.propose(backend, target, seq, &scheduler.plan(seq.room()))?;
         let mut tree = draft.tree.clone();
         tree.truncate(scheduler.nodes(&draft));
         clock.drafted(stats);

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use treespark_kernel_gen::{MAX_NODES, TreeShape};
-use treespark_models::{ChatTemplate, Message, Model, TextStream, Tokenizer, hub};
+use treespark_models::{ChatTemplate, Message, Model, Speculator, TextStream, Tokenizer, hub, pretrained};
 
 use crate::devices::{self, BackendChoice};
+use crate::draft::dspark::DsparkDrafter;
 use crate::draft::model::ModelDrafter;
 use crate::draft::ngram::NgramDrafter;
 use crate::draft::{Drafter, NoDrafter};
@@ -26,23 +27,46 @@ const DEFAULT_MAX_NODES: usize = 64;
 /// Who drafts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DrafterChoice {
+    /// The DSpark drafter that is shipped for the target, or repeats where there is none.
+    Auto,
     /// Plain decoding.
     None,
     /// Repeats of the prompt and the generated text.
     Ngram,
-    /// A model with the same tokenizer: anything that `--model` takes.
-    Model(String),
+    /// One that is shipped for the target, by its name: `dspark` or `model`.
+    Shipped(&'static str),
+    /// A speculator that was made for the target, or a model with the same tokenizer: anything that `--model` takes.
+    Path(String),
+}
+
+const SHIPPED: [&str; 2] = ["dspark", "model"];
+
+impl DrafterChoice {
+    /// Where its checkpoint is, if it has one.
+    fn resolve(&self, target: &str, progress: &mut dyn FnMut(LoadProgress)) -> Result<Option<PathBuf>> {
+        Ok(match self {
+            DrafterChoice::Auto => pretrained::find(target, "dspark").ok(),
+            DrafterChoice::None | DrafterChoice::Ngram => None,
+            DrafterChoice::Shipped(name) => Some(pretrained::find(target, name)?),
+            DrafterChoice::Path(name) => Some(Llm::resolve(name, progress)?),
+        })
+    }
 }
 
 impl std::str::FromStr for DrafterChoice {
     type Err = String;
 
     fn from_str(text: &str) -> Result<DrafterChoice, String> {
-        match text.split_once(':') {
-            None if text == "none" => Ok(DrafterChoice::None),
-            None if text == "ngram" => Ok(DrafterChoice::Ngram),
-            Some(("model", name)) if !name.is_empty() => Ok(DrafterChoice::Model(name.to_string())),
-            _ => Err(format!("'{text}' is no drafter; there are: none, ngram, model:PATH")),
+        let shipped = SHIPPED.into_iter().find(|name| *name == text);
+        match text {
+            "auto" => Ok(DrafterChoice::Auto),
+            "none" => Ok(DrafterChoice::None),
+            "ngram" => Ok(DrafterChoice::Ngram),
+            "" | "model:" => Err(format!("'{text}' is no drafter; there are: auto, none, ngram, dspark, model, PATH")),
+            _ => Ok(shipped.map_or_else(
+                || DrafterChoice::Path(text.strip_prefix("model:").unwrap_or(text).to_string()),
+                DrafterChoice::Shipped,
+            )),
         }
     }
 }
@@ -64,7 +88,7 @@ impl Default for LlmOptions {
     fn default() -> LlmOptions {
         LlmOptions {
             model: hub::DEFAULT_MODEL.to_string(),
-            drafter: DrafterChoice::Ngram,
+            drafter: DrafterChoice::Auto,
             tree: None,
             backend: BackendChoice::Auto,
             context: None,
@@ -124,25 +148,29 @@ impl Llm {
             });
         }
         let tokenizer = model.tokenizer()?;
-        let draft = match &options.drafter {
-            DrafterChoice::Model(name) => {
-                let draft = Model::open(&Llm::resolve(name, progress)?)?;
-                draft.tokenizer()?.check_same(&tokenizer)?;
-                Some(draft)
+        let (mut speculator, mut draft) = (None, None);
+        match options.drafter.resolve(&options.model, progress)? {
+            Some(path) if Speculator::is_at(&path) => speculator = Some(Speculator::open(&path, config)?),
+            Some(path) => {
+                let model = Model::open(&path)?;
+                model.tokenizer()?.check_same(&tokenizer)?;
+                draft = Some(model);
             }
-            _ => None,
-        };
+            None => {}
+        }
 
         let mut backend = devices::open(&options.backend)?;
         let limits =
             Limits { context, max_nodes: options.tree.as_ref().map_or(DEFAULT_MAX_NODES, TreeShape::len), top_k: 1 };
         let mut weights = |done, total| progress(LoadProgress::Weights { done, total });
-        let target = Network::load(backend.as_mut(), &model, limits, &mut weights)?;
-        let drafter: Box<dyn Drafter> = match (&options.drafter, &draft) {
-            (DrafterChoice::None, _) => Box::new(NoDrafter),
-            (DrafterChoice::Model(_), Some(draft)) => {
+        let beside = speculator.as_ref();
+        let target = Network::load_with_speculator(backend.as_mut(), &model, beside, limits, &mut weights)?;
+        let drafter: Box<dyn Drafter> = match (&speculator, &draft) {
+            (Some(speculator), _) => Box::new(DsparkDrafter::load(speculator)?),
+            (None, Some(draft)) => {
                 Box::new(ModelDrafter::load(backend.as_mut(), draft, config.vocab_size, limits, &mut weights)?)
             }
+            _ if options.drafter == DrafterChoice::None => Box::new(NoDrafter),
             _ => Box::new(NgramDrafter::default()),
         };
         let scheduler = Scheduler::new(options.tree.clone(), limits.max_nodes.min(MAX_NODES), backend.info().cost);

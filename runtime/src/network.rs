@@ -1,14 +1,18 @@
-//! A language model on a device: its weights, its cache pool and its compiled passes. Target and draft model alike.
-//! `growth` has it draft a tree; `rounds` holds what a round needs where the device drafts for itself.
+//! A language model on a device: its weights, its cache pool and its compiled passes. Target and draft model alike; a
+//! speculator's weights lie beside its target's. `growth` has a model draft a tree, `block` a speculator a block; `rounds`
+//! holds what a round needs where the device drafts for itself.
 
+mod block;
 mod growth;
 mod rounds;
+
+pub use block::Block;
 
 use std::collections::HashMap;
 
 use rounds::Drafted;
 use treespark_kernel_gen::{DType, MAX_NODES, Pass, TreeShape, TreeSpec};
-use treespark_models::{Config, Dims, Model, NgramDims, llama};
+use treespark_models::{Config, Dims, Llama, Model, NgramDims, Speculator, SpeculatorConfig};
 
 use crate::backend::{Backend, Extent, PassId};
 use crate::batch::Batch;
@@ -35,6 +39,8 @@ enum Kind {
     Grow(TreeShape),
     /// Moves accepted rows.
     Commit,
+    /// A speculator's parallel stage.
+    Block,
     /// All of a round, then a draft of the next on the device, of up to so many nodes.
     Round { nodes: usize },
     /// The device's draft of the first round.
@@ -54,6 +60,7 @@ pub struct Limits {
 
 pub struct Network {
     config: Config,
+    speculator: Option<SpeculatorConfig>,
     dims: Dims,
     memory: Memory,
     passes: HashMap<(Kind, usize), PassId>,
@@ -71,12 +78,24 @@ impl Network {
         limits: Limits,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Network> {
+        Network::load_with_speculator(backend, model, None, limits, progress)
+    }
+
+    /// The same, with a speculator's beside them.
+    pub fn load_with_speculator(
+        backend: &mut dyn Backend,
+        model: &Model,
+        speculator: Option<&Speculator>,
+        limits: Limits,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Network> {
         let config = model.config().clone();
+        let speculator_rows = speculator.map_or(0, |speculator| speculator.config().rows());
         // Room for one more tree behind a full context: its rows are written before the end is known.
         let pages = (limits.context + MAX_NODES).div_ceil(PAGE_SIZE);
         let dims = Dims {
             max_rows: MAX_NODES,
-            head_rows: compiled_rows(limits.max_nodes),
+            head_rows: compiled_rows(limits.max_nodes.max(speculator_rows)),
             max_requests: 1,
             context: limits.context + MAX_NODES,
             page_size: PAGE_SIZE,
@@ -87,9 +106,11 @@ impl Network {
             tree: TreeSpec::Any(MAX_NODES),
         };
         let mut memory = Memory::default();
-        let total = model.weight_bytes(dims.context);
+        let of_speculator = |bytes: fn(&Speculator, usize) -> usize| speculator.map_or(0, |s| bytes(s, dims.context));
+        let total = model.weight_bytes(dims.context) + of_speculator(Speculator::weight_bytes);
         let mut done = 0;
-        for weight in model.weights(dims.context) {
+        let speculators = speculator.into_iter().flat_map(|speculator| speculator.weights(dims.context));
+        for weight in model.weights(dims.context).chain(speculators) {
             let (desc, parts) = weight?;
             done += desc.bytes();
             memory.load(backend, desc, &parts)?;
@@ -97,6 +118,7 @@ impl Network {
         }
         Ok(Network {
             config,
+            speculator: speculator.map(|speculator| speculator.config().clone()),
             memory,
             passes: HashMap::new(),
             pool: PagePool::new(pages, PAGE_SIZE),
@@ -104,6 +126,10 @@ impl Network {
             drafted: None,
             dims,
         })
+    }
+
+    fn llama(&self) -> Llama<'_> {
+        Llama { config: &self.config, dims: &self.dims, speculator: self.speculator.as_ref() }
     }
 
     pub fn config(&self) -> &Config {
@@ -153,7 +179,7 @@ impl Network {
 
     /// The pass that [`verify`](Network::verify) runs for a tree of so many nodes, to be looked at or timed by itself.
     pub fn verify_pass(&mut self, backend: &mut dyn Backend, nodes: usize) -> Result<(Pass, PassId)> {
-        let pass = llama::verify_pass(&self.config, &self.dims, compiled_rows(nodes))?;
+        let pass = self.llama().verify_pass(compiled_rows(nodes))?;
         Ok((pass, self.pass(backend, Kind::Verify, nodes)?))
     }
 
@@ -199,20 +225,22 @@ impl Network {
 
     /// The pass for this many rows, or a few more; compiled when first needed.
     fn pass(&mut self, backend: &mut dyn Backend, kind: Kind, rows: usize) -> Result<PassId> {
-        let rows = compiled_rows(rows);
+        let rows = if kind == Kind::Block { rows } else { compiled_rows(rows) };
         let key = (kind, rows);
         if let Some(&pass) = self.passes.get(&key) {
             return Ok(pass);
         }
         let drafter = |nodes: usize| NgramDims { nodes, row_cost: backend.info().cost.of_a_row() };
+        let llama = self.llama();
         let pass = match &key.0 {
-            Kind::Extend => llama::extend_pass(&self.config, &self.dims, rows),
-            Kind::Verify => llama::verify_pass(&self.config, &self.dims, rows),
-            Kind::Draft => llama::draft_pass(&self.config, &self.dims, rows),
-            Kind::Commit => llama::commit_pass(&self.config, &self.dims),
-            Kind::Grow(shape) => llama::grow_pass(&self.config, &self.dims, shape.clone()),
-            Kind::Round { nodes } => llama::round_pass(&self.config, &self.dims, rows, drafter(*nodes)),
-            Kind::Ngram { nodes } => llama::ngram_pass(&self.config, &self.dims, drafter(*nodes)),
+            Kind::Extend => llama.extend_pass(rows),
+            Kind::Verify => llama.verify_pass(rows),
+            Kind::Draft => llama.draft_pass(rows),
+            Kind::Commit => llama.commit_pass(),
+            Kind::Block => self.block_pass(),
+            Kind::Grow(shape) => llama.grow_pass(shape.clone()),
+            Kind::Round { nodes } => llama.round_pass(rows, drafter(*nodes)),
+            Kind::Ngram { nodes } => llama.ngram_pass(drafter(*nodes)),
         }?;
         if matches!(key.0, Kind::Verify | Kind::Round { .. }) {
             self.pass_weight_bytes = pass.weight_bytes();

@@ -106,6 +106,11 @@ impl Sequence {
         &self.tokens
     }
 
+    /// The last token: the root of the next tree.
+    pub fn last(&self) -> u32 {
+        self.tokens[self.tokens.len() - 1]
+    }
+
     pub fn generated(&self) -> &[u32] {
         &self.tokens[self.prompt_len..]
     }

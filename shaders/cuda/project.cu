@@ -1,9 +1,10 @@
 // needs: ptx formats vectors wgmma matmul
-// residual[r] += x[r] · weightᵀ
+// residual[r] += x[r] · weightᵀ, or without ADD just =
 
 // constants-begin
 constexpr u32 COLUMNS = 576; // elements of a row of x, columns of the weight
 constexpr u32 WIDTH = 576; // elements of a row of the residual, rows of the weight
+constexpr bool ADD = true;
 constexpr u32 WEIGHT = 1; // format of the weight
 constexpr bool NORMED = false; // x by its root mean square
 constexpr float EPS = 0.0f; // of the norm
@@ -22,7 +23,7 @@ constexpr u32 SHARED_BYTES = 57344;
 // constants-end
 
 // Where a thread finishes no more than four outputs, it loads what they are added to early.
-constexpr bool EARLY = ROWS / 4 * ((TOKENS + CLUSTER - 1) / CLUSTER) <= THREADS;
+constexpr bool EARLY = ADD && ROWS / 4 * ((TOKENS + CLUSTER - 1) / CLUSTER) <= THREADS;
 
 // Four neighbours of a token: the i-th of this block.
 struct Four {
@@ -58,8 +59,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (four.token >= tile.n_tokens) break;
         float* to = residual_row(four.token);
         const u32 at = tile.index * ROWS + four.row;
-        const float4 before = EARLY ? early : load_row4<WIDTH>(to, at);
-        store_row4<WIDTH>(to, at, add4(before, matmul.total(four.token, four.row)));
+        float4 sum = matmul.total(four.token, four.row);
+        if (ADD) sum = add4(EARLY ? early : load_row4<WIDTH>(to, at), sum);
+        store_row4<WIDTH>(to, at, sum);
     }
     matmul.finish();
 }

@@ -1,4 +1,4 @@
-// needs: layout
+// needs: layout ancestors
 // Combines the partial softmaxes of a row's spans, in position order: one thread an element of the output.
 
 // constants-begin
@@ -26,7 +26,9 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     if (head >= HEADS || row >= min(ROWS_END, requests[0])) {
         return;
     }
-    let spans = rows[row * ROW_WORDS + ROW_POSITION] / SPAN + 1u;
+    let request = rows[row * ROW_WORDS + ROW_REQUEST];
+    let keys = requests[HEADER_WORDS + request * REQUEST_WORDS + REQUEST_PREFIX] + path_length(row);
+    let spans = (keys + SPAN - 1u) / SPAN;
     let stride = HEADS * PARTIAL;
     let first = (id.y * SPANS * HEADS + head) * PARTIAL;
     var largest = SENTINEL;

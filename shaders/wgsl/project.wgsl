@@ -1,9 +1,10 @@
 // needs: layout formats matmul
-// residual[r] += x[r] · weightᵀ
+// residual[r] += x[r] · weightᵀ, or without ADD just =
 
 // constants-begin
 const COLUMNS: u32 = 576u; // elements of a row of x, columns of the weight
 const WIDTH: u32 = 576u; // elements of a row of the residual
+const ADD: bool = true;
 const WEIGHT: u32 = 1u; // format of the weight
 const ROWS: u32 = 16u; // rows of the pass
 const ROW_TILE: u32 = 16u; // rows that share a weight's load
@@ -46,7 +47,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         let total = reduce(o, t);
         let output = first_output + o * GROUPS + t / ROW_TILE;
         if (t < RESULTS && output < BANK_ROWS && row < requests[0]) {
-            residual[row * WIDTH + BANK_BEGIN + output] += total;
+            let at = row * WIDTH + BANK_BEGIN + output;
+            residual[at] = select(total, residual[at] + total, ADD);
         }
     }
 }

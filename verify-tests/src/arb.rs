@@ -114,6 +114,7 @@ pub fn samplings() -> impl Strategy<Value = Sampling> {
 pub fn members(vocab: usize) -> impl Strategy<Value = Member> {
     (prefix_lengths(), node_counts(), topologies(), any::<u64>(), samplings()).prop_map(
         move |(prefix, nodes, topology, seed, sampling)| Member {
+            is_block: false,
             prefix: tokens(prefix, vocab, &mut Rng::new(seed ^ 1)),
             tree: tree(nodes, topology, vocab, seed),
             done: 0,

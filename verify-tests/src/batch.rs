@@ -87,12 +87,19 @@ pub struct Member {
     pub tree: Tree,
     /// The first `done` nodes are in the cache already; the others are the rows of this run. 0 but while a tree grows.
     pub done: usize,
+    /// The nodes, a chain, are a block that is filled at once: each row sees all of them.
+    pub is_block: bool,
     pub sampling: Sampling,
 }
 
 impl Member {
     pub fn new(prefix: &[u32], tree: Tree) -> Member {
-        Member { prefix: prefix.to_vec(), tree, done: 0, sampling: Sampling::greedy() }
+        Member { prefix: prefix.to_vec(), tree, done: 0, is_block: false, sampling: Sampling::greedy() }
+    }
+
+    /// The words of what a row sees of the nodes.
+    fn seen_nodes(&self, node: usize) -> [u32; ANCESTOR_WORDS] {
+        self.tree.ancestor_words(if self.is_block { self.tree.nodes() - 1 } else { node })
     }
 
     /// Rows of the request.
@@ -137,7 +144,7 @@ impl Batch {
                     position: (m.prefix.len() + m.tree.depth(node)) as u32,
                     request: request as u32,
                     node: node as u32,
-                    ancestors: m.tree.ancestor_words(node),
+                    ancestors: m.seen_nodes(node),
                 };
                 words.extend(row.to_words());
             }

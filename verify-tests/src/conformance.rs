@@ -23,6 +23,7 @@
 //! | equal siblings, children in any order, empty and full paths | `acceptance_equals_the_oracle` |
 //! | ties, the last token, a vocabulary that fills no tile | `ties_go_to_the_lowest_id`, `arb::HOUSE_MODELS` |
 //! | a NaN among the logits | `a_nan_draws_no_token` |
+//! | a block of which rows see only what comes before them | `a_block_sees_all_of_itself` |
 //! | ranks over a level and not among siblings, continuations of another row or request | `a_grown_level_equals_the_oracle` |
 
 pub mod agreement;
@@ -51,6 +52,7 @@ macro_rules! conformance {
             ops::every_op_equals_the_oracle
             ops::a_whole_round_equals_the_oracle
             ops::edge_sizes_equal_the_oracle
+            ops::a_block_sees_all_of_itself
             structure::a_chain_is_causal_attention
             structure::a_node_sees_exactly_its_root_path
             structure::node_order_changes_nothing
@@ -66,6 +68,7 @@ macro_rules! conformance {
             commit::commit_leaves_the_cache_of_plain_decoding
             commit::a_round_emits_what_plain_decoding_draws
             draws::draws_equal_the_oracle
+            draws::perturbed_logits_equal_the_oracle
             draws::draws_follow_their_distribution
             draws::ties_go_to_the_lowest_id
             draws::a_nan_draws_no_token

@@ -2,7 +2,7 @@
 
 use treespark::backend::{Backend, Extent};
 use treespark_kernel_gen::{DType, MAX_NODES, Role, TreeSpec};
-use treespark_models::{Dims, Model, llama};
+use treespark_models::{Dims, Llama, Model};
 
 use crate::batch::{Batch, Member, Tree};
 
@@ -34,7 +34,7 @@ pub fn logits(
         let (desc, parts) = item.unwrap();
         weights.push((backend.load(&desc, &parts).unwrap(), desc));
     }
-    let pass = llama::logits_pass(config, &dims, rows).unwrap();
+    let pass = Llama::new(config, &dims).logits_pass(rows).unwrap();
     let buffers: Vec<_> = pass
         .buffers
         .iter()

@@ -106,13 +106,14 @@ impl TinyModel {
                 tree: tree.clone(), q, k_cache, v_cache, out: attention,
             });
             let o = pass.add(name("o"), Role::Weight, s.weights, &[s.hidden, s.heads() * s.head_dim]);
-            pass.ops.push(Op::Project { batch, x: attention, weight: o, residual: x });
+            pass.ops.push(Op::Project { batch, add: true, x: attention, weight: o, residual: x });
             let norm = f32s(&mut pass, &name("ffn_norm"), Role::Weight, &[s.hidden]);
             let gate_up = pass.add(name("gate_up"), Role::Weight, s.weights, &[2 * s.ffn, s.hidden]);
             pass.ops.push(Op::GateUp { batch, eps, x, norm, weight: gate_up, out: ffn });
             let down = pass.add(name("down"), Role::Weight, s.weights, &[s.hidden, s.ffn]);
-            pass.ops.push(Op::Project { batch, x: ffn, weight: down, residual: x });
+            pass.ops.push(Op::Project { batch, add: true, x: ffn, weight: down, residual: x });
         }
+        self.push_injection(&mut pass, x, rope);
         let norm = f32s(&mut pass, "norm", Role::Weight, &[s.hidden]);
         let weight = pass.add("head", Role::Weight, s.weights, &[s.vocab, s.hidden]);
         let logits = f32s(&mut pass, "logits", Role::Output, &[MAX_ROWS, s.vocab]);
@@ -123,6 +124,38 @@ impl TinyModel {
             self.push_commit(&mut pass);
         }
         pass.check().expect("the pass of a tiny model is well formed");
+        pass
+    }
+
+    /// What a drafter takes from hidden states: normalised ones, and keys and values in a cache of its own.
+    fn push_injection(&self, pass: &mut Pass, x: Buf, rope: Buf) {
+        let (batch, s, eps) = (self.batch_buffers(pass), self.sizes, 1e-5);
+        let mut f32s = |name: &str, role, shape: &[usize]| pass.add(name, role, DType::F32, shape);
+        let norm = f32s("draft.norm", Role::Weight, &[s.hidden]);
+        let k_norm = s.qk_norm.then(|| f32s("draft.k_norm", Role::Weight, &[s.head_dim]));
+        let hidden = f32s("draft.hidden", Role::Scratch, &[MAX_ROWS, s.hidden]);
+        let fused = f32s("draft.fused", Role::Scratch, &[MAX_ROWS, s.hidden]);
+        let q = f32s("q", Role::Scratch, &[MAX_ROWS, s.heads(), s.head_dim]);
+        let fc = pass.add("draft.fc", Role::Weight, s.weights, &[s.hidden, s.hidden]);
+        let weight = pass.add("draft.kv", Role::Weight, s.weights, &[2 * s.kv_heads * s.head_dim, s.hidden]);
+        let shape = [1, s.pages(), s.kv_heads, s.page_size, s.head_dim];
+        let [k_cache, v_cache] = ["draft.k", "draft.v"].map(|name| pass.add(name, Role::Cache, s.cache, &shape));
+        pass.ops.push(Op::Norm { batch, eps, x, norm, out: hidden });
+        pass.ops.push(Op::Project { batch, add: false, x: hidden, weight: fc, residual: fused });
+        #[rustfmt::skip]
+        pass.ops.push(Op::Qkv {
+            batch, layer: 0, heads: 0, kv_heads: s.kv_heads, eps, x: fused, norm, weight, bias: None, q_norm: None, k_norm,
+            rope, q, k_cache, v_cache,
+        });
+    }
+
+    /// What a draw ranks, in the place of logits that the host wrote.
+    pub fn perturb_pass(&self, rows: usize) -> Pass {
+        let mut pass = Pass::new("perturb", rows);
+        let batch = self.batch_buffers(&mut pass);
+        let logits = pass.add("logits", Role::Output, DType::F32, &[MAX_ROWS, self.sizes.vocab]);
+        pass.ops.push(Op::Perturb { batch, logits });
+        pass.check().expect("the perturb pass is well formed");
         pass
     }
 

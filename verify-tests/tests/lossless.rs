@@ -45,9 +45,15 @@ impl Drafter for HalfRight {
         "half right"
     }
 
-    fn propose(&mut self, _: &mut dyn Backend, context: &[u32], plan: &Plan) -> treespark::Result<Draft> {
+    fn propose(
+        &mut self,
+        _: &mut dyn Backend,
+        _: &mut Network,
+        seq: &mut Sequence,
+        plan: &Plan,
+    ) -> treespark::Result<Draft> {
         let shape = plan.shape.clone().expect("tested with given shapes");
-        let mut draft = Draft::root(context[context.len() - 1]);
+        let (context, mut draft) = (seq.tokens(), Draft::root(seq.last()));
         let mut right = vec![true]; // whether the path to a node is the truth's
         let mut taken = vec![false]; // whether a node already has the right child
         for node in 1..shape.len() {
@@ -62,8 +68,7 @@ impl Drafter for HalfRight {
             taken[parent] |= hit;
             right.push(hit && next.is_some());
             taken.push(false);
-            draft.tree.push(parent, token)?;
-            draft.survival.push(0.5);
+            draft.push(parent, token, 0.5)?;
         }
         Ok(draft)
     }

@@ -69,7 +69,7 @@ pub fn pass(config: &Config, kind: Kind, rows: usize, copies: usize, calls: usiz
         let weight = pass.add(format!("weight.{}", call % copies), Role::Weight, config.weight_dtype, &[n, k]);
         let mut vector = |name: &str, len| pass.add(name, Role::Weight, DType::F32, &[len]);
         let op = match kind {
-            Kind::O | Kind::Down => Op::Project { batch, x, weight, residual: out },
+            Kind::O | Kind::Down => Op::Project { batch, add: true, x, weight, residual: out },
             Kind::GateUp => Op::GateUp { batch, eps, x, norm: vector("norm", k), weight, out },
             Kind::Head => Op::Head { batch, eps, x, norm: vector("norm", k), weight, logits: out },
             Kind::Qkv => {

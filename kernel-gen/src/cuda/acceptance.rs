@@ -1,4 +1,4 @@
-//! Embedding, and what follows the logits: draw, top-k, accept, commit.
+//! Embedding, the norm by itself, and what follows the logits: perturb, draw, top-k, accept, commit.
 
 use super::{Argument, Launch, Lowering};
 use crate::MAX_NODES;
@@ -33,6 +33,22 @@ impl Lowering<'_> {
         let arguments =
             vec![batch.rows.into(), batch.requests.into(), seen.into(), logits.into(), candidates, draws.into()];
         plain(spec, arguments, [pass.rows, 1, 1], 512)
+    }
+
+    pub(super) fn norm(&self) -> Vec<Launch> {
+        let &Op::Norm { eps, x, norm, out, .. } = self.op else { unreachable!("lowering another op") };
+        let spec = KernelSpec::new("norm").size("COLUMNS", "k", self.desc(norm).len()).with("EPS", eps);
+        let arguments = [self.batch.requests, x, norm, out].map(Argument::from).to_vec();
+        vec![plain(spec, arguments, [self.pass.rows, 1, 1], 128)]
+    }
+
+    pub(super) fn perturb(&self) -> Vec<Launch> {
+        const THREADS: usize = 128;
+        let &Op::Perturb { logits, .. } = self.op else { unreachable!("lowering another op") };
+        let vocab = self.desc(logits).shape[1];
+        let spec = KernelSpec::new("perturb").size("VOCAB", "v", vocab);
+        let arguments = [self.batch.rows, self.batch.requests, logits].map(Argument::from).to_vec();
+        vec![plain(spec, arguments, [vocab.div_ceil(4 * THREADS), self.pass.rows, 1], THREADS)]
     }
 
     pub(super) fn top_k(&self) -> Vec<Launch> {

@@ -47,10 +47,10 @@ impl Lowering<'_> {
     }
 
     pub(super) fn project(&self) -> Vec<Launch> {
-        let &Op::Project { x, weight, residual, .. } = self.op else { unreachable!("lowering another op") };
+        let &Op::Project { add, x, weight, residual, .. } = self.op else { unreachable!("lowering another op") };
         let matrix = self.matrix(weight, None);
         let tiling = Tiling::new(&matrix, self.pass.rows, self.device);
-        let spec = KernelSpec::new("project").size("WIDTH", "n", matrix.rows);
+        let spec = KernelSpec::new("project").size("WIDTH", "n", matrix.rows).flag("ADD", "add", add);
         let arguments = vec![self.batch.requests.into(), x.into(), weight.into(), residual.into()];
         vec![self.matmul(spec, &matrix, tiling, matrix.rows.div_ceil(tiling.rows()), 0, arguments)]
     }

@@ -1,4 +1,4 @@
-//! What follows the logits: draw, top-k, accept, commit.
+//! What follows the logits: perturb, draw, top-k, accept, commit.
 
 use super::{Access, Axis, Grid, KernelCall, LowerError, Lowering};
 use crate::op::Op;
@@ -17,6 +17,20 @@ impl Lowering<'_> {
                 self.rows(draws, Access::Write),
             ],
             grid: Grid([Axis::Rows(1), Axis::Fixed(1), Axis::Fixed(1)]),
+        }])
+    }
+
+    pub(super) fn perturb(&self) -> Result<Vec<KernelCall>, LowerError> {
+        let &Op::Perturb { logits, .. } = self.op else { unreachable!("lowering another op") };
+        let vocab = self.desc(logits).shape[1];
+        Ok(vec![KernelCall {
+            spec: KernelSpec::new("perturb").size("VOCAB", "v", vocab),
+            bindings: vec![
+                self.read(self.batch.rows),
+                self.read(self.batch.requests),
+                self.rows(logits, Access::Write),
+            ],
+            grid: Grid([Axis::Fixed(vocab.div_ceil(4 * 64)), Axis::Rows(1), Axis::Fixed(1)]),
         }])
     }
 

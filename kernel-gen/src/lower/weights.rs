@@ -75,10 +75,11 @@ impl Lowering<'_> {
     }
 
     pub(super) fn project(&self) -> Result<Vec<KernelCall>, LowerError> {
-        let &Op::Project { x, weight, residual, .. } = self.op else { unreachable!("lowering another op") };
+        let &Op::Project { add, x, weight, residual, .. } = self.op else { unreachable!("lowering another op") };
         let call = |bank: Bank| KernelCall {
             spec: self
                 .matmul("project", weight, self.row_tile(MAX_ROW_TILE))
+                .flag("ADD", "add", add)
                 .with("WIDTH", self.desc(residual).shape[1])
                 .with("GROUPS", self.groups())
                 .with("OUTPUTS", PROJECT_OUTPUTS)
@@ -92,6 +93,20 @@ impl Lowering<'_> {
             grid: self.matmul_grid(bank.rows.div_ceil(self.groups() * PROJECT_OUTPUTS), MAX_ROW_TILE),
         };
         Ok(self.weight_banks(weight).into_iter().map(call).collect())
+    }
+
+    pub(super) fn norm(&self) -> Result<Vec<KernelCall>, LowerError> {
+        let &Op::Norm { eps, x, norm, out, .. } = self.op else { unreachable!("lowering another op") };
+        Ok(vec![KernelCall {
+            spec: KernelSpec::new("norm").size("COLUMNS", "k", self.desc(norm).len()).with("EPS", eps),
+            bindings: vec![
+                self.read(self.batch.requests),
+                self.rows(x, Access::Read),
+                self.read(norm),
+                self.rows(out, Access::Write),
+            ],
+            grid: Grid([Axis::Rows(1), Axis::Fixed(1), Axis::Fixed(1)]),
+        }])
     }
 
     pub(super) fn head(&self) -> Result<Vec<KernelCall>, LowerError> {

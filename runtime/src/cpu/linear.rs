@@ -61,7 +61,7 @@ pub fn gate_up(isa: Isa, weight: &Matrix, x: &[f32], out: &mut [f32]) {
 }
 
 /// `out = x · weightᵀ`
-pub fn head(isa: Isa, weight: &Matrix, x: &[f32], out: &mut [f32]) {
+pub fn product(isa: Isa, weight: &Matrix, x: &[f32], out: &mut [f32]) {
     let n = weight.rows();
     let m = out.len() / n;
     for_chunks(columns(out, n, chunk(n, m)), |range, products, out| {
@@ -91,7 +91,7 @@ impl Heads<'_> {
     /// Projects `x`: queries to `q`, `[m, heads, D]`, keys and then values to `kv`, `[m, 2 * kv_heads, D]`.
     pub fn project(&self, isa: Isa, weight: &Matrix, x: &[f32], q: &mut [f32], kv: &mut [f32]) {
         let dim = self.head_dim;
-        let mut heads = columns(q, self.heads * dim, dim);
+        let mut heads = if self.heads == 0 { Vec::new() } else { columns(q, self.heads * dim, dim) };
         heads.extend(columns(kv, 2 * self.kv_heads * dim, dim));
         for_chunks(heads, |range, products, out| {
             products.resize(out.len() * dim, 0.0);

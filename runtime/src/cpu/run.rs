@@ -15,7 +15,7 @@ use super::buffer::{Buffer, Matrix};
 use super::linear::{self, Heads};
 use super::simd::{Element, Isa};
 use crate::backend::{BufferId, Extent};
-use crate::draw::{Scratch, draw, top_k};
+use crate::draw::{Scratch, draw, perturb, top_k};
 
 /// Keys whose attention is computed by one thread before another is asked for help.
 const MIN_KEYS: usize = 256;
@@ -51,18 +51,29 @@ impl<'a> Run<'a> {
                 DType::F32 => self.attention::<f32>(op),
                 DType::U32 => unreachable!("a cache of words"),
             },
-            Op::Project { x, weight, residual, .. } => self.writing(*residual, |run, residual| {
-                linear::project(run.isa, run.matrix(*weight), run.rows(*x), residual);
+            Op::Project { add, x, weight, residual, .. } => self.writing(*residual, |run, residual| {
+                let project = if *add { linear::project } else { linear::product };
+                project(run.isa, run.matrix(*weight), run.rows(*x), residual);
             }),
             Op::GateUp { eps, x, norm, weight, out, .. } => self.writing(*out, |run, out| {
                 let x = linear::normed(run.rows(*x), run.floats(*norm), *eps);
                 linear::gate_up(run.isa, run.matrix(*weight), &x, out);
             }),
+            Op::Norm { eps, x, norm, out, .. } => self.writing(*out, |run, out| {
+                out.copy_from_slice(&linear::normed(run.rows(*x), run.floats(*norm), *eps));
+            }),
             Op::Head { eps, x, norm, weight, logits, .. } => self.writing(*logits, |run, logits| {
                 let x = linear::normed(run.rows(*x), run.floats(*norm), *eps);
-                linear::head(run.isa, run.matrix(*weight), &x, logits);
+                linear::product(run.isa, run.matrix(*weight), &x, logits);
             }),
             Op::Draw { batch, seen, logits, draws } => self.draw(batch, *seen, *logits, *draws),
+            Op::Perturb { batch, logits: buf } => self.writing(*buf, |run, logits| {
+                let vocab = run.width(*buf);
+                let rows = run.batch_rows(batch);
+                logits.par_chunks_exact_mut(vocab).zip(&rows).for_each(|(logits, row)| {
+                    perturb(logits, &run.request(batch, row), row.position);
+                });
+            }),
             Op::TopK { logits, ids, values, .. } => self.top_k(*logits, *ids, *values),
             Op::Accept { batch, draws, accepted, .. } => {
                 let mut out = self.take(*accepted);

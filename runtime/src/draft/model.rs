@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::kv::KvCache;
 use crate::memory::MemoryUse;
 use crate::network::{Limits, Network};
+use crate::sequence::Sequence;
 use crate::tree::Accepted;
 
 /// Children of a node that a draft pass offers; a shape with more takes these.
@@ -62,12 +63,17 @@ impl Drafter for ModelDrafter {
         "model"
     }
 
-    fn propose(&mut self, backend: &mut dyn Backend, context: &[u32], plan: &Plan) -> Result<Draft> {
-        let last = context.len() - 1;
-        let missing = &context[self.kv.len()..last];
+    fn propose(
+        &mut self,
+        backend: &mut dyn Backend,
+        _: &mut Network,
+        seq: &mut Sequence,
+        plan: &Plan,
+    ) -> Result<Draft> {
+        let missing = &seq.tokens()[self.kv.len()..seq.tokens().len() - 1];
         self.network.extend(backend, &mut self.kv, missing, &mut |_| {})?;
         let shape = fitting(plan.shape.as_ref().unwrap_or(&self.default_shape), plan, self.network.top_k());
-        let tree = self.network.grow(backend, &mut self.kv, context[last], &shape)?;
+        let tree = self.network.grow(backend, &mut self.kv, seq.last(), &shape)?;
         let mut survival = vec![1.0];
         for (node, rank) in shape.ranks().into_iter().enumerate().skip(1) {
             survival.push(survival[shape.parent(node)] * self.rates.rate(rank));

@@ -11,6 +11,8 @@ use treespark_kernel_gen::TreeShape;
 use super::{Draft, Drafter, HitRates, Plan};
 use crate::backend::Backend;
 use crate::error::Result;
+use crate::network::Network;
+use crate::sequence::Sequence;
 use crate::tree::Accepted;
 
 /// Longest match that is told apart from longer ones.
@@ -69,6 +71,20 @@ fn class(matched: usize, first: bool) -> usize {
 }
 
 impl NgramDrafter {
+    /// What followed the end of a text before; the root is its last token.
+    pub fn continue_text(&mut self, text: &[u32], plan: &Plan) -> Result<Draft> {
+        self.index(text);
+        let depth = plan.max_depth.min(plan.shape.as_ref().map_or(MAX_DEPTH, TreeShape::max_depth));
+        let trie = self.merge(text, depth);
+        let mut draft = Draft::root(text[text.len() - 1]);
+        self.classes = vec![0];
+        match &plan.shape {
+            Some(shape) => self.fill(&trie, &mut draft, shape, plan.max_depth)?,
+            None => self.best_first(&trie, &mut draft, plan.max_nodes)?,
+        }
+        Ok(draft)
+    }
+
     fn index(&mut self, context: &[u32]) {
         for at in self.indexed.max(1)..context.len() {
             self.follows.entry(context[at - 1]).or_default().push(at);
@@ -166,17 +182,8 @@ impl Drafter for NgramDrafter {
         "ngram"
     }
 
-    fn propose(&mut self, _: &mut dyn Backend, context: &[u32], plan: &Plan) -> Result<Draft> {
-        self.index(context);
-        let depth = plan.max_depth.min(plan.shape.as_ref().map_or(MAX_DEPTH, TreeShape::max_depth));
-        let trie = self.merge(context, depth);
-        let mut draft = Draft::root(context[context.len() - 1]);
-        self.classes = vec![0];
-        match &plan.shape {
-            Some(shape) => self.fill(&trie, &mut draft, shape, plan.max_depth)?,
-            None => self.best_first(&trie, &mut draft, plan.max_nodes)?,
-        }
-        Ok(draft)
+    fn propose(&mut self, _: &mut dyn Backend, _: &mut Network, seq: &mut Sequence, plan: &Plan) -> Result<Draft> {
+        self.continue_text(seq.tokens(), plan)
     }
 
     fn observe(&mut self, _: &mut dyn Backend, draft: &Draft, accepted: &Accepted) -> Result<()> {

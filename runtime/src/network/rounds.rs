@@ -74,7 +74,7 @@ impl Network {
     fn start(&mut self, backend: &mut dyn Backend, seq: &mut Sequence, nodes: usize) -> Result<TokenTree> {
         let limit = seq.tokens().len() + seq.room();
         seq.kv.reserve(&mut self.pool, limit + nodes - seq.kv.len())?;
-        let root = TokenTree::root(seq.tokens()[seq.tokens().len() - 1]);
+        let root = TokenTree::root(seq.last());
         let mut batch = Batch::new(self.dims.pages_per_request);
         batch.add(&seq.kv, &root, &[], &seq.sampling);
         let pass = self.prepare_rounds(backend, nodes)?;

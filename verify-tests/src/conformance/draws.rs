@@ -5,6 +5,7 @@ use treespark::backend::Backend;
 use treespark_kernel_gen::Request;
 use treespark_kernel_gen::layout::NO_TOKEN;
 
+use super::agreement::Tolerance;
 use super::{Property, for_cases, same};
 use crate::arb::{Case, HOUSE_MODELS, cases};
 use crate::batch::{Batch, Member, Sampling, Tree};
@@ -58,6 +59,28 @@ pub fn draws_equal_the_oracle(backend: &mut dyn Backend) -> Property {
         let want = draw(&mut oracle, &case.model, &case.batch, &logits);
         let got = draw(backend, &case.model, &case.batch, &logits);
         excusable(&case.batch, &logits, &got, &want)
+    })
+}
+
+/// Perturbed logits are what the oracle's draws rank.
+pub fn perturbed_logits_equal_the_oracle(backend: &mut dyn Backend) -> Property {
+    for_cases(backend, 8, cases(), |backend, case: Case| {
+        let mut rng = case.rng();
+        let (rows, vocab) = (case.batch.rows(), case.model.sizes.vocab);
+        let logits: Vec<f32> = (0..rows * vocab).map(|_| 3.0 * rng.normal() as f32).collect();
+        let mut oracle = Oracle::new();
+        let [got, want] = [backend, &mut oracle as &mut dyn Backend].map(|backend| {
+            let mut bed = Bed::new(backend, case.model.clone());
+            let pass = case.model.perturb_pass(rows);
+            bed.prepare(&pass);
+            bed.write_floats("logits", &logits);
+            bed.run(&pass, &case.batch);
+            bed.floats("logits", rows * vocab)
+        });
+        got.chunks(vocab)
+            .zip(want.chunks(vocab))
+            .enumerate()
+            .try_for_each(|(row, (got, want))| Tolerance::OP.compare(&format!("row {row}"), got, want))
     })
 }
 

@@ -19,8 +19,22 @@ const ANY: TreeSpec = TreeSpec::Any(MAX_NODES);
 /// Each op of a round runs alone, on the oracle's inputs, and must leave what the oracle leaves: its results within
 /// [`Tolerance`], all other memory untouched.
 pub fn every_op_equals_the_oracle(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 3, wild_cases(), |backend, case| op_by_op(backend, &case))?;
-    for_cases(backend, 4, cases(), |backend, case| op_by_op(backend, &case))
+    for_cases(backend, 3, wild_cases(), |backend, case| op_by_op(backend, &case, Tail::Commit))?;
+    for_cases(backend, 4, cases(), |backend, case| op_by_op(backend, &case, Tail::Commit))
+}
+
+/// Rows that see each other, whichever comes first: the block that a parallel drafter fills.
+pub fn a_block_sees_all_of_itself(backend: &mut dyn Backend) -> Property {
+    let sizes = [(0, 5), (1, 7), (15, 7), (63, 16), (125, 7), (127, 2), (150, 33)];
+    for (index, (prefix, rows)) in sizes.into_iter().enumerate() {
+        let model = TinyModel { sizes: HOUSE_MODELS[index % HOUSE_MODELS.len()], seed: index as u64 };
+        let tree = tree(rows, Topology::Chain, model.sizes.vocab, index as u64);
+        let block = |prefix: usize| Member { is_block: true, ..Member::new(&vec![3; prefix], tree.clone()) };
+        let case = Case { model, batch: Batch { members: vec![block(prefix), block(prefix / 2)] }, seed: 0 };
+        op_by_op(backend, &case, Tail::Draw)
+            .map_err(|problem| format!("{rows} rows behind {prefix}, {:?}: {problem}", case.model))?;
+    }
+    Ok(())
 }
 
 /// The sizes at which kernels go wrong, one by one: empty prefixes, one node, page and word boundaries inside the tree,
@@ -45,7 +59,7 @@ pub fn edge_sizes_equal_the_oracle(backend: &mut dyn Backend) -> Property {
         };
         let batch = Batch { members: sizes.iter().map(member).collect() };
         let case = Case { model, batch, seed: 0 };
-        op_by_op(backend, &case)
+        op_by_op(backend, &case, Tail::Commit)
             .map_err(|problem| format!("prefixes and nodes {sizes:?}, {:?}: {problem}", case.model))?;
     }
     Ok(())
@@ -57,17 +71,18 @@ pub fn wide_matrices_equal_the_oracle(backend: &mut dyn Backend) -> Property {
         let model = TinyModel { sizes: WIDE_MODELS[sizes], seed: index as u64 };
         let member = Member::new(&[5, 7], tree(nodes, Topology::Recursive, model.sizes.vocab, index as u64));
         let case = Case { model, batch: Batch { members: vec![member] }, seed: 0 };
-        op_by_op(backend, &case).map_err(|problem| format!("{nodes} nodes, {:?}: {problem}", case.model))?;
+        op_by_op(backend, &case, Tail::Commit)
+            .map_err(|problem| format!("{nodes} nodes, {:?}: {problem}", case.model))?;
     }
     Ok(())
 }
 
-fn op_by_op(backend: &mut dyn Backend, case: &Case) -> Result<(), String> {
+fn op_by_op(backend: &mut dyn Backend, case: &Case, tail: Tail) -> Result<(), String> {
     let mut oracle = Oracle::new();
     let mut right = Bed::new(&mut oracle, case.model.clone());
     right.prefill(&case.batch);
     let mut tested = Bed::new(backend, case.model.clone());
-    let whole = case.model.pass(compiled_rows(case.batch.rows()), &ANY, Tail::Commit);
+    let whole = case.model.pass(compiled_rows(case.batch.rows()), &ANY, tail);
     right.prepare(&whole);
     tested.prepare(&whole);
     for (index, op) in whole.ops.iter().enumerate() {

@@ -92,11 +92,21 @@ impl Step<'_> {
     }
 
     pub(super) fn project(&mut self, op: &Op) {
-        let &Op::Project { x, weight, residual, .. } = op else { unreachable!() };
+        let &Op::Project { add, x, weight, residual, .. } = op else { unreachable!() };
         for r in 0..self.n_rows() {
-            let product = self.product(weight, &self.row_of(x, r));
-            let sum: Vec<f64> = self.row_of(residual, r).iter().zip(product).map(|(a, b)| a + b).collect();
+            let mut sum = self.product(weight, &self.row_of(x, r));
+            if add {
+                sum = self.row_of(residual, r).iter().zip(sum).map(|(a, b)| a + b).collect();
+            }
             self.set_row(residual, r, &sum);
+        }
+    }
+
+    pub(super) fn norm(&mut self, op: &Op) {
+        let &Op::Norm { eps, x, norm, out, .. } = op else { unreachable!() };
+        for r in 0..self.n_rows() {
+            let normed = rms_norm(&self.row_of(x, r), &self.all(norm), eps);
+            self.set_row(out, r, &normed);
         }
     }
 

@@ -89,6 +89,19 @@ impl Step<'_> {
         }
     }
 
+    pub(super) fn perturb(&mut self, op: &Op) {
+        let &Op::Perturb { logits, .. } = op else { unreachable!() };
+        for r in 0..self.n_rows() {
+            let row = self.row(r);
+            let request = self.request(row.request);
+            let scored = scores(&self.row_of(logits, r), &request, row.position as u32, |_| false);
+            let width = self.width(logits);
+            for (t, scored) in scored.iter().enumerate() {
+                self.set(logits, r * width + t, scored.score);
+            }
+        }
+    }
+
     pub(super) fn top_k(&mut self, op: &Op) {
         let &Op::TopK { logits, ids, values, .. } = op else { unreachable!() };
         let k = self.width(ids);

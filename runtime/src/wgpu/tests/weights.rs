@@ -50,7 +50,7 @@ fn weight_ops_match_plain_loops() {
         let logits = b.buffer("logits", Role::Scratch, DType::F32, &[rows, 2 * n], None);
         let (batch, eps) = (b.batch, 1e-5);
         let ops = vec![
-            Op::Project { batch, x, weight, residual },
+            Op::Project { batch, add: true, x, weight, residual },
             Op::GateUp { batch, eps, x, norm: gamma, weight, out },
             Op::Head { batch, eps, x, norm: gamma, weight, logits },
         ];

@@ -1,0 +1,107 @@
+//! DSpark: one parallel pass of a few layers over a block ([`Network::draft_block`]), then sequential heads that turn the
+//! block's independent rows into a tree.
+//!
+//! With the vanilla and the gated head, what follows a node depends on its depth and its token alone: the tree is a
+//! path through a trellis, and each place of the trellis is computed once. The rows rank only their best candidates, so
+//! that the Markov head reads a few rows of its matrix and not the whole.
+//!
+//! At a temperature the candidates' scores have the very noise of the target's draws, so that the likeliest token is
+//! the one that the target would draw if its logits were the drafter's.
+
+use std::collections::HashMap;
+
+use treespark_models::dspark::sigmoid;
+use treespark_models::{MarkovState, SequentialHeads, Speculator};
+
+use super::best_first::{Continuation, grow};
+use super::{Draft, Drafter, Plan};
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::network::{Block, Network};
+use crate::sequence::Sequence;
+use crate::tree::Accepted;
+
+pub struct DsparkDrafter {
+    heads: SequentialHeads,
+}
+
+impl DsparkDrafter {
+    /// The heads of a speculator whose other weights lie beside the target's.
+    pub fn load(speculator: &Speculator) -> Result<DsparkDrafter> {
+        Ok(DsparkDrafter { heads: speculator.sequential_heads()? })
+    }
+
+    /// What may follow a token at a depth, the likeliest first, and the state behind it.
+    fn continuations(
+        &self,
+        block: &Block,
+        depth: usize,
+        previous: u32,
+        state: &MarkovState,
+        inverse_temperature: f32,
+    ) -> (Vec<Continuation>, MarkovState) {
+        let step = self.heads.step(depth, previous, &block.hidden[depth - 1], state);
+        let score = |&(token, score): &(u32, f32)| (token, score + self.heads.bias(&step, token) * inverse_temperature);
+        let mut scored: Vec<(u32, f32)> = block.candidates[depth - 1].iter().map(score).collect();
+        scored.sort_by(|a, b| b.1.total_cmp(&a.1));
+        (probabilities(&scored, step.confidence), step.state)
+    }
+}
+
+/// Softmax over the candidates. With a confidence the first has that, and the others share the rest as they would.
+fn probabilities(scored: &[(u32, f32)], confidence: Option<f32>) -> Vec<Continuation> {
+    let weights: Vec<f32> = scored.iter().map(|(_, score)| (score - scored[0].1).exp()).collect();
+    let rest: f32 = weights[1..].iter().sum();
+    let first = confidence.map_or(1.0 / (1.0 + rest), sigmoid);
+    let share = |(i, (&(token, _), weight)): (usize, (&(u32, f32), &f32))| Continuation {
+        token,
+        probability: if i == 0 { first } else { (1.0 - first) * weight / rest },
+    };
+    scored.iter().zip(&weights).enumerate().map(share).collect()
+}
+
+impl Drafter for DsparkDrafter {
+    fn name(&self) -> &'static str {
+        "dspark"
+    }
+
+    fn propose(
+        &mut self,
+        backend: &mut dyn Backend,
+        target: &mut Network,
+        seq: &mut Sequence,
+        plan: &Plan,
+    ) -> Result<Draft> {
+        if plan.max_depth == 0 || plan.max_nodes <= 1 {
+            return Ok(Draft::root(seq.last()));
+        }
+        let block = target.draft_block(backend, seq)?;
+        let inverse_temperature = if seq.sampling.temperature > 0.0 { 1.0 / seq.sampling.temperature } else { 1.0 };
+        // Of each node that was asked for: what the heads carry on.
+        let mut states: HashMap<usize, MarkovState> = HashMap::new();
+        let mut known: HashMap<(usize, u32), Vec<Continuation>> = HashMap::new();
+        grow(seq.last(), plan, |draft, node| {
+            let (depth, token) = (draft.tree.shape().depth(node) + 1, draft.tree.token(node));
+            if depth > block.hidden.len() {
+                return Vec::new();
+            }
+            if let Some(continuations) = known.get(&(depth, token)) {
+                return continuations.clone();
+            }
+            let before = states.get(&draft.tree.shape().parent(node)).cloned().unwrap_or_default();
+            let (continuations, state) = self.continuations(&block, depth, token, &before, inverse_temperature);
+            if self.heads.has_memory() {
+                states.insert(node, state);
+            } else {
+                known.insert((depth, token), continuations.clone());
+            }
+            continuations
+        })
+    }
+
+    fn observe(&mut self, _: &mut dyn Backend, _: &Draft, _: &Accepted) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
+}

@@ -1,0 +1,153 @@
+//! DSpark drafters against DeepSpec's own classes, on fixtures that they made (see `fixtures/deepspec/README.md`).
+
+use std::path::{Path, PathBuf};
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+use treespark::backend::{Backend, PassCost};
+use treespark::cpu::CpuBackend;
+use treespark::draft::dspark::DsparkDrafter;
+use treespark::network::{Limits, Network};
+use treespark::scheduler::Scheduler;
+use treespark::{Engine, Sampling, Sequence, Statistics};
+use treespark_models::{MarkovState, Model, Speculator};
+use treespark_verify_tests::oracle::Oracle;
+
+const TOLERANCE: f32 = 1e-4;
+const CONTEXT: usize = 128;
+const LIMITS: Limits = Limits { context: CONTEXT, max_nodes: 16, top_k: 1 };
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/deepspec").join(name)
+}
+
+fn floats(file: &SafeTensors, name: &str) -> Vec<f32> {
+    let bytes = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}")).data();
+    bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
+}
+
+fn tokens(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|token| token.as_u64().unwrap() as u32).collect()
+}
+
+fn close(what: &str, got: f32, want: f32) {
+    assert!((got - want).abs() < TOLERANCE, "{what}: {got}, not {want}");
+}
+
+/// Hidden states, logits of the parallel stage, Markov logits and confidences of three rounds.
+fn rounds_agree(backend: &mut dyn Backend, name: &str) {
+    let model = Model::open(&fixture(name).join("target")).unwrap();
+    let speculator = Speculator::open(&fixture(name).join("draft"), model.config()).unwrap();
+    let heads = speculator.sequential_heads().unwrap();
+    let mut network =
+        Network::load_with_speculator(backend, &model, Some(&speculator), LIMITS, &mut |_, _| {}).unwrap();
+
+    let json: Value = serde_json::from_slice(&std::fs::read(fixture(name).join("expected.json")).unwrap()).unwrap();
+    let bytes = std::fs::read(fixture(name).join("expected.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let (text, prompt) = (tokens(&json["plain"]), tokens(&json["prompt"]).len());
+    for round in 0..3 {
+        // Nothing is ever accepted: each round begins one token later. Once in one go, once token by token.
+        let start = prompt + round;
+        let mut seq =
+            Sequence::new(text[..=start].to_vec(), Sampling::default(), 40, vec![], CONTEXT, model.config().vocab_size);
+        network.extend(backend, &mut seq.kv, &text[..prompt], &mut |_| {}).unwrap();
+        for token in &text[prompt..start] {
+            network.extend(backend, &mut seq.kv, &[*token], &mut |_| {}).unwrap();
+        }
+        let block = network.draft_block(backend, &mut seq).unwrap();
+        let rows = |kind: &str| floats(&file, &format!("round{round}.{kind}"));
+        let (hidden, base, logits) = (rows("hidden"), rows("base"), rows("logits"));
+        let mut previous = text[start];
+        let mut state = MarkovState::default();
+        assert_eq!(block.hidden.len(), 5);
+        for row in 0..5 {
+            let what = |of: &str| format!("{name}, round {round}, row {row}, {of}");
+            for (i, got) in block.hidden[row].iter().enumerate() {
+                close(&what("hidden"), *got, hidden[row * 64 + i]);
+            }
+            let of_row = |all: &[f32], token: u32| all[row * 256 + token as usize];
+            for &(token, score) in &block.candidates[row] {
+                close(&what("base"), score, of_row(&base, token));
+            }
+            let worst = block.candidates[row].last().unwrap().1;
+            let larger = (0..256).filter(|&token| of_row(&base, token) > worst + TOLERANCE).count();
+            assert!(larger < block.candidates[row].len(), "{}", what("candidates"));
+
+            let step = heads.step(row + 1, previous, &block.hidden[row], &state);
+            for token in 0..256 {
+                let got = of_row(&base, token) + heads.bias(&step, token);
+                close(&what("Markov logits"), got, of_row(&logits, token));
+            }
+            if name != "dflash" {
+                close(&what("confidence"), step.confidence.unwrap(), rows("confidence")[row]);
+            }
+            let argmax = (0..256).max_by(|&a, &b| of_row(&logits, a).total_cmp(&of_row(&logits, b)));
+            (previous, state) = (argmax.unwrap(), step.state);
+        }
+        network.release(&mut seq.kv);
+    }
+}
+
+/// Whole generations with chains of five: every round's draft, and the text, which is that of plain decoding.
+fn generations_agree(backend: Box<dyn Backend>, name: &str) {
+    let model = Model::open(&fixture(name).join("target")).unwrap();
+    let speculator = Speculator::open(&fixture(name).join("draft"), model.config()).unwrap();
+    let json: Value = serde_json::from_slice(&std::fs::read(fixture(name).join("expected.json")).unwrap()).unwrap();
+    let (text, prompt) = (tokens(&json["plain"]), tokens(&json["prompt"]));
+
+    let mut backend = backend;
+    let network = Network::load_with_speculator(backend.as_mut(), &model, Some(&speculator), LIMITS, &mut |_, _| {});
+    let scheduler = Scheduler::new(Some("chain:5".parse().unwrap()), 16, PassCost(&[(1, 1.0), (2, 1.001)]));
+    let drafter = Box::new(DsparkDrafter::load(&speculator).unwrap());
+    let mut engine = Engine::new(backend, network.unwrap(), drafter, scheduler, CONTEXT);
+    // The first anchor is part of the prompt here.
+    let new_tokens = text.len() - prompt.len() - 1;
+    let vocab = model.config().vocab_size;
+    let mut seq =
+        Sequence::new(text[..=prompt.len()].to_vec(), Sampling::default(), new_tokens, vec![], CONTEXT, vocab);
+    let mut stats = Statistics::default();
+    engine.prefill(&mut seq, &mut stats, &mut |_| {}).unwrap();
+    for expected in json["rounds"].as_array().unwrap() {
+        if seq.finished().is_some() {
+            break;
+        }
+        let round = engine.round(&mut seq, &mut stats).unwrap();
+        let drafted: Vec<u32> = (1..round.tree.len()).map(|node| round.tree.token(node)).collect();
+        // The last rounds are cut to the tokens that may still come.
+        let want = tokens(&expected["draft_tokens"]);
+        assert_eq!(drafted, want[..drafted.len()], "{name}, round {}", stats.rounds);
+    }
+    assert_eq!(seq.tokens(), text, "{name}");
+}
+
+#[test]
+fn drafters_agree_on_the_oracle() {
+    ["vanilla", "rnn", "dflash"].into_iter().for_each(|name| rounds_agree(&mut Oracle::new(), name));
+}
+
+#[test]
+fn drafters_agree_on_the_cpu() {
+    for name in ["vanilla", "rnn", "dflash"] {
+        rounds_agree(&mut CpuBackend::new(None), name);
+        generations_agree(Box::new(CpuBackend::new(None)), name);
+    }
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn drafters_agree_on_wgpu() {
+    for name in ["vanilla", "rnn", "dflash"] {
+        let Some(mut backend) = treespark_verify_tests::cases::gpu() else { return };
+        rounds_agree(&mut *backend, name);
+        generations_agree(backend, name);
+    }
+}
+
+/// What does not fit the target is refused, with both values named.
+#[test]
+fn a_drafter_for_another_target_is_refused() {
+    let model = Model::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity/tiny-qwen3")).unwrap();
+    let refused = Speculator::open(&fixture("vanilla/draft"), model.config()).map(|_| ()).unwrap_err().to_string();
+    assert!(refused.contains("hidden_size is 64, the target's 72"), "{refused}");
+}
