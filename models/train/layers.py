@@ -116,6 +116,7 @@ def init_linear(module, std=0.02):
 
 def compile_layers(layers):
     """Fuses what surrounds attention. All layers share the compiled code."""
+    torch._dynamo.config.recompile_limit = 32  # with and without gradients, f32 and bf16, norms of q and k or none
     for layer in layers:
         layer.before = torch.compile(layer.before, dynamic=True)
         layer.after = torch.compile(layer.after, dynamic=True)

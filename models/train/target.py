@@ -56,8 +56,10 @@ class Llama(nn.Module):
         """[..., h] -> [..., vocabulary] in f32. On a GPU the product is rounded to f16: bf16 would leave ties."""
         if not hidden.is_cuda:
             return (hidden @ self.head.T).float()
+        if self.head.requires_grad:  # it changes from step to step
+            return (hidden.half() @ self.head.half().T).float()
         if not hasattr(self, "head_f16"):
-            self.head_f16 = self.head.detach().half()
+            self.head_f16 = self.head.half()
         return (hidden.half() @ self.head_f16.T).float()
 
 

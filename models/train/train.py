@@ -134,6 +134,7 @@ class Run:
                 group["lr"] = group["scale"] * (args.rate or RATES[args.kind]) * schedule(progress)
             loss, log, rows = self.loss(next(self.batches), progress)
             loss.backward()
+            log = {"loss": loss.detach(), **{name: value.detach() for name, value in log.items()}}
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             if not torch.isfinite(norm):
                 print(f"step {self.step}: the gradient is not finite; the step is left out", flush=True)
@@ -146,7 +147,7 @@ class Run:
                 logged = time.time()
                 values = " ".join(f"{name} {float(value):.3f}" for name, value in log.items())
                 rate = self.rows / (time.time() - started)
-                print(f"{self.elapsed:.0f}/{total:.0f} s, step {self.step}: loss {float(loss):.3f} {values} norm {float(norm):.2f} "
+                print(f"{self.elapsed:.0f}/{total:.0f} s, step {self.step}: {values} norm {float(norm):.2f} "
                       f"lr {group['lr']:.1e}; {rate / 1e3:.0f} k rows/s", flush=True)  # fmt: skip
             if time.time() - scored > args.score_every:
                 self.score()
