@@ -1,11 +1,15 @@
 //! [`Op::check`]: an op's buffers, shapes, dtypes and parameters, against its pass. Done once; backends assume it.
 
-use crate::op::{CacheShape, Op, TreeSpec};
+use crate::op::{BlockShape, CacheShape, Op, TreeSpec};
 use crate::pass::{Buf, DType, Pass, PassError, Role};
 use crate::{ANCESTOR_WORDS, MAX_NODES, Request, Row, layout};
 
 /// Ancestors of a drafted node are one 64-bit word.
-const MAX_NGRAM_NODES: usize = 64;
+const MAX_DEVICE_NODES: usize = 64;
+/// One thread writes a row.
+const MAX_BLOCK_ROWS: usize = 64;
+/// A lane of a warp has two.
+const MAX_CANDIDATES: usize = 64;
 
 impl Op {
     /// Validates buffers, shapes, dtypes and parameters against the pass. Backends assume that it passed.
@@ -150,8 +154,9 @@ impl Op {
                 c.rank("state", *state, 2)?;
                 let nodes = layout::ngram_nodes(c.dims(*state)[1]);
                 c.shape("state", *state, DType::U32, &[max_requests, layout::ngram_state_words(nodes)])?;
-                if nodes == 0 || nodes > MAX_NGRAM_NODES || max_requests * nodes > max_rows {
-                    let problem = format!("for {max_requests} trees of {nodes} nodes, expected 1 to {MAX_NGRAM_NODES}");
+                if nodes == 0 || nodes > MAX_DEVICE_NODES || max_requests * nodes > max_rows {
+                    let problem =
+                        format!("for {max_requests} trees of {nodes} nodes, expected 1 to {MAX_DEVICE_NODES}");
                     return Err(c.error("state", format!("{problem}, and {max_rows} rows for all")));
                 }
                 if !row_cost.is_finite() || *row_cost < 0.0 {
@@ -182,6 +187,43 @@ impl Op {
                 }
                 c.shape("ids", *ids, DType::U32, &[ranked, k])?;
                 c.shape("tokens", *tokens, DType::U32, &[max_requests, MAX_NODES])
+            }
+            Op::OpenBlock { accepted, state, block, .. } => {
+                c.block(block, max_requests)?;
+                c.accepted(*accepted, max_requests)?;
+                c.report(*state, max_requests).map(drop)
+            }
+            Op::Trellis { block, ids, scores, hidden, markov, confidence, trellis, .. } => {
+                c.block(block, max_requests)?;
+                let k = c.trellis(block, *ids, *trellis, max_requests)?;
+                c.shape("scores", *scores, DType::F32, &[max_rows, k])?;
+                c.rank("hidden", *hidden, 2)?;
+                let width = c.dims(*hidden)[1];
+                c.shape("hidden", *hidden, DType::F32, &[max_rows, width])?;
+                let mut rank = 0;
+                if let Some((w1, w2)) = *markov {
+                    c.weight("w1", w1)?;
+                    rank = c.dims(w1)[1];
+                    c.shape("w2", w2, pass.buffer(w1).dtype, c.dims(w1))?;
+                }
+                match confidence {
+                    None => Ok(()),
+                    Some(buf) => c.shape("confidence", *buf, DType::F32, &[width + rank + 1 + block.depth()]),
+                }
+            }
+            Op::GrowTrellis { block, ids, trellis, state, costs, .. } => {
+                c.block(block, max_requests)?;
+                c.trellis(block, *ids, *trellis, max_requests)?;
+                let nodes = c.report(*state, max_requests)?;
+                if !(2..=MAX_DEVICE_NODES).contains(&nodes) || max_requests * nodes > max_rows {
+                    let problem =
+                        format!("for {max_requests} trees of {nodes} nodes, expected 2 to {MAX_DEVICE_NODES}");
+                    return Err(c.error("state", format!("{problem}, and {max_rows} rows for all")));
+                }
+                if costs.len() != nodes || !costs.iter().all(|cost| cost.is_finite() && *cost > 0.0) {
+                    return Err(c.error("costs", format!("are {costs:?}, expected {nodes} positive numbers")));
+                }
+                Ok(())
             }
         }
     }
@@ -300,6 +342,37 @@ impl Check<'_> {
         } else {
             Err(self.error("tree", format!("of {n} nodes, expected 1 to {MAX_NODES}")))
         }
+    }
+
+    fn block(&self, block: &BlockShape, max_requests: usize) -> Result<(), PassError> {
+        let max_rows = self.dims(self.op.batch().rows)[0];
+        if block.first >= block.rows || block.rows > MAX_BLOCK_ROWS || max_requests * block.rows > max_rows {
+            let problem =
+                format!("of {} rows, the first {} dropped, for {max_requests} requests", block.rows, block.first);
+            return Err(self.error("block", format!("{problem}: expected up to {MAX_BLOCK_ROWS}, {max_rows} in all")));
+        }
+        Ok(())
+    }
+
+    /// Candidates of a row, and the trellis of them. Returns how many there are.
+    fn trellis(&self, block: &BlockShape, ids: Buf, trellis: Buf, max_requests: usize) -> Result<usize, PassError> {
+        self.rank("ids", ids, 2)?;
+        let (rows, k) = (self.dims(ids)[0], self.dims(ids)[1]);
+        if k > MAX_CANDIDATES || rows < max_requests * block.rows {
+            let problem = format!("holds {k} candidates of {rows} rows, expected up to {MAX_CANDIDATES}");
+            return Err(self.error("ids", format!("{problem} of {}", max_requests * block.rows)));
+        }
+        self.shape("ids", ids, DType::U32, &[rows, k])?;
+        self.shape("trellis", trellis, DType::F32, &[max_requests * block.depth(), k, k])?;
+        Ok(k)
+    }
+
+    /// A report for trees of how many nodes.
+    fn report(&self, state: Buf, max_requests: usize) -> Result<usize, PassError> {
+        self.rank("state", state, 2)?;
+        let nodes = self.dims(state)[1].saturating_sub(4) / 4;
+        self.shape("state", state, DType::U32, &[max_requests, layout::report_words(nodes)])?;
+        Ok(nodes)
     }
 
     fn accepted(&self, accepted: Buf, max_requests: usize) -> Result<(), PassError> {

@@ -132,6 +132,9 @@ pub fn lower(op: &Op, pass: &Pass, device: &Device) -> Result<Vec<Launch>, Lower
         Op::Commit { .. } => lowering.commit(),
         Op::DraftNgram { .. } => lowering.draft_ngram(),
         Op::Grow { .. } => lowering.grow(),
+        Op::OpenBlock { .. } => lowering.open_block(),
+        Op::Trellis { .. } => lowering.trellis(),
+        Op::GrowTrellis { .. } => lowering.grow_trellis(),
     };
     for launch in &launches {
         if launch.shared_bytes > device.shared_bytes {

@@ -86,7 +86,7 @@ const WGSL_LIBRARY: &[(&str, &str)] = sources!("wgsl/lib/" ".wgsl":
     "layout" "formats" "matmul" "paged" "batch" "ancestors" "philox" "best");
 const CUDA_KERNELS: &[(&str, &str)] = sources!("cuda/" ".cu":
     "embed" "qkv" "tree_attention" "plain_attention" "project" "gate_up" "norm" "head" "draw" "perturb" "top_k" "accept" "commit"
-    "draft_ngram" "grow");
+    "draft_ngram" "grow" "open_block" "trellis" "grow_trellis");
 const CUDA_LIBRARY: &[(&str, &str)] = sources!("cuda/lib/" ".cuh":
     "ptx" "wgmma" "layout" "formats" "paged" "chunks" "accumulator" "parts" "batch" "ancestors" "philox" "best" "score" "vectors" "matmul");
 

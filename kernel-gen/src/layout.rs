@@ -11,7 +11,7 @@
 //! seen      [max_requests, ceil(vocab / 32)]                 bit t set: token t occurred (for the repetition penalty)
 //! accepted  [max_requests, accepted_words(max_nodes)]        count, path node ids, emitted tokens
 //! history   [max_requests, tokens]                           what an n-gram drafter on the device looks through
-//! state     [max_requests, ngram_state_words(nodes)]         what it remembers, and tells the host: NgramReport
+//! state     [max_requests, ..]                               what a drafter tells the host (RoundReport) and remembers
 //! ```
 //!
 //! A request's committed prefix of length L fills cache slots 0..L; node n of its tree has slot L + n, and position
@@ -143,7 +143,7 @@ pub const fn accepted_words(max_nodes: usize) -> usize {
 /// Words of one request in the `state` buffer of an n-gram drafter whose trees have up to so many nodes: the report, and
 /// the drafter's hit rates. The host writes the first word: how many tokens the request's history may have.
 pub const fn ngram_state_words(nodes: usize) -> usize {
-    ngram_report_words(nodes) + NGRAM_RATE_WORDS
+    report_words(nodes) + NGRAM_RATE_WORDS
 }
 
 /// The nodes whose state has so many words.
@@ -151,25 +151,25 @@ pub const fn ngram_nodes(state_words: usize) -> usize {
     state_words.saturating_sub(NGRAM_RATE_WORDS + 4) / 4
 }
 
-/// Words of an [`NgramReport`].
-pub const fn ngram_report_words(nodes: usize) -> usize {
+/// Words of a [`RoundReport`].
+pub const fn report_words(nodes: usize) -> usize {
     4 + 4 * nodes
 }
 
 /// Hits and trials of 12 classes of nodes.
 const NGRAM_RATE_WORDS: usize = 2 * 12;
 
-/// The first words of a request's state, as the host reads them after a round:
-/// `[limit, nodes, rows, accepted, tokens[nodes], links[nodes], path[nodes], drawn[nodes]]`.
+/// The first words of a request's state, as the host reads them after a round. The host writes the limit: how many tokens
+/// the request may have. `[limit, nodes, rows, accepted, tokens[nodes], links[nodes], path[nodes], drawn[nodes]]`.
 #[derive(Debug, Clone, Copy)]
-pub struct NgramReport<'a> {
+pub struct RoundReport<'a> {
     words: &'a [u32],
     max_nodes: usize,
 }
 
-impl<'a> NgramReport<'a> {
-    pub fn new(words: &'a [u32], max_nodes: usize) -> NgramReport<'a> {
-        NgramReport { words: &words[..ngram_report_words(max_nodes)], max_nodes }
+impl<'a> RoundReport<'a> {
+    pub fn new(words: &'a [u32], max_nodes: usize) -> RoundReport<'a> {
+        RoundReport { words: &words[..report_words(max_nodes)], max_nodes }
     }
 
     /// Nodes of the next tree that have a row; 0 where the history has reached its limit.

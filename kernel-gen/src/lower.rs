@@ -163,7 +163,8 @@ pub fn lower(op: &Op, pass: &Pass, limits: &Limits) -> Result<Vec<KernelCall>, L
         Op::TopK { .. } => lowering.top_k(),
         Op::Accept { .. } => lowering.accept(),
         Op::Commit { .. } => lowering.commit(),
-        Op::DraftNgram { .. } | Op::Grow { .. } => Err(LowerError::OnlyCuda { op: op.name() }),
+        _ if op.drafts() => Err(LowerError::OnlyCuda { op: op.name() }),
+        _ => unreachable!("every op that does not draft has a kernel"),
     }?;
     calls.iter().try_for_each(|call| lowering.check(call))?;
     Ok(calls)

@@ -60,6 +60,23 @@ pub struct Batch {
     pub pages: Buf,
 }
 
+/// The rows of a block that a parallel drafter fills.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockShape {
+    pub rows: usize,
+    /// The row that predicts depth 1: 0, or 1 where the first is dropped.
+    pub first: usize,
+    /// The token of all rows but the first.
+    pub mask_token: u32,
+}
+
+impl BlockShape {
+    /// Tokens that a block predicts.
+    pub fn depth(&self) -> usize {
+        self.rows - self.first
+    }
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub enum Op {
     /// `out[r] = table[token(r)]`; widened to f32.
@@ -255,6 +272,51 @@ pub enum Op {
         /// U32 `[B, MAX_NODES]`, by node; those of the levels above are left as they are
         tokens: Buf,
     },
+    /// Begins a block for a parallel drafter: the prefix of every request grows by what the last round accepted, the
+    /// report in `state` is told of it, and `rows` and `requests` become those of blocks, the last token and masks that all
+    /// see each other. A request that has reached its limit gets no rows.
+    OpenBlock {
+        batch: Batch,
+        /// U32 `[B, accepted_words(max_nodes)]` of the last round
+        accepted: Buf,
+        /// U32 `[B, report_words(nodes)]`
+        state: Buf,
+        block: BlockShape,
+    },
+    /// How likely each candidate of a depth is accepted behind each candidate of the depth before, in a block whose rows
+    /// ranked `K` candidates: `score(i, j) = scores[depth, j] + (W2 · W1[token i])[token j] / temperature`, softmax over
+    /// j; with a confidence head the best j has its confidence instead, and the others share the rest as they would. Behind
+    /// the root there is one parent.
+    Trellis {
+        batch: Batch,
+        block: BlockShape,
+        /// U32 `[R, K]`
+        ids: Buf,
+        /// F32 `[R, K]`
+        scores: Buf,
+        /// F32 `[R, H]`: what a confidence head reads
+        hidden: Buf,
+        /// Weights `[V, rank]`: W1 and W2
+        markov: Option<(Buf, Buf)>,
+        /// F32 `[H + rank + 1 + depth]`: weights, bias, and for each depth one over its temperature
+        confidence: Option<Buf>,
+        /// F32 `[B * depth, K, K]`
+        trellis: Buf,
+    },
+    /// Grows a tree through the trellis of every request: of all paths the likeliest, as many as a tree has nodes. Writes it
+    /// into `state`, and into `rows` and `requests` as many of its nodes as pay.
+    GrowTrellis {
+        batch: Batch,
+        block: BlockShape,
+        /// U32 `[R, K]`
+        ids: Buf,
+        /// F32 `[B * depth, K, K]`
+        trellis: Buf,
+        /// U32 `[B, report_words(nodes)]`: trees of up to so many nodes, at most 64
+        state: Buf,
+        /// Of a pass of 1, 2, .. rows, as many as a tree may have nodes.
+        costs: Vec<f32>,
+    },
 }
 
 impl Op {
@@ -275,6 +337,9 @@ impl Op {
             Op::Commit { .. } => "commit",
             Op::DraftNgram { .. } => "draft_ngram",
             Op::Grow { .. } => "grow",
+            Op::OpenBlock { .. } => "open_block",
+            Op::Trellis { .. } => "trellis",
+            Op::GrowTrellis { .. } => "grow_trellis",
         }
     }
 
@@ -293,13 +358,23 @@ impl Op {
             | Op::Accept { batch, .. }
             | Op::Commit { batch, .. }
             | Op::DraftNgram { batch, .. }
-            | Op::Grow { batch, .. } => batch,
+            | Op::Grow { batch, .. }
+            | Op::OpenBlock { batch, .. }
+            | Op::Trellis { batch, .. }
+            | Op::GrowTrellis { batch, .. } => batch,
         }
     }
 
     /// Whether it makes up the batch of the next pass, which some backends leave to the host.
     pub fn drafts(&self) -> bool {
-        matches!(self, Op::DraftNgram { .. } | Op::Grow { .. })
+        matches!(
+            self,
+            Op::DraftNgram { .. }
+                | Op::Grow { .. }
+                | Op::OpenBlock { .. }
+                | Op::Trellis { .. }
+                | Op::GrowTrellis { .. }
+        )
     }
 
     /// The buffers the op names, with the name of the field, in field order (batch first).
@@ -343,6 +418,16 @@ impl Op {
                 list.extend([("accepted", accepted), ("history", history), ("state", state)]);
             }
             Op::Grow { ids, tokens, .. } => list.extend([("ids", ids), ("tokens", tokens)]),
+            Op::OpenBlock { accepted, state, .. } => list.extend([("accepted", accepted), ("state", state)]),
+            Op::Trellis { ids, scores, hidden, markov, confidence, trellis, .. } => {
+                list.extend([("ids", ids), ("scores", scores), ("hidden", hidden)]);
+                list.extend(markov.into_iter().flat_map(|(w1, w2)| [("w1", w1), ("w2", w2)]));
+                list.extend(confidence.map(|buf| ("confidence", buf)));
+                list.push(("trellis", trellis));
+            }
+            Op::GrowTrellis { ids, trellis, state, .. } => {
+                list.extend([("ids", ids), ("trellis", trellis), ("state", state)]);
+            }
         }
         list
     }

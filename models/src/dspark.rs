@@ -20,6 +20,7 @@
 mod config;
 mod heads;
 
+use treespark_kernel_gen::layout::report_words;
 use treespark_kernel_gen::{Buf, DType, Op, Pass, PassError, Role};
 
 pub use config::{DsparkConfig, MarkovKind};
@@ -30,6 +31,10 @@ use crate::decoder::Decoder;
 use crate::llama::{Llama, head_buffer};
 
 const PREFIX: &str = "draft.";
+/// What a device that drafts reports to the host.
+pub const STATE: &str = "draft.state";
+/// The numbers of a confidence head on a device: [`SequentialHeads::confidence_numbers`].
+pub const CONFIDENCE: &str = "draft.confidence";
 
 impl DsparkConfig {
     fn decoder(&self) -> Decoder<'_> {
@@ -63,6 +68,12 @@ impl DsparkConfig {
         }
         if self.has_head {
             list.matrix(decoder.buffer("head"), hidden, vec![("lm_head.weight".into(), config.vocab_size)]);
+        }
+        if let Some((_, rank)) = self.markov.filter(|_| self.heads_on_device) {
+            for name in ["markov_w1", "markov_w2"] {
+                let tensor = format!("markov_head.{name}.weight");
+                list.matrix(decoder.buffer(name), rank, vec![(tensor, config.vocab_size)]);
+            }
         }
         list.finish()
     }
@@ -106,8 +117,9 @@ impl DsparkConfig {
     }
 
     /// The parallel stage, over the rows of a block: `draft.hidden`, and of each row the `candidates` best tokens,
-    /// `draft.ids` with `draft.scores`.
-    pub fn draft_pass(&self, target: &Llama, candidates: usize) -> Result<Pass, PassError> {
+    /// `draft.ids` with `draft.scores`. With `costs` of a pass of 1, 2, .. rows, as many as a tree may have nodes, the
+    /// device also grows the next round's trees.
+    pub fn draft_pass(&self, target: &Llama, candidates: usize, costs: Option<&[f32]>) -> Result<Pass, PassError> {
         let (config, decoder) = (&self.backbone, self.decoder());
         let mut b = target.builder("draft a block", self.block);
         let (batch, x, eps) = (b.batch, decoder.x(&mut b), config.rms_eps);
@@ -130,9 +142,37 @@ impl DsparkConfig {
             b.push(Op::Perturb { batch, logits });
         }
         let ids = output(&mut b, "ids", DType::U32, candidates);
-        let values = output(&mut b, "scores", DType::F32, candidates);
-        b.push(Op::TopK { batch, logits, ids, values });
+        let scores = output(&mut b, "scores", DType::F32, candidates);
+        b.push(Op::TopK { batch, logits, ids, values: scores });
+        if let Some(costs) = costs {
+            self.grow(&mut b, [ids, scores, hidden], candidates, costs);
+        }
         b.finish()
+    }
+
+    /// Trees on the device, from what the parallel stage has left.
+    fn grow(&self, b: &mut Builder, [ids, scores, hidden]: [Buf; 3], candidates: usize, costs: &[f32]) {
+        let (batch, decoder, block) = (b.batch, self.decoder(), self.block_shape());
+        let rank = self.markov.map_or(0, |(_, rank)| rank);
+        let markov = ["markov_w1", "markov_w2"].map(|name| b.optional_weight(&decoder.buffer(name)));
+        let markov = markov[0].zip(markov[1]);
+        let words = self.backbone.hidden + rank + 1 + self.depth();
+        let confidence = self.confidence.map(|_| b.pass.add(CONFIDENCE, Role::Input, DType::F32, &[words]));
+        let shape = [b.dims.max_requests * self.depth(), candidates, candidates];
+        let trellis = b.pass.add(decoder.buffer("trellis"), Role::Scratch, DType::F32, &shape);
+        let state = self.state(b, costs.len());
+        b.push(Op::Trellis { batch, block, ids, scores, hidden, markov, confidence, trellis });
+        b.push(Op::GrowTrellis { batch, block, ids, trellis, state, costs: costs.to_vec() });
+    }
+
+    /// Behind a round of trees of up to so many nodes: the rows become those of the next block.
+    pub(crate) fn open_block(&self, b: &mut Builder, nodes: usize) {
+        let (batch, accepted, state, block) = (b.batch, b.accepted(), self.state(b, nodes), self.block_shape());
+        b.push(Op::OpenBlock { batch, accepted, state, block });
+    }
+
+    fn state(&self, b: &mut Builder, nodes: usize) -> Buf {
+        b.pass.add(STATE, Role::Output, DType::U32, &[b.dims.max_requests, report_words(nodes)])
     }
 
     fn fused(&self, builder: &mut Builder) -> Buf {

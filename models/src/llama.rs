@@ -93,6 +93,23 @@ impl<'a> Llama<'a> {
         builder.finish()
     }
 
+    /// The same with a DSpark drafter, whose own pass drafts: this one ends with the block that it fills.
+    pub fn round_pass_with_block(&self, rows: usize, nodes: usize) -> Result<Pass, PassError> {
+        let mut builder = self.builder("round", rows);
+        self.forward(&mut builder);
+        builder.draw_and_accept();
+        self.commit(&mut builder);
+        self.open_block(&mut builder, nodes);
+        builder.finish()
+    }
+
+    /// Begins the block of the first round.
+    pub fn block_pass(&self, nodes: usize) -> Result<Pass, PassError> {
+        let mut builder = self.builder("open a block", self.dims.max_rows);
+        self.open_block(&mut builder, nodes);
+        builder.finish()
+    }
+
     /// Drafts the first round's trees on the device.
     pub fn ngram_pass(&self, drafter: NgramDims) -> Result<Pass, PassError> {
         let mut builder = self.builder("draft n-grams", self.dims.max_rows);
@@ -141,6 +158,13 @@ impl<'a> Llama<'a> {
     fn inject(&self, builder: &mut Builder) {
         if let Some(speculator) = self.speculator {
             speculator.inject(builder);
+        }
+    }
+
+    fn open_block(&self, builder: &mut Builder, nodes: usize) {
+        match self.speculator {
+            Some(SpeculatorConfig::Dspark(dspark)) => dspark.open_block(builder, nodes),
+            None => panic!("no drafter of blocks is loaded"),
         }
     }
 

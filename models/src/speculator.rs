@@ -25,6 +25,11 @@ pub struct Speculator {
 }
 
 impl SpeculatorConfig {
+    /// Bytes of all weight buffers together.
+    pub fn weight_bytes(&self, context: usize) -> usize {
+        self.weights(context).iter().map(|weight| weight.desc.bytes()).sum()
+    }
+
     /// Rows of its largest pass.
     pub fn rows(&self) -> usize {
         match self {
@@ -80,14 +85,25 @@ impl Speculator {
         &self.config
     }
 
+    /// The same for a device that drafts by itself, if it can.
+    pub fn config_on_device(&self) -> SpeculatorConfig {
+        let SpeculatorConfig::Dspark(dspark) = &self.config;
+        SpeculatorConfig::Dspark(DsparkConfig { heads_on_device: dspark.fits_devices(), ..dspark.clone() })
+    }
+
     /// The folder it came from.
     pub fn path(&self) -> &Path {
         self.checkpoint.path()
     }
 
-    /// Every weight buffer with the tensors that, stacked, make it; see [`Model::weights`](crate::Model::weights).
-    pub fn weights(&self, context: usize) -> impl Iterator<Item = Result<(BufferDesc, Vec<Tensor>)>> + '_ {
-        self.config.weights(context).into_iter().map(|Weight { desc, source }| {
+    /// Every weight buffer of a config of it with the tensors that, stacked, make it; see
+    /// [`Model::weights`](crate::Model::weights).
+    pub fn weights(
+        &self,
+        config: &SpeculatorConfig,
+        context: usize,
+    ) -> impl Iterator<Item = Result<(BufferDesc, Vec<Tensor>)>> + '_ {
+        config.weights(context).into_iter().map(|Weight { desc, source }| {
             let parts = match &source {
                 Source::Stack(parts) => {
                     parts.iter().map(|(name, _)| self.checkpoint.tensor(name)).collect::<Result<Vec<_>>>()?
@@ -101,15 +117,16 @@ impl Speculator {
         })
     }
 
-    /// Bytes of all weight buffers together.
-    pub fn weight_bytes(&self, context: usize) -> usize {
-        self.config.weights(context).iter().map(|weight| weight.desc.bytes()).sum()
-    }
-
     /// The heads that make a sequence of a DSpark block.
     pub fn sequential_heads(&self) -> Result<SequentialHeads> {
         let SpeculatorConfig::Dspark(dspark) = &self.config;
         SequentialHeads::load(dspark, &self.checkpoint)
+    }
+
+    /// What a device needs of the confidence head, if it runs the heads by this config and there is one.
+    pub fn confidence_numbers(&self, config: &SpeculatorConfig) -> Result<Option<Vec<f32>>> {
+        let SpeculatorConfig::Dspark(dspark) = config;
+        Ok(if dspark.heads_on_device { self.sequential_heads()?.confidence_numbers(dspark) } else { None })
     }
 
     fn rope_table(&self, shape: &[usize]) -> Tensor {

@@ -39,12 +39,14 @@ enum Kind {
     Grow(TreeShape),
     /// Moves accepted rows.
     Commit,
-    /// A speculator's parallel stage.
+    /// A speculator's parallel stage, for the host to grow a tree from.
     Block,
+    /// The same, and the device grows trees of up to so many nodes.
+    GrowBlock { nodes: usize },
     /// All of a round, then a draft of the next on the device, of up to so many nodes.
     Round { nodes: usize },
-    /// The device's draft of the first round.
-    Ngram { nodes: usize },
+    /// The device's draft of the first round; with a speculator, the block that it fills then.
+    First { nodes: usize },
 }
 
 /// Sizes that a user chooses.
@@ -61,6 +63,8 @@ pub struct Limits {
 pub struct Network {
     config: Config,
     speculator: Option<SpeculatorConfig>,
+    /// A confidence head's numbers, for a device that grows trees.
+    confidence: Option<Vec<u32>>,
     dims: Dims,
     memory: Memory,
     passes: HashMap<(Kind, usize), PassId>,
@@ -90,7 +94,11 @@ impl Network {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Network> {
         let config = model.config().clone();
-        let speculator_rows = speculator.map_or(0, |speculator| speculator.config().rows());
+        let speculator_config = speculator.map(|speculator| match backend.drafts() {
+            true => speculator.config_on_device(),
+            false => speculator.config().clone(),
+        });
+        let speculator_rows = speculator_config.as_ref().map_or(0, SpeculatorConfig::rows);
         // Room for one more tree behind a full context: its rows are written before the end is known.
         let pages = (limits.context + MAX_NODES).div_ceil(PAGE_SIZE);
         let dims = Dims {
@@ -106,19 +114,27 @@ impl Network {
             tree: TreeSpec::Any(MAX_NODES),
         };
         let mut memory = Memory::default();
-        let of_speculator = |bytes: fn(&Speculator, usize) -> usize| speculator.map_or(0, |s| bytes(s, dims.context));
-        let total = model.weight_bytes(dims.context) + of_speculator(Speculator::weight_bytes);
+        let of_speculator = speculator_config.as_ref().map_or(0, |config| config.weight_bytes(dims.context));
+        let total = model.weight_bytes(dims.context) + of_speculator;
         let mut done = 0;
-        let speculators = speculator.into_iter().flat_map(|speculator| speculator.weights(dims.context));
+        let beside = speculator.zip(speculator_config.as_ref());
+        let speculators = beside.into_iter().flat_map(|(speculator, config)| speculator.weights(config, dims.context));
         for weight in model.weights(dims.context).chain(speculators) {
             let (desc, parts) = weight?;
             done += desc.bytes();
             memory.load(backend, desc, &parts)?;
             progress(done, total);
         }
+        let confidence = match beside {
+            Some((speculator, config)) => {
+                speculator.confidence_numbers(config)?.map(|numbers| numbers.into_iter().map(f32::to_bits).collect())
+            }
+            None => None,
+        };
         Ok(Network {
             config,
-            speculator: speculator.map(|speculator| speculator.config().clone()),
+            speculator: speculator_config,
+            confidence,
             memory,
             passes: HashMap::new(),
             pool: PagePool::new(pages, PAGE_SIZE),
@@ -225,22 +241,30 @@ impl Network {
 
     /// The pass for this many rows, or a few more; compiled when first needed.
     fn pass(&mut self, backend: &mut dyn Backend, kind: Kind, rows: usize) -> Result<PassId> {
-        let rows = if kind == Kind::Block { rows } else { compiled_rows(rows) };
+        let rows = match kind {
+            Kind::Block | Kind::GrowBlock { .. } => rows,
+            Kind::Round { .. } => round_rows(rows),
+            _ => compiled_rows(rows),
+        };
         let key = (kind, rows);
         if let Some(&pass) = self.passes.get(&key) {
             return Ok(pass);
         }
         let drafter = |nodes: usize| NgramDims { nodes, row_cost: backend.info().cost.of_a_row() };
+        let costs = |nodes: usize| (1..=nodes).map(|rows| backend.info().cost.of(rows)).collect::<Vec<f32>>();
         let llama = self.llama();
         let pass = match &key.0 {
             Kind::Extend => llama.extend_pass(rows),
             Kind::Verify => llama.verify_pass(rows),
             Kind::Draft => llama.draft_pass(rows),
             Kind::Commit => llama.commit_pass(),
-            Kind::Block => self.block_pass(),
+            Kind::Block => self.block_pass(None),
+            Kind::GrowBlock { nodes } => self.block_pass(Some(&costs(*nodes))),
             Kind::Grow(shape) => llama.grow_pass(shape.clone()),
+            Kind::Round { nodes } if self.speculator.is_some() => llama.round_pass_with_block(rows, *nodes),
             Kind::Round { nodes } => llama.round_pass(rows, drafter(*nodes)),
-            Kind::Ngram { nodes } => llama.ngram_pass(drafter(*nodes)),
+            Kind::First { nodes } if self.speculator.is_some() => llama.block_pass(*nodes),
+            Kind::First { nodes } => llama.ngram_pass(drafter(*nodes)),
         }?;
         if matches!(key.0, Kind::Verify | Kind::Round { .. }) {
             self.pass_weight_bytes = pass.weight_bytes();
@@ -257,6 +281,11 @@ impl Network {
 fn compiled_rows(rows: usize) -> usize {
     let power = rows.next_power_of_two().ilog2();
     1 << power.next_multiple_of(2)
+}
+
+/// The same for rounds where the device drafts, which are what it does all the time: each power of two from 4 on.
+fn round_rows(rows: usize) -> usize {
+    if rows == 1 { 1 } else { rows.next_power_of_two().max(4) }
 }
 
 #[cfg(test)]

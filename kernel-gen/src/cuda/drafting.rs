@@ -1,10 +1,12 @@
-//! Drafting on the device: the n-gram drafter, and the growth of a draft model's tree by one level.
+//! Drafting on the device: the n-gram drafter, the growth of a draft model's tree by one level, and what makes a tree of a
+//! parallel drafter's block.
 
 use super::{Argument, Launch, Lowering};
 use crate::MAX_NODES;
 use crate::layout::ngram_nodes;
 use crate::op::Op;
-use crate::spec::KernelSpec;
+use crate::pass::{Buf, DType};
+use crate::spec::{KernelSpec, Value};
 
 impl Lowering<'_> {
     pub(super) fn draft_ngram(&self) -> Vec<Launch> {
@@ -38,6 +40,68 @@ impl Lowering<'_> {
     }
 }
 
+impl Lowering<'_> {
+    pub(super) fn open_block(&self) -> Vec<Launch> {
+        let &Op::OpenBlock { accepted, state, ref block, .. } = self.op else { unreachable!("lowering another op") };
+        let spec = KernelSpec::new("open_block")
+            .size("NODES", "n", self.report_nodes(state))
+            .size("ROWS", "r", block.rows)
+            .size("MASK", "m", block.mask_token as usize);
+        let operands = [self.batch.rows, self.batch.requests, accepted, state];
+        vec![launch(spec, operands.map(Argument::from).to_vec(), 1, 64)]
+    }
+
+    pub(super) fn trellis(&self) -> Vec<Launch> {
+        const PARENTS: usize = 16;
+        let &Op::Trellis { ref block, ids, scores, hidden, markov, confidence, trellis, .. } = self.op else {
+            unreachable!("lowering another op")
+        };
+        let [k, hidden_size] = [ids, hidden].map(|buf| self.desc(buf).shape[1]);
+        let (w1, w2) = markov.unzip();
+        let (rank, dtype) = w1.map_or((0, DType::F32), |w1| (self.desc(w1).shape[1], self.desc(w1).dtype));
+        let spec = KernelSpec::new("trellis")
+            .size("K", "k", k)
+            .size("RANK", "rank", rank)
+            .size("HIDDEN", "h", hidden_size)
+            .size("ROWS", "r", block.rows)
+            .with("FIRST", block.first)
+            .format("WEIGHT", dtype)
+            .flag("CONFIDENCE", "conf", confidence.is_some());
+        let arguments = vec![
+            self.batch.rows.into(),
+            self.batch.requests.into(),
+            ids.into(),
+            scores.into(),
+            hidden.into(),
+            w1.into(),
+            w2.into(),
+            confidence.into(),
+            trellis.into(),
+        ];
+        let grid = [k.div_ceil(PARENTS), block.depth(), self.max_requests()];
+        vec![Launch { grid, ..launch(spec, arguments, 1, 256) }]
+    }
+
+    pub(super) fn grow_trellis(&self) -> Vec<Launch> {
+        let &Op::GrowTrellis { ref block, ids, trellis, state, ref costs, .. } = self.op else {
+            unreachable!("lowering another op")
+        };
+        let spec = KernelSpec::new("grow_trellis")
+            .size("NODES", "n", self.report_nodes(state))
+            .size("K", "k", self.desc(ids).shape[1])
+            .size("ROWS", "r", block.rows)
+            .with("FIRST", block.first)
+            .with("COSTS", Value::Words(costs.iter().map(|cost| cost.to_bits()).collect()));
+        let operands = [self.batch.rows, self.batch.requests, ids, trellis, state];
+        vec![launch(spec, operands.map(Argument::from).to_vec(), 1, 1024)]
+    }
+
+    /// Nodes of the trees that a state reports.
+    fn report_nodes(&self, state: Buf) -> usize {
+        (self.desc(state).shape[1] - 4) / 4
+    }
+}
+
 fn launch(spec: KernelSpec, arguments: Vec<Argument>, blocks: usize, threads: usize) -> Launch {
     Launch { spec, arguments, grid: [blocks, 1, 1], threads, shared_bytes: 0, cluster: 1 }
 }
@@ -49,7 +113,7 @@ mod tests {
     use crate::emit::{Lang, emit};
     use crate::layout::{HEADER_WORDS, accepted_words, ngram_state_words};
     use crate::op::Batch;
-    use crate::{DType, Pass, Request, Role, Row};
+    use crate::{Pass, Request, Role, Row};
 
     fn source(launch: &Launch) -> String {
         emit(&launch.spec, Lang::Cuda).unwrap()

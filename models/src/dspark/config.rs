@@ -8,6 +8,7 @@
 use std::path::Path;
 
 use serde_json::Value;
+use treespark_kernel_gen::BlockShape;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -31,6 +32,8 @@ pub struct DsparkConfig {
     /// The checkpoint holds an embedding table and a head of its own; else the target's are used.
     pub has_embedding: bool,
     pub has_head: bool,
+    /// The sequential heads run on the device too.
+    pub heads_on_device: bool,
 }
 
 /// How a Markov head makes a bias of the token before. Ranks are beside it.
@@ -70,6 +73,7 @@ impl DsparkConfig {
             markov,
             has_embedding: checkpoint.has("embed_tokens.weight"),
             has_head: checkpoint.has("lm_head.weight"),
+            heads_on_device: false,
             backbone,
         };
         keys.check(&config, target)?;
@@ -79,6 +83,15 @@ impl DsparkConfig {
     /// Tokens that a block predicts.
     pub fn depth(&self) -> usize {
         self.block - self.first
+    }
+
+    pub fn block_shape(&self) -> BlockShape {
+        BlockShape { rows: self.block, first: self.first, mask_token: self.mask_token }
+    }
+
+    /// Whether devices that draft can run the sequential heads: what follows a token must depend on nothing else.
+    pub fn fits_devices(&self) -> bool {
+        self.markov.is_none_or(|(kind, rank)| kind == MarkovKind::Vanilla && rank.is_multiple_of(8))
     }
 }
 

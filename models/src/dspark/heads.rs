@@ -117,6 +117,17 @@ impl SequentialHeads {
         Ok(SequentialHeads { markov, confidence })
     }
 
+    /// The confidence head's numbers as [`Op::Trellis`](treespark_kernel_gen::Op::Trellis) reads them: the weights of the
+    /// hidden state and of the Markov embedding, the bias, and for each depth one over its temperature.
+    pub fn confidence_numbers(&self, config: &DsparkConfig) -> Option<Vec<f32>> {
+        let head = self.confidence.as_ref()?;
+        let mut numbers = head.weight.clone();
+        numbers.resize(config.backbone.hidden + config.markov.map_or(0, |(_, rank)| rank), 0.0);
+        numbers.push(head.bias);
+        numbers.extend((0..config.depth()).map(|depth| 1.0 / head.temperature(depth)));
+        Some(numbers)
+    }
+
     /// Whether what follows a token depends on nothing but the token, its depth and the block.
     pub fn has_memory(&self) -> bool {
         self.markov.as_ref().is_some_and(|markov| markov.kind == MarkovKind::Rnn)
@@ -129,7 +140,7 @@ impl SequentialHeads {
         let confidence = self.confidence.as_ref().map(|head| {
             let inputs = hidden.iter().chain(embedded.iter().filter(|_| head.with_markov));
             let logit = head.weight.iter().zip(inputs).map(|(w, x)| w * x).sum::<f32>() + head.bias;
-            logit / head.temperatures.get(depth - 1).copied().unwrap_or(1.0)
+            logit / head.temperature(depth - 1)
         });
         let (factor, state) = match &self.markov {
             None => (Vec::new(), MarkovState::default()),
@@ -144,6 +155,12 @@ impl SequentialHeads {
             None => 0.0,
             Some(markov) => dot_row(&markov.w2, token, &step.factor),
         }
+    }
+}
+
+impl Confidence {
+    fn temperature(&self, depth: usize) -> f32 {
+        self.temperatures.get(depth).copied().unwrap_or(1.0)
     }
 }
 

@@ -84,7 +84,11 @@ impl<'a> Run<'a> {
                 self.commit(batch, *accepted, *k_cache);
                 self.commit(batch, *accepted, *v_cache);
             }
-            Op::DraftNgram { .. } | Op::Grow { .. } => unreachable!("`compile` refuses passes that draft"),
+            Op::DraftNgram { .. }
+            | Op::Grow { .. }
+            | Op::OpenBlock { .. }
+            | Op::Trellis { .. }
+            | Op::GrowTrellis { .. } => unreachable!("`compile` refuses passes that draft"),
         }
     }
 

@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 
 use treespark_models::dspark::sigmoid;
-use treespark_models::{MarkovState, SequentialHeads, Speculator};
+use treespark_models::{MarkovState, SequentialHeads, Speculator, SpeculatorConfig};
 
 use super::best_first::{Continuation, grow};
 use super::{Draft, Drafter, Plan};
@@ -21,14 +21,20 @@ use crate::network::{Block, Network};
 use crate::sequence::Sequence;
 use crate::tree::Accepted;
 
+/// Nodes of a tree that the device drafts.
+const NODES_ON_DEVICE: usize = 64;
+
 pub struct DsparkDrafter {
     heads: SequentialHeads,
+    /// Devices that draft can run the heads.
+    fits_devices: bool,
 }
 
 impl DsparkDrafter {
     /// The heads of a speculator whose other weights lie beside the target's.
     pub fn load(speculator: &Speculator) -> Result<DsparkDrafter> {
-        Ok(DsparkDrafter { heads: speculator.sequential_heads()? })
+        let SpeculatorConfig::Dspark(config) = speculator.config();
+        Ok(DsparkDrafter { heads: speculator.sequential_heads()?, fits_devices: config.fits_devices() })
     }
 
     /// What may follow a token at a depth, the likeliest first, and the state behind it.
@@ -104,4 +110,8 @@ impl Drafter for DsparkDrafter {
     }
 
     fn reset(&mut self) {}
+
+    fn nodes_on_device(&self) -> Option<usize> {
+        self.fits_devices.then_some(NODES_ON_DEVICE)
+    }
 }

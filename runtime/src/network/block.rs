@@ -1,10 +1,10 @@
 //! How a DSpark drafter fills a block: one pass over rows that all see each other, behind the committed prefix.
 
 use treespark_kernel_gen::{Pass, PassError};
-use treespark_models::{DsparkConfig, SpeculatorConfig};
+use treespark_models::{DsparkConfig, SpeculatorConfig, dspark};
 
 use super::{Kind, Network};
-use crate::backend::Backend;
+use crate::backend::{Backend, Extent, PassId};
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::sequence::Sequence;
@@ -47,15 +47,35 @@ impl Network {
         })
     }
 
-    pub(super) fn block_pass(&self) -> Result<Pass, PassError> {
-        self.dspark().draft_pass(&self.llama(), self.candidates())
+    pub(super) fn block_pass(&self, costs: Option<&[f32]>) -> Result<Pass, PassError> {
+        self.dspark().draft_pass(&self.llama(), self.candidates(), costs)
+    }
+
+    /// Whether the device grows trees from blocks by itself.
+    pub fn grows_blocks(&self) -> bool {
+        matches!(&self.speculator, Some(SpeculatorConfig::Dspark(dspark)) if dspark.heads_on_device)
+    }
+
+    /// The pass that drafts a round's trees on the device, and what it needs of a run.
+    pub(super) fn grow_block_pass(&mut self, backend: &mut dyn Backend, nodes: usize) -> Result<(PassId, Extent)> {
+        let rows = self.dspark().block;
+        let pass = self.pass(backend, Kind::GrowBlock { nodes }, rows)?;
+        Ok((pass, Extent { rows, requests: 1, keys: self.dims.context }))
+    }
+
+    /// Gives the device a confidence head's numbers. Some pass has bound their buffer.
+    pub(super) fn write_confidence(&self, backend: &mut dyn Backend) -> Result<()> {
+        match &self.confidence {
+            Some(numbers) => backend.write(self.memory.get(dspark::CONFIDENCE), 0, numbers),
+            None => Ok(()),
+        }
     }
 
     fn candidates(&self) -> usize {
         CANDIDATES.min(self.config.vocab_size)
     }
 
-    fn dspark(&self) -> &DsparkConfig {
+    pub(super) fn dspark(&self) -> &DsparkConfig {
         let Some(SpeculatorConfig::Dspark(dspark)) = &self.speculator else { panic!("no DSpark drafter is loaded") };
         dspark
     }

@@ -3,9 +3,10 @@
 //! The host starts a sequence: reserves pages for all that it may become, and writes its tokens. From then on it writes
 //! nothing. It runs the pass that is large enough for the tree, waits, and reads what became of it and how the next looks.
 
-use treespark_kernel_gen::layout::{NgramReport, ngram_report_words};
+use treespark_kernel_gen::layout::{RoundReport, report_words};
+use treespark_models::dspark;
 
-use super::{Kind, Network, compiled_rows};
+use super::{Kind, Network, round_rows};
 use crate::backend::{Backend, Extent, PassId};
 use crate::batch::Batch;
 use crate::error::Result;
@@ -49,8 +50,9 @@ impl Network {
         let pass = self.pass(backend, Kind::Round { nodes }, tree.len())?;
         let keys = prefix + tree.shape().max_depth() + 1;
         backend.run(pass, Extent { rows: tree.len(), requests: 1, keys })?;
+        self.fill_block(backend, nodes)?;
         let words = self.report(backend, nodes)?; // the round's only wait
-        let report = NgramReport::new(&words, nodes);
+        let report = RoundReport::new(&words, nodes);
         let path = report.path().iter().map(|&node| node as usize).collect();
         let accepted = Accepted { path, tokens: report.drawn().to_vec() }.checked(prefix)?;
         kv.commit(accepted.path.len());
@@ -64,35 +66,57 @@ impl Network {
     /// Compiles all that rounds of up to `nodes` nodes may need, so that they wait for no compiler. Returns the pass that
     /// drafts the first tree.
     pub fn prepare_rounds(&mut self, backend: &mut dyn Backend, nodes: usize) -> Result<PassId> {
-        for rows in (1..=nodes).filter(|&rows| rows == compiled_rows(rows) || rows == nodes) {
+        for rows in (1..=nodes).filter(|&rows| rows == round_rows(rows) || rows == nodes) {
             self.pass(backend, Kind::Round { nodes }, rows)?;
         }
-        self.pass(backend, Kind::Ngram { nodes }, 1)
+        let first = self.pass(backend, Kind::First { nodes }, 1)?;
+        if self.grows_blocks() {
+            self.grow_block_pass(backend, nodes)?;
+            self.write_confidence(backend)?;
+        }
+        Ok(first)
+    }
+
+    /// With a speculator: has the device draft from the block that the pass before has begun.
+    fn fill_block(&mut self, backend: &mut dyn Backend, nodes: usize) -> Result<()> {
+        if !self.grows_blocks() {
+            return Ok(());
+        }
+        let (pass, extent) = self.grow_block_pass(backend, nodes)?;
+        backend.run(pass, extent)
     }
 
     /// Tells the device of a sequence, and has it draft the first tree.
     fn start(&mut self, backend: &mut dyn Backend, seq: &mut Sequence, nodes: usize) -> Result<TokenTree> {
         let limit = seq.tokens().len() + seq.room();
-        seq.kv.reserve(&mut self.pool, limit + nodes - seq.kv.len())?;
+        // Behind the last token lies the tree, or the block that it is grown from.
+        let behind = if self.grows_blocks() { nodes.max(self.dspark().block) } else { nodes };
+        seq.kv.reserve(&mut self.pool, limit + behind - seq.kv.len())?;
         let root = TokenTree::root(seq.last());
         let mut batch = Batch::new(self.dims.pages_per_request);
         batch.add(&seq.kv, &root, &[], &seq.sampling);
         let pass = self.prepare_rounds(backend, nodes)?;
-        backend.write(self.memory.get("history"), 0, seq.tokens())?;
-        // Hit rates, further on, are kept from one sequence to the next.
-        backend.write(self.memory.get("state"), 0, &[limit as u32])?;
+        if self.grows_blocks() {
+            backend.write(self.memory.get(dspark::STATE), 0, &[limit as u32, 0, 0, 0, seq.last()])?;
+        } else {
+            backend.write(self.memory.get("history"), 0, seq.tokens())?;
+            // Hit rates, further on, are kept from one sequence to the next.
+            backend.write(self.memory.get("state"), 0, &[limit as u32])?;
+        }
         backend.write(self.memory.get("accepted"), 0, &[0])?;
         self.write_and_run(backend, pass, &batch)?;
+        self.fill_block(backend, nodes)?;
         let words = self.report(backend, nodes)?;
-        drafted_tree(&NgramReport::new(&words, nodes))
+        drafted_tree(&RoundReport::new(&words, nodes))
     }
 
     fn report(&self, backend: &mut dyn Backend, nodes: usize) -> Result<Vec<u32>> {
-        backend.read(self.memory.get("state"), 0, ngram_report_words(nodes))
+        let state = if self.grows_blocks() { dspark::STATE } else { "state" };
+        backend.read(self.memory.get(state), 0, report_words(nodes))
     }
 }
 
-fn drafted_tree(report: &NgramReport) -> Result<TokenTree> {
+fn drafted_tree(report: &RoundReport) -> Result<TokenTree> {
     let mut tree = TokenTree::root(report.token(0));
     for node in 1..report.rows() {
         tree.push(report.parent(node), report.token(node))?;

@@ -2,7 +2,7 @@
 //!
 //! Rates and survivals are f32, the one exception here: they only rank nodes, and another rounding would be another tree.
 
-use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, ngram_nodes, ngram_report_words};
+use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, ngram_nodes, report_words};
 use treespark_kernel_gen::{MAX_NODES, Op, Request, Row};
 
 use super::Step;
@@ -101,7 +101,7 @@ impl Step<'_> {
                 hits[class] += u32::from(self.word(state, at + 4 + node) == drawn[depth - 1]);
             }
         }
-        let rates = at + ngram_report_words(max_nodes);
+        let rates = at + report_words(max_nodes);
         let mut rate = |class: usize| {
             let known = [rates + class, rates + CLASSES + class].map(|i| f32::from_bits(self.word(state, i)));
             let mut sums = [known[0] + hits[class] as f32, known[1] + trials[class] as f32];
