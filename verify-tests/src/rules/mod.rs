@@ -4,14 +4,16 @@
 //! with by plain decoding, has the law that plain decoding gives it. Here that is no estimate: every coin of a round
 //! is tossed every way ([`replay`]), probabilities are fractions, and the two laws must differ by nothing ([`proof`]).
 //!
-//! In reading order: [`law`] (laws of a token, as fractions), [`model`] (random targets and drafters), [`tree`];
-//! [`replay`], [`proof`].
+//! In reading order: [`law`] (laws of a token, as fractions), [`model`] (random targets and drafters), [`tree`]; the
+//! rules [`chain`] (token by token) and [`block`]; [`replay`], [`proof`].
 //!
 //! A rule gets its randomness as a function, [`Choose`]: the proof enumerates with it, and another caller may draw.
 
 pub mod law;
 pub mod model;
 pub mod tree;
+pub mod chain;
+pub mod block;
 pub mod replay;
 pub mod proof;
 
