@@ -3,10 +3,13 @@
 //! Models are random and tiny, with tokens that cannot occur, and every law is a sum of fractions: "lossless" means a
 //! distance of exactly 0 on every model.
 
+use treespark_verify_tests::rng::Rng;
 use treespark_verify_tests::rules::law::ratio;
+use treespark_verify_tests::rules::model::{CELLS, whim};
+use treespark_verify_tests::rules::noise::Noise;
 use treespark_verify_tests::rules::proof::{Verdict, decimal, examine_one};
-use treespark_verify_tests::rules::{Choose, Models, Rational};
-use treespark_verify_tests::rules::{block, chain};
+use treespark_verify_tests::rules::{Choose, Models, Rational, Tree};
+use treespark_verify_tests::rules::{block, chain, matching, noise};
 
 /// Vocabularies of 2 and 3 tokens, drafts of 2 and 3.
 const SIZES: [(usize, usize); 4] = [(2, 2), (2, 3), (3, 2), (3, 3)];
@@ -41,6 +44,79 @@ fn assert_exact(rule: &str, verdicts: Vec<Verdict>) {
     for (seed, verdict) in verdicts.iter().enumerate() {
         assert_eq!(verdict.distance, ratio(0, 1), "{rule}, seed {seed}");
     }
+}
+
+fn any_tree(models: &Models, nodes: usize, rng: &mut Rng) -> Tree {
+    let mut tree = Tree::root();
+    tree.add_any(nodes, models.depth, models.vocab, rng);
+    tree
+}
+
+#[test]
+fn match_on_any_tree() {
+    let given: &Round = &|m, seed, choose| matching::verify(&m.target, &any_tree(m, 8, &mut Rng::new(seed)), choose);
+    assert_lossless("match, a given tree", verdicts(given));
+    // Sampled, and then spoiled in view of all that was sampled.
+    let pruned: &Round = &|m, seed, choose| {
+        let drawn = chain::draw(&m.draft, m.depth, choose);
+        let mut rng = whim(seed, drawn.iter().copied());
+        let mut tree = Tree::chain(&drawn[..rng.below(drawn.len() + 1)]);
+        tree.add_any(4, m.depth, m.vocab, &mut rng);
+        matching::verify(&m.target, &tree, choose)
+    };
+    assert_lossless("match, a sampled tree cut and added to in hindsight", verdicts(pruned));
+}
+
+/// What a drafter makes of the target's noise.
+type TreeOf = fn(&Models, &Noise, u64) -> Tree;
+
+/// Match with a drafter that sees the target's noise. Later rounds draw with new noise.
+fn one_round(tree: TreeOf) -> Vec<Verdict> {
+    verdicts(&|m, seed, choose| {
+        let noise = noise::draw(m, choose);
+        matching::verify(&m.target, &tree(m, &noise, seed), &mut noise::draws(&noise, 0))
+    })
+}
+
+/// The same, and what follows is drawn with the noise of its positions.
+fn all_rounds(tree: TreeOf) -> Vec<Verdict> {
+    verdicts(&|m, seed, choose| {
+        let noise = noise::draw(m, choose);
+        let text = matching::verify(&m.target, &tree(m, &noise, seed), &mut noise::draws(&noise, 0));
+        noise::complete(m, text, &noise)
+    })
+}
+
+fn same_noise_chain(m: &Models, noise: &Noise, _: u64) -> Tree {
+    Tree::chain(&chain::draw(&m.draft, m.depth, &mut noise::draws(noise, 0)))
+}
+
+/// A chain drawn by the same noise, cut and added to by whim of all the noise, of later positions and of the target.
+fn hindsight_of_noise(m: &Models, noise: &Noise, seed: u64) -> Tree {
+    let drawn = chain::draw(&m.draft, m.depth, &mut noise::draws(noise, 0));
+    let mut rng = whim(seed, noise.iter().copied());
+    let mut tree = Tree::chain(&drawn[..rng.below(drawn.len() + 1)]);
+    tree.add_any(3, m.depth, m.vocab, &mut rng);
+    tree
+}
+
+/// The target's own next token, but only if the position after it has high noise.
+fn peeking(m: &Models, noise: &Noise, _: u64) -> Tree {
+    let token = noise::draws(noise, 0)(m.target.after(&[]));
+    if noise[1] < CELLS / 2 { Tree::root() } else { Tree::chain(&[token]) }
+}
+
+#[test]
+fn match_with_a_drafter_that_knows_the_noise() {
+    let drawn_apart: &Round = &|m, _, choose| {
+        let drawn = chain::draw(&m.draft, m.depth, choose);
+        matching::verify(&m.target, &Tree::chain(&drawn), choose)
+    };
+    assert_lossless("match, a chain drawn by noise of its own", verdicts(drawn_apart));
+    assert_lossless("match, a chain drawn by the target's noise", one_round(same_noise_chain));
+    assert_exact("match, a chain drawn by the target's noise, then more by that noise", all_rounds(same_noise_chain));
+    assert_exact("match, a tree in hindsight of all noise", all_rounds(hindsight_of_noise));
+    assert_exact("match, a tree in hindsight of the target's draw", all_rounds(peeking));
 }
 
 #[test]

@@ -5,15 +5,18 @@
 //! is tossed every way ([`replay`]), probabilities are fractions, and the two laws must differ by nothing ([`proof`]).
 //!
 //! In reading order: [`law`] (laws of a token, as fractions), [`model`] (random targets and drafters), [`tree`]; the
-//! rules [`chain`] (token by token) and [`block`]; [`replay`], [`proof`].
+//! rules [`matching`], [`chain`] (token by token), [`block`]; [`noise`] (a drafter that knows what the target draws
+//! with); [`replay`], [`proof`].
 //!
 //! A rule gets its randomness as a function, [`Choose`]: the proof enumerates with it, and another caller may draw.
 
 pub mod law;
 pub mod model;
 pub mod tree;
+pub mod matching;
 pub mod chain;
 pub mod block;
+pub mod noise;
 pub mod replay;
 pub mod proof;
 
