@@ -7,16 +7,21 @@ use treespark_verify_tests::rng::Rng;
 use treespark_verify_tests::rules::law::ratio;
 use treespark_verify_tests::rules::model::{CELLS, whim};
 use treespark_verify_tests::rules::noise::Noise;
-use treespark_verify_tests::rules::proof::{Verdict, decimal, examine_one};
+use treespark_verify_tests::rules::proof::{Verdict, decimal, examine, examine_one};
+use treespark_verify_tests::rules::replay::law_of;
 use treespark_verify_tests::rules::{Choose, Models, Rational, Tree};
-use treespark_verify_tests::rules::{block, chain, matching, noise};
+use treespark_verify_tests::rules::{block, chain, matching, noise, schedule};
 
 /// Vocabularies of 2 and 3 tokens, drafts of 2 and 3.
 const SIZES: [(usize, usize); 4] = [(2, 2), (2, 3), (3, 2), (3, 3)];
 const SEEDS: u64 = 32;
+/// Pairs of requests: each takes longer.
+const PAIRS: u64 = 24;
 
 /// A round of one request; the number is the seed of its whims.
 type Round<'a> = dyn Fn(&Models, u64, &mut Choose) -> Vec<usize> + 'a;
+/// A round of two requests.
+type JointRound<'a> = dyn Fn(&[Models], u64, &mut Choose) -> Vec<Vec<usize>> + 'a;
 
 fn verdicts(round: &Round) -> Vec<Verdict> {
     let verdict = |seed| {
@@ -29,6 +34,34 @@ fn verdicts(round: &Round) -> Vec<Verdict> {
 fn one_request(seed: u64) -> Models {
     let (vocab, depth) = SIZES[seed as usize % SIZES.len()];
     Models::random(seed, vocab, depth)
+}
+
+fn joint_verdicts(depths: &[usize], round: &JointRound) -> Vec<Verdict> {
+    let verdict = |seed| {
+        let requests = two_requests(seed, depths);
+        examine(&requests, |choose| round(&requests, seed, choose))
+    };
+    (0..PAIRS).map(verdict).collect()
+}
+
+/// Vocabularies of 2 and 3 tokens side by side, drafts of one of these depths.
+fn two_requests(seed: u64, depths: &[usize]) -> [Models; 2] {
+    let depth = depths[seed as usize / 2 % depths.len()];
+    [0, 1].map(|i| Models::random(1000 + 2 * seed + i, 2 + (seed + i) as usize % 2, depth))
+}
+
+/// A staircase, as kernels have: the rate drops with every third row, to 50 to 89 % of what it was.
+fn rates(seed: u64) -> Vec<Rational> {
+    let mut rng = Rng::new(seed);
+    let first = rng.below(3);
+    let mut rate = ratio(1, 1);
+    let rate_of = |rows: usize| {
+        if rows % 3 == first {
+            rate *= ratio(50 + rng.below(40), 100);
+        }
+        rate.clone()
+    };
+    (0..9).map(rate_of).collect()
 }
 
 fn mean_tokens(verdicts: &[Verdict]) -> Rational {
@@ -129,4 +162,51 @@ fn chains() {
     }
     assert_lossless("a sampled chain, token by token", by_token);
     assert_lossless("a sampled chain, as a block", by_block);
+}
+
+/// Verifies the chain of each request.
+fn each(
+    requests: &[Models],
+    chains: Vec<Vec<usize>>,
+    mut verify: impl FnMut(&Models, &[usize]) -> Vec<usize>,
+) -> Vec<Vec<usize>> {
+    requests.iter().zip(chains).map(|(m, chain)| verify(m, &chain)).collect()
+}
+
+#[test]
+fn two_requests_that_share_a_budget() {
+    let depends = |seed: &u64| {
+        let requests = two_requests(*seed, &[2, 3]);
+        let lengths = law_of(|choose| {
+            let chains = schedule::admit(&requests, &rates(*seed), choose);
+            chains.iter().map(Vec::len).collect::<Vec<_>>()
+        });
+        lengths.len() > 1
+    };
+    let coupled = (0..PAIRS).filter(depends).count();
+
+    assert!(coupled >= 8, "lengths depend on tokens in {coupled} cases only: little would be proved");
+
+    let by_token: &JointRound = &|requests, seed, choose| {
+        let chains = schedule::admit(requests, &rates(seed), choose);
+        each(requests, chains, |m, chain| chain::verify(m, chain, choose))
+    };
+    assert_lossless("two requests, Algorithm 1, token by token", joint_verdicts(&[2, 3], by_token));
+    let by_block: &JointRound = &|requests, seed, choose| {
+        let chains = schedule::admit(requests, &rates(seed), choose);
+        each(requests, chains, |m, chain| block::verify(m, chain, choose))
+    };
+    assert_lossless("two requests, Algorithm 1, as blocks", joint_verdicts(&[2, 3], by_block));
+    // Each request's tree by whim of what both draw with.
+    let all_noise: &JointRound = &|requests, seed, choose| {
+        let noises: Vec<Noise> = requests.iter().map(|m| noise::draw(m, choose)).collect();
+        let seen = whim(seed, noises.concat()).word();
+        let text = |(m, noise): (&Models, &Noise)| {
+            let tree = hindsight_of_noise(m, noise, seen);
+            let text = matching::verify(&m.target, &tree, &mut noise::draws(noise, 0));
+            noise::complete(m, text, noise)
+        };
+        requests.iter().zip(&noises).map(text).collect()
+    };
+    assert_exact("two requests, trees in hindsight of both noises, match", joint_verdicts(&[1], all_noise));
 }

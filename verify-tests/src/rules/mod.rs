@@ -6,7 +6,7 @@
 //!
 //! In reading order: [`law`] (laws of a token, as fractions), [`model`] (random targets and drafters), [`tree`]; the
 //! rules [`matching`], [`chain`] (token by token), [`block`]; [`noise`] (a drafter that knows what the target draws
-//! with); [`replay`], [`proof`].
+//! with); [`schedule`] (who drafts how much); [`replay`], [`proof`].
 //!
 //! A rule gets its randomness as a function, [`Choose`]: the proof enumerates with it, and another caller may draw.
 
@@ -17,6 +17,7 @@ pub mod matching;
 pub mod chain;
 pub mod block;
 pub mod noise;
+pub mod schedule;
 pub mod replay;
 pub mod proof;
 
