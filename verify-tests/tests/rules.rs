@@ -3,14 +3,17 @@
 //! Models are random and tiny, with tokens that cannot occur, and every law is a sum of fractions: "lossless" means a
 //! distance of exactly 0 on every model.
 
+use std::slice;
+
 use treespark_verify_tests::rng::Rng;
 use treespark_verify_tests::rules::law::ratio;
 use treespark_verify_tests::rules::model::{CELLS, whim};
 use treespark_verify_tests::rules::noise::Noise;
 use treespark_verify_tests::rules::proof::{Verdict, decimal, examine, examine_one};
 use treespark_verify_tests::rules::replay::law_of;
+use treespark_verify_tests::rules::without_replacement::{self, levels, likeliest_next};
 use treespark_verify_tests::rules::{Choose, Models, Rational, Tree};
-use treespark_verify_tests::rules::{block, chain, matching, noise, schedule};
+use treespark_verify_tests::rules::{block, chain, hybrid, matching, noise, schedule};
 
 /// Vocabularies of 2 and 3 tokens, drafts of 2 and 3.
 const SIZES: [(usize, usize); 4] = [(2, 2), (2, 3), (3, 2), (3, 3)];
@@ -83,6 +86,11 @@ fn any_tree(models: &Models, nodes: usize, rng: &mut Rng) -> Tree {
     let mut tree = Tree::root();
     tree.add_any(nodes, models.depth, models.vocab, rng);
     tree
+}
+
+/// The shapes whose siblings are drawn without replacement: small enough to enumerate.
+fn widths(models: &Models) -> &'static [usize] {
+    if models.depth == 2 { &[2, 2] } else { &[2, 1, 1] }
 }
 
 #[test]
@@ -162,6 +170,71 @@ fn chains() {
     }
     assert_lossless("a sampled chain, token by token", by_token);
     assert_lossless("a sampled chain, as a block", by_block);
+}
+
+#[test]
+fn trees_without_replacement() {
+    let shape: &Round = &|m, _, choose| {
+        let tree = without_replacement::draw(m, levels(widths(m)), choose);
+        without_replacement::verify(m, &tree, choose)
+    };
+    assert_lossless("without replacement, 2x2 and 2x1x1", verdicts(shape));
+    let all: &Round = &|m, _, choose| {
+        let tree = without_replacement::draw(m, levels(&[3, 1, 0]), choose);
+        without_replacement::verify(m, &tree, choose)
+    };
+    assert_lossless("without replacement, 3x1: every token that can be", verdicts(all));
+    let likeliest: &Round = &|m, _, choose| {
+        let tree = without_replacement::draw(m, likeliest_next(m, 4), choose);
+        without_replacement::verify(m, &tree, choose)
+    };
+    assert_lossless("without replacement, grown where the draft is likeliest", verdicts(likeliest));
+    let whims: &Round = &|m, seed, choose| {
+        let next = |tree: &Tree, open: &[usize]| {
+            let mut rng = whim(seed, tree.words());
+            (tree.len() <= 5 && !open.is_empty() && rng.below(8) > 0).then(|| rng.pick(open))
+        };
+        let tree = without_replacement::draw(m, next, choose);
+        without_replacement::verify(m, &tree, choose)
+    };
+    assert_lossless("without replacement, grown by whim of what was drawn", verdicts(whims));
+}
+
+#[test]
+fn hybrid_trees() {
+    let with_branches = |m: &Models, seed: u64, mut tree: Tree| {
+        let mut rng = whim(seed, tree.words());
+        tree.add_any(5, m.depth, m.vocab, &mut rng);
+        tree
+    };
+    let by_token: &Round = &|m, seed, choose| {
+        let spine = chain::draw(&m.draft, m.depth, choose);
+        let tree = with_branches(m, seed, Tree::chain(&spine));
+        let emitted = chain::verify(m, &spine, choose);
+        hybrid::go_on(&m.target, &tree, emitted, choose)
+    };
+    assert_lossless("hybrid, a spine token by token", verdicts(by_token));
+    let by_block: &Round = &|m, seed, choose| {
+        let spine = chain::draw(&m.draft, m.depth, choose);
+        let tree = with_branches(m, seed, Tree::chain(&spine));
+        let emitted = block::verify(m, &spine, choose);
+        hybrid::go_on(&m.target, &tree, emitted, choose)
+    };
+    assert_lossless("hybrid, a spine as a block", verdicts(by_block));
+    let scheduled: &Round = &|m, seed, choose| {
+        let spine = schedule::admit(slice::from_ref(m), &rates(seed), choose).remove(0);
+        let tree = with_branches(m, seed, Tree::chain(&spine));
+        let emitted = chain::verify(m, &spine, choose);
+        hybrid::go_on(&m.target, &tree, emitted, choose)
+    };
+    assert_lossless("hybrid, a spine as long as Algorithm 1 says", verdicts(scheduled));
+    let sampled_tree: &Round = &|m, seed, choose| {
+        let drawn = without_replacement::draw(m, levels(widths(m)), choose);
+        let tree = with_branches(m, seed, drawn.clone());
+        let emitted = without_replacement::verify(m, &drawn, choose);
+        hybrid::go_on(&m.target, &tree, emitted, choose)
+    };
+    assert_lossless("hybrid, a tree without replacement", verdicts(sampled_tree));
 }
 
 /// Verifies the chain of each request.

@@ -5,8 +5,8 @@
 //! is tossed every way ([`replay`]), probabilities are fractions, and the two laws must differ by nothing ([`proof`]).
 //!
 //! In reading order: [`law`] (laws of a token, as fractions), [`model`] (random targets and drafters), [`tree`]; the
-//! rules [`matching`], [`chain`] (token by token), [`block`]; [`noise`] (a drafter that knows what the target draws
-//! with); [`schedule`] (who drafts how much); [`replay`], [`proof`].
+//! rules [`matching`], [`chain`] (token by token), [`block`], [`without_replacement`], [`hybrid`]; [`noise`] (a
+//! drafter that knows what the target draws with); [`schedule`] (who drafts how much); [`replay`], [`proof`].
 //!
 //! A rule gets its randomness as a function, [`Choose`]: the proof enumerates with it, and another caller may draw.
 
@@ -16,6 +16,8 @@ pub mod tree;
 pub mod matching;
 pub mod chain;
 pub mod block;
+pub mod without_replacement;
+pub mod hybrid;
 pub mod noise;
 pub mod schedule;
 pub mod replay;
