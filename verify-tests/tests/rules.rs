@@ -1,7 +1,7 @@
-//! Acceptance rules are lossless, by exact enumeration.
+//! Acceptance rules are lossless, by exact enumeration; known mistakes are not, and are rejected.
 //!
 //! Models are random and tiny, with tokens that cannot occur, and every law is a sum of fractions: "lossless" means a
-//! distance of exactly 0 on every model.
+//! distance of exactly 0 on every model. A mistake may be harmless on some models and must be rejected on one at least.
 
 use std::slice;
 
@@ -13,7 +13,7 @@ use treespark_verify_tests::rules::proof::{Verdict, decimal, examine, examine_on
 use treespark_verify_tests::rules::replay::law_of;
 use treespark_verify_tests::rules::without_replacement::{self, levels, likeliest_next};
 use treespark_verify_tests::rules::{Choose, Models, Rational, Tree};
-use treespark_verify_tests::rules::{block, chain, hybrid, matching, noise, schedule};
+use treespark_verify_tests::rules::{block, chain, hybrid, matching, mistakes, noise, schedule};
 
 /// Vocabularies of 2 and 3 tokens, drafts of 2 and 3.
 const SIZES: [(usize, usize); 4] = [(2, 2), (2, 3), (3, 2), (3, 3)];
@@ -67,6 +67,10 @@ fn rates(seed: u64) -> Vec<Rational> {
     (0..9).map(rate_of).collect()
 }
 
+fn largest(verdicts: &[Verdict]) -> Rational {
+    verdicts.iter().map(|verdict| verdict.distance.clone()).max().expect("some models")
+}
+
 fn mean_tokens(verdicts: &[Verdict]) -> Rational {
     verdicts.iter().map(|verdict| &verdict.tokens).sum::<Rational>() / ratio(verdicts.len(), 1)
 }
@@ -80,6 +84,12 @@ fn assert_exact(rule: &str, verdicts: Vec<Verdict>) {
     for (seed, verdict) in verdicts.iter().enumerate() {
         assert_eq!(verdict.distance, ratio(0, 1), "{rule}, seed {seed}");
     }
+}
+
+fn assert_rejected(mistake: &str, expected: &str, verdicts: Vec<Verdict>) {
+    let rejected = verdicts.iter().filter(|verdict| verdict.distance > ratio(0, 1)).count();
+    println!("{mistake:60} {expected:>8} {:>8} {rejected:>4} of {}", decimal(&largest(&verdicts)), verdicts.len());
+    assert!(rejected > 0, "the proof lets this mistake pass: {mistake}");
 }
 
 fn any_tree(models: &Models, nodes: usize, rng: &mut Rng) -> Tree {
@@ -270,6 +280,12 @@ fn two_requests_that_share_a_budget() {
         each(requests, chains, |m, chain| block::verify(m, chain, choose))
     };
     assert_lossless("two requests, Algorithm 1, as blocks", joint_verdicts(&[2, 3], by_block));
+    let rates = break_even_pairs();
+    let hindsight: &JointRound = &|requests, seed, choose| {
+        let chains = mistakes::lengths_in_hindsight(requests, &rates[seed as usize], choose);
+        each(requests, chains, |m, chain| matching::verify(&m.target, &Tree::chain(chain), choose))
+    };
+    assert_lossless("two requests, lengths in hindsight, match", joint_verdicts(&[2, 3], hindsight));
     // Each request's tree by whim of what both draw with.
     let all_noise: &JointRound = &|requests, seed, choose| {
         let noises: Vec<Noise> = requests.iter().map(|m| noise::draw(m, choose)).collect();
@@ -282,4 +298,59 @@ fn two_requests_that_share_a_budget() {
         requests.iter().zip(&noises).map(text).collect()
     };
     assert_exact("two requests, trees in hindsight of both noises, match", joint_verdicts(&[1], all_noise));
+}
+
+/// Rates at which whole chains just pay in the mean, and parts of them cost as much.
+fn break_even(requests: &[Models]) -> Vec<Rational> {
+    let survivors = |models: &Models| -> Rational {
+        let chains = law_of(|choose| chain::draw(&models.draft, models.depth, choose));
+        chains.iter().map(|(tokens, weight)| schedule::survivors(models, tokens) * weight).sum()
+    };
+    let undrafted = ratio(requests.len(), 1);
+    let drafted = requests.iter().map(survivors).sum::<Rational>() + &undrafted;
+    let rows = requests.iter().map(|models| models.depth + 1).sum::<usize>();
+    let mut rates = vec![undrafted / drafted; rows + 1];
+    rates[requests.len()] = ratio(1, 1);
+    rates
+}
+
+fn break_even_pairs() -> Vec<Vec<Rational>> {
+    (0..PAIRS).map(|seed| break_even(&two_requests(seed, &[2, 3]))).collect()
+}
+
+/// `expected` is the distance that each mistake was described with, on one instance of three tokens; `found` is the
+/// largest on the models here.
+#[test]
+fn known_mistakes_are_rejected() {
+    println!("{:60} {:>8} {:>8} rejected on", "mistake", "expected", "found");
+    let rates: Vec<Vec<Rational>> = (0..SEEDS).map(|seed| break_even(&[one_request(seed)])).collect();
+    let table: [(&str, &str, &Round); 8] = [
+        ("the likeliest chain, as a sampled one", "0.253", &|m, _, c| mistakes::greedy_chain(m, c)),
+        ("the likeliest two children, as sampled ones", "0.203", &|m, _, c| mistakes::likeliest_siblings(m, c)),
+        ("another law than was sampled from", "0.293", &|m, _, c| mistakes::another_draft_law(m, c)),
+        ("the target's law instead of the residual", "0.131", &|m, _, c| mistakes::no_residual(m, c)),
+        ("a chain's length in hindsight", "0.119", &|m, seed, c| {
+            let tokens = mistakes::lengths_in_hindsight(slice::from_ref(m), &rates[seed as usize], c).remove(0);
+            chain::verify(m, &tokens, c)
+        }),
+        ("the likelier of two samples, as the only one", "0.113", &|m, _, c| mistakes::better_of_two(m, c)),
+        ("siblings sorted before they are verified", "0.113", &|m, _, c| mistakes::sorted_siblings(m, widths(m), c)),
+        ("a drawn leaf dropped for being unlikely", "0.083", &|m, _, c| mistakes::dropped_leaf(m, 3, c)),
+    ];
+    for (mistake, expected, round) in table {
+        assert_rejected(mistake, expected, verdicts(round));
+    }
+}
+
+#[test]
+fn more_mistakes_are_rejected() {
+    let rates = break_even_pairs();
+    let hindsight: &JointRound = &|requests, seed, choose| {
+        let chains = mistakes::lengths_in_hindsight(requests, &rates[seed as usize], choose);
+        each(requests, chains, |m, chain| chain::verify(m, chain, choose))
+    };
+    assert_rejected("two requests, lengths in hindsight", "0.167", joint_verdicts(&[2, 3], hindsight));
+    let noise_twice: &Round = &|m, _, choose| mistakes::noise_used_twice(m, choose);
+    assert_rejected("one noise for a draft and its replacement", "-", verdicts(noise_twice));
+    assert_rejected("new noise after a tree that has seen the old", "-", one_round(peeking));
 }

@@ -6,7 +6,8 @@
 //!
 //! In reading order: [`law`] (laws of a token, as fractions), [`model`] (random targets and drafters), [`tree`]; the
 //! rules [`matching`], [`chain`] (token by token), [`block`], [`without_replacement`], [`hybrid`]; [`noise`] (a
-//! drafter that knows what the target draws with); [`schedule`] (who drafts how much); [`replay`], [`proof`].
+//! drafter that knows what the target draws with); [`schedule`] (who drafts how much); [`replay`], [`proof`]; and
+//! [`mistakes`], which the proof must reject.
 //!
 //! A rule gets its randomness as a function, [`Choose`]: the proof enumerates with it, and another caller may draw.
 
@@ -22,6 +23,7 @@ pub mod noise;
 pub mod schedule;
 pub mod replay;
 pub mod proof;
+pub mod mistakes;
 
 pub use law::{Law, Rational};
 pub use model::Models;

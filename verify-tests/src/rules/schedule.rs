@@ -43,3 +43,12 @@ pub fn confidence(models: &Models, text: &[usize]) -> Rational {
     let (target, draft) = models.after(text);
     target.iter().zip(draft.iter()).map(|(target, draft)| min(target, draft)).sum()
 }
+
+/// How many tokens of a chain are kept in the mean, by confidence.
+pub fn survivors(models: &Models, chain: &[usize]) -> Rational {
+    let survival = |survival: &mut Rational, kept: usize| {
+        *survival *= confidence(models, &chain[..kept]);
+        Some(survival.clone())
+    };
+    (0..chain.len()).scan(ratio(1, 1), survival).sum()
+}
