@@ -3,8 +3,8 @@
 //! In reading order: [`oracle`] (every op in plain f64 loops, the definition of right), [`rng`], [`batch`] and
 //! [`tiny_model`] (inputs), [`arb`] (their generators), [`bed`] (runs a pass of a tiny model on any backend),
 //! [`mod@conformance`] (the properties, stamped onto a backend by [`conformance!`]), [`logits`] and [`near_tie`] (are two
-//! differing tokens excusable?), [`cases`] (what the losslessness tests run over), [`mod@cuda_on_cpu`] (CUDA
-//! without a GPU).
+//! differing tokens excusable?), [`cases`] (what the losslessness tests run over), [`rules`] (acceptance rules, proved by
+//! enumeration), [`mod@cuda_on_cpu`] (CUDA without a GPU).
 
 pub mod arb;
 pub mod batch;
@@ -16,4 +16,5 @@ pub mod logits;
 pub mod near_tie;
 pub mod oracle;
 pub mod rng;
+pub mod rules;
 pub mod tiny_model;
