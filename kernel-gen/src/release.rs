@@ -144,6 +144,7 @@ impl Sizes {
 
         let table = weight(p, "embed", [self.vocab, self.hidden]);
         let x = scratch(p, "x", &[rows, self.hidden]);
+        let normed = scratch(p, "normed", &[rows, self.hidden]);
         let norm = small(p, "norm", self.hidden);
         let rope = p.add("rope", Role::Weight, DType::F32, &[CONTEXT, self.head_dim / 2, 2]);
         let q = scratch(p, "q", &[rows, self.heads, self.head_dim]);
@@ -201,11 +202,13 @@ impl Sizes {
         ];
         if rows <= 64 {
             pass.ops.extend([
+                Op::Norm { batch, eps, x, norm, out: normed },
                 Op::Head { batch, eps, x, norm, weight: table, logits },
                 Op::TopK { batch, logits, ids, values },
                 Op::Draw { batch, seen, logits, draws },
                 Op::Accept { batch, tree, draws, accepted },
                 Op::Commit { batch, accepted, k_cache, v_cache },
+                Op::Perturb { batch, logits },
             ]);
         }
         pass

@@ -133,6 +133,13 @@ impl<'a> Bed<'a> {
         self.backend.run(compiled, extent).expect("run");
     }
 
+    /// Runs the pass on the batch that is there; `batch` says how large it may be.
+    pub fn run_as_it_is(&mut self, pass: &Pass, batch: &Batch) {
+        let compiled = self.compile(pass);
+        let extent = Extent { rows: pass.rows, requests: batch.members.len(), keys: batch.keys() + pass.rows };
+        self.backend.run(compiled, extent).expect("run");
+    }
+
     fn compile(&mut self, pass: &Pass) -> PassId {
         let ids: Vec<BufferId> = pass.buffers.iter().map(|desc| self.buffer(desc)).collect();
         if let Some((_, id)) = self.compiled.iter().find(|(known, _)| known == pass) {
@@ -143,7 +150,7 @@ impl<'a> Bed<'a> {
         id
     }
 
-    fn write_batch(&mut self, batch: &Batch) {
+    pub fn write_batch(&mut self, batch: &Batch) {
         assert!(batch.rows() <= MAX_ROWS && batch.members.len() <= MAX_REQUESTS, "batch too large for the bed");
         assert!(batch.members.iter().all(|m| m.slots() <= MAX_SLOTS), "request too long for the bed");
         self.write("rows", &batch.row_words());

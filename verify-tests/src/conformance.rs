@@ -27,6 +27,7 @@
 //! | ranks over a level and not among siblings, continuations of another row or request | `a_grown_level_equals_the_oracle` |
 
 pub mod agreement;
+pub mod blocks;
 pub mod commit;
 pub mod draws;
 pub mod growth;
@@ -74,6 +75,7 @@ macro_rules! conformance {
             draws::a_nan_draws_no_token
             draws::filters_keep_ties_at_their_threshold
             growth::a_grown_level_equals_the_oracle
+            blocks::a_grown_block_equals_the_oracle
         }
     };
     ($module:ident, $constructor:expr, $($file:ident :: $property:ident)*) => {

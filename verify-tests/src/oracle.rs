@@ -10,6 +10,7 @@ mod layers;
 mod philox;
 mod sampling;
 mod speculation;
+mod trellis;
 
 use half::{bf16, f16};
 use treespark::Result;
@@ -132,6 +133,9 @@ impl Backend for Oracle {
                 Op::Commit { .. } => step.commit(op),
                 Op::DraftNgram { .. } => step.draft_ngram(op),
                 Op::Grow { .. } => step.grow(op),
+                Op::OpenBlock { .. } => step.open_block(op),
+                Op::Trellis { .. } => step.trellis(op),
+                Op::GrowTrellis { .. } => step.grow_trellis(op),
             }
         }
         Ok(())

@@ -2,9 +2,11 @@
 //! Llama-family model builds, so all ops and all their options are reached.
 
 use half::{bf16, f16};
-use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words};
+use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, report_words};
 use treespark_kernel_gen::op::Batch as BatchBuffers;
-use treespark_kernel_gen::{Buf, BufferDesc, DType, MAX_NODES, Op, Pass, Request, Role, Row, TreeShape, TreeSpec};
+use treespark_kernel_gen::{
+    BlockShape, Buf, BufferDesc, DType, MAX_NODES, Op, Pass, Request, Role, Row, TreeShape, TreeSpec,
+};
 use treespark_models::{Bytes, Tensor};
 
 use crate::rng::Rng;
@@ -191,6 +193,36 @@ impl TinyModel {
         let tokens = pass.add("tokens", Role::Output, DType::U32, &[MAX_REQUESTS, MAX_NODES]);
         pass.ops.push(Op::Grow { batch, shape: shape.clone(), ids, tokens });
         pass.check().expect("the grow pass is well formed");
+        pass
+    }
+
+    /// Drafting from blocks, on what the host wrote for their parallel stage.
+    pub fn trellis_pass(
+        &self,
+        block: BlockShape,
+        costs: &[f32],
+        [k, rank, hidden]: [usize; 3],
+        confident: bool,
+    ) -> Pass {
+        let mut pass = Pass::new("trellis", block.rows * MAX_REQUESTS);
+        let batch = self.batch_buffers(&mut pass);
+        let accepted = self.accepted(&mut pass);
+        let rows = block.rows * MAX_REQUESTS;
+        let mut add = |name: &str, dtype, shape: &[usize]| pass.add(name, Role::Output, dtype, shape);
+        let state = add("state", DType::U32, &[MAX_REQUESTS, report_words(costs.len())]);
+        let ids = add("ids", DType::U32, &[rows, k]);
+        let scores = add("scores", DType::F32, &[MAX_ROWS, k]);
+        let states = add("hidden", DType::F32, &[MAX_ROWS, hidden]);
+        let trellis = add("trellis", DType::F32, &[MAX_REQUESTS * block.depth(), k, k]);
+        let words = [hidden + rank + 1 + block.depth()];
+        let confidence = confident.then(|| add("confidence", DType::F32, &words));
+        let shape = [self.sizes.vocab, rank];
+        let mut weight = |name: &str| pass.add(name, Role::Weight, self.sizes.weights, &shape);
+        let markov = (rank > 0).then(|| (weight("w1"), weight("w2")));
+        pass.ops.push(Op::OpenBlock { batch, accepted, state, block });
+        pass.ops.push(Op::Trellis { batch, block, ids, scores, hidden: states, markov, confidence, trellis });
+        pass.ops.push(Op::GrowTrellis { batch, block, ids, trellis, state, costs: costs.to_vec() });
+        pass.check().expect("the trellis pass is well formed");
         pass
     }
 

@@ -13,7 +13,7 @@ use std::thread;
 use treespark::cuda::{DriverVersion, Nvrtc};
 use treespark_kernel_gen::cuda::{Device, Launch, lower_pass};
 use treespark_kernel_gen::emit::{Lang, emit};
-use treespark_kernel_gen::{MAX_NODES, TreeSpec, release};
+use treespark_kernel_gen::{BlockShape, MAX_NODES, TreeSpec, release};
 use treespark_verify_tests::arb::HOUSE_MODELS;
 use treespark_verify_tests::cases;
 use treespark_verify_tests::tiny_model::{Tail, TinyModel};
@@ -55,6 +55,11 @@ fn launches(device: &Device) -> Vec<Launch> {
         let model = TinyModel { sizes, seed: 0 };
         let shape = "4x2x2x1".parse().expect("a shape");
         launches.extend(lower_pass(&model.grow_pass(&shape, 16), device).expect("a shape fits any GPU"));
+        for (rank, confident) in [(0, false), (64, true)] {
+            let block = BlockShape { rows: 7, first: 0, mask_token: 1 };
+            let pass = model.trellis_pass(block, &[1.0; 64], [sizes.vocab.min(64), rank, 576], confident);
+            launches.extend(lower_pass(&pass, device).expect("a block fits any GPU"));
+        }
         for rows in [1, 16, 256] {
             let pass = model.pass(rows, &TreeSpec::Any(MAX_NODES), Tail::Commit);
             launches.extend(lower_pass(&pass, device).expect("small sizes fit any GPU"));

@@ -144,6 +144,55 @@ fn drafters_agree_on_wgpu() {
     }
 }
 
+/// Where the device drafts: rounds emit what plain decoding does, and their trees are those that the host would grow.
+#[cfg(feature = "cuda")]
+#[test]
+fn drafters_agree_where_the_device_drafts() {
+    use treespark_kernel_gen::MAX_NODES;
+    use treespark_verify_tests::cases::cuda_on_cpu;
+
+    for name in ["vanilla", "dflash"] {
+        let Some(mut backend) = cuda_on_cpu(0) else { return };
+        rounds_agree(&mut *backend, name);
+        let json: Value = serde_json::from_slice(&std::fs::read(fixture(name).join("expected.json")).unwrap()).unwrap();
+        let (text, prompt) = (tokens(&json["plain"]), tokens(&json["prompt"]));
+        let cost = backend.info().cost;
+        let engine = |mut backend: Box<dyn Backend>| {
+            let model = Model::open(&fixture(name).join("target")).unwrap();
+            let speculator = Speculator::open(&fixture(name).join("draft"), model.config()).unwrap();
+            let limits = Limits { max_nodes: MAX_NODES, ..LIMITS };
+            let network =
+                Network::load_with_speculator(backend.as_mut(), &model, Some(&speculator), limits, &mut |_, _| {});
+            let scheduler = Scheduler::new(None, 64, cost);
+            let drafter = Box::new(DsparkDrafter::load(&speculator).unwrap());
+            Engine::new(backend, network.unwrap(), drafter, scheduler, CONTEXT)
+        };
+        let mut engines = [engine(backend), engine(Box::new(CpuBackend::new(None)))];
+        let mut rounds = engines.each_mut().map(|engine| {
+            let mut seq = Sequence::new(prompt.clone(), Sampling::default(), 12, vec![], CONTEXT, 256);
+            let (mut stats, mut rounds) = (Statistics::default(), Vec::new());
+            engine.prefill(&mut seq, &mut stats, &mut |_| {}).unwrap();
+            while seq.finished().is_none() {
+                rounds.push(engine.round(&mut seq, &mut stats).unwrap());
+            }
+            assert_eq!(seq.tokens(), &text[..prompt.len() + 12], "{name}");
+            rounds.into_iter()
+        });
+        let mut drafted = 0;
+        while let Some(by_device) = rounds[0].next() {
+            let by_host = rounds[1].next().expect("as many rounds");
+            let nodes = by_device.tree.len();
+            assert_eq!(nodes, by_host.tree.len(), "{name}");
+            for node in 1..nodes {
+                let place = |round: &treespark::Round| (round.tree.token(node), round.tree.shape().parent(node));
+                assert_eq!(place(&by_device), place(&by_host), "{name}, node {node} of {nodes}");
+                drafted += 1;
+            }
+        }
+        assert!(drafted > 10, "{name}: {drafted} nodes were drafted");
+    }
+}
+
 /// What does not fit the target is refused, with both values named.
 #[test]
 fn a_drafter_for_another_target_is_refused() {

@@ -51,7 +51,7 @@ fn speculative_equals_plain_on_the_cpu() {
     let expected: Vec<_> = samplings().iter().map(|(_, sampling)| answer(&mut plain, sampling, TOKENS).0).collect();
     drop(plain);
 
-    let itself = DrafterChoice::Model(path.to_str().unwrap().to_string());
+    let itself = DrafterChoice::Path(path.to_str().unwrap().to_string());
     for drafter in [DrafterChoice::Ngram, itself] {
         let trees = SHAPES.iter().map(|&shape| Some(shape)).chain([None]);
         for (i, tree) in trees.enumerate() {

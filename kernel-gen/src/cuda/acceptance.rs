@@ -90,7 +90,7 @@ mod tests {
 
     #[test]
     fn specs_give_the_constants_that_sources_have() {
-        const STEMS: [&str; 5] = ["embed", "draw", "top_k", "accept", "commit"];
+        const STEMS: [&str; 7] = ["embed", "norm", "draw", "perturb", "top_k", "accept", "commit"];
         for model in MODELS {
             let pass = model.pass(16, TreeSpec::Any(64));
             for op in pass.ops.iter().filter(|op| STEMS.contains(&op.name())) {

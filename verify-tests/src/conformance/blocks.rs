@@ -1,0 +1,115 @@
+//! Trees that the device grows from a parallel drafter's block.
+
+use treespark::backend::Backend;
+use treespark_kernel_gen::layout::{accepted_words, report_words};
+use treespark_kernel_gen::{BlockShape, MAX_NODES, Pass, Role};
+
+use super::agreement::Tolerance;
+use super::{Property, same};
+use crate::arb::HOUSE_MODELS;
+use crate::batch::{Batch, Member, Sampling, Tree};
+use crate::bed::Bed;
+use crate::oracle::Oracle;
+use crate::rng::Rng;
+use crate::tiny_model::{MAX_REQUESTS, TinyModel};
+
+/// What blocks of any size leave, op by op: rows, trellis and trees, of several requests that are at any point of their
+/// way. A backend that leaves drafting to the host has nothing to show.
+pub fn a_grown_block_equals_the_oracle(backend: &mut dyn Backend) -> Property {
+    if !backend.drafts() {
+        return Ok(());
+    }
+    let block = |rows, first| BlockShape { rows, first, mask_token: 7 };
+    // Block, most nodes, candidates, rank of the Markov head, hidden size, confidence head.
+    let cases = [
+        (block(7, 0), 64, 64, 64, 576, true),
+        (block(7, 0), 16, 64, 64, 72, false),
+        (block(16, 1), 64, 64, 0, 72, false),
+        (block(5, 0), 32, 40, 24, 64, true),
+        (block(2, 1), 64, 33, 200, 8, true),
+        (block(1, 0), 8, 5, 8, 8, false),
+    ];
+    for (seed, case) in cases.into_iter().enumerate() {
+        drafts(backend, seed as u64, case).map_err(|problem| format!("{case:?}: {problem}"))?;
+    }
+    Ok(())
+}
+
+type Sizes = (BlockShape, usize, usize, usize, usize, bool);
+
+fn drafts(backend: &mut dyn Backend, seed: u64, sizes: Sizes) -> Property {
+    let (block, nodes, k, rank, hidden, confident) = sizes;
+    let mut rng = Rng::new(seed + 77);
+    let model = TinyModel { sizes: HOUSE_MODELS[0], seed };
+    let vocab = model.sizes.vocab;
+    let costs: Vec<f32> = (0..nodes).map(|n| 1.0 + n as f32 * [0.0, 0.02, 0.1][rng.below(3)]).collect();
+    let pass = model.trellis_pass(block, &costs, [k, rank, hidden], confident);
+
+    // Some have just begun, one is near its end, one is there.
+    let mut accepted = vec![0; MAX_REQUESTS * accepted_words(MAX_NODES)];
+    let mut state = vec![0; MAX_REQUESTS * report_words(nodes)];
+    let mut members = Vec::new();
+    for request in 0..MAX_REQUESTS {
+        let prefix = rng.below(80);
+        let n = if rng.below(3) == 0 { 0 } else { 1 + rng.below(block.depth().min(nodes - 1)) };
+        let words = &mut accepted[request * accepted_words(MAX_NODES)..];
+        words[0] = n as u32;
+        (0..n).for_each(|i| words[1 + i] = i as u32);
+        (0..n).for_each(|i| words[1 + MAX_NODES + i] = rng.below(vocab) as u32);
+        let left = [200, 200, 3, 1][rng.below(4)];
+        state[request * report_words(nodes)] = (prefix + n + left) as u32;
+        state[request * report_words(nodes) + 4] = rng.below(vocab) as u32;
+        let temperature = [0.0, 0.6, 1.0][rng.below(3)];
+        let sampling = Sampling { temperature, ..Sampling::greedy() };
+        members.push(Member { sampling, ..Member::new(&vec![3; prefix], Tree::chain(&[0])) });
+    }
+    let batch = Batch { members };
+    let ids: Vec<u32> = (0..MAX_REQUESTS * block.rows)
+        .flat_map(|_| {
+            let mut tokens: Vec<u32> = (0..vocab as u32).collect();
+            (0..k).for_each(|i| tokens.swap(i, i + rng.below(vocab - i)));
+            tokens.truncate(k);
+            tokens
+        })
+        .collect();
+    let mut oracle = Oracle::new();
+    let (mut right, mut tested) = (Bed::new(&mut oracle, model.clone()), Bed::new(backend, model));
+    let mut numbers = |len: usize, scale: f64| (0..len).map(|_| (scale * rng.normal()) as f32).collect::<Vec<f32>>();
+    let rows = MAX_REQUESTS * block.rows;
+    let (scores, states) = (numbers(rows * k, 2.0), numbers(rows * hidden, 1.0));
+    let mut confidence = numbers(hidden + rank + 1, 1.0 / (hidden as f64).sqrt());
+    confidence.extend((0..block.depth()).map(|depth| 1.0 / (1.0 + depth as f32 / 10.0)));
+    for bed in [&mut right, &mut tested] {
+        bed.clear(&pass);
+        bed.write("accepted", &accepted);
+        bed.write("state", &state);
+        bed.write("ids", &ids);
+        bed.write_floats("scores", &scores);
+        bed.write_floats("hidden", &states);
+        if confident {
+            bed.write_floats("confidence", &confidence);
+        }
+        bed.write_batch(&batch);
+    }
+    for op in &pass.ops {
+        let alone = Pass { ops: vec![op.clone()], ..pass.clone() };
+        [&mut right, &mut tested].into_iter().for_each(|bed| bed.run_as_it_is(&alone, &batch));
+        for desc in pass.buffers.iter().filter(|desc| desc.role != Role::Weight) {
+            let what = format!("{}, after {}", desc.name, op.name());
+            if desc.name == "trellis" {
+                let [got, want] = [&mut tested, &mut right].map(|bed| bed.floats(&desc.name, desc.len()));
+                Tolerance::OP.compare(&what, &got, &want)?;
+                // From here on both follow the same numbers.
+                tested.write_floats(&desc.name, &want);
+                right.write_floats(&desc.name, &want);
+            } else {
+                let [got, want] = [&mut tested, &mut right].map(|bed| bed.words(&desc.name, desc.bytes() / 4));
+                let width = desc.shape[desc.shape.len() - 1];
+                for (index, (got, want)) in got.chunks(width).zip(want.chunks(width)).enumerate() {
+                    same(&format!("{what}, {index}"), got, want)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
