@@ -94,7 +94,11 @@ impl Op {
                 c.weight("weight", *weight)?;
                 let hidden = c.dims(*weight)[0];
                 c.weight_shape("weight", *weight, &[hidden, k])?;
-                c.shape("residual", *residual, DType::F32, &[max_rows, hidden])
+                let rows = c.dims(*residual)[0];
+                if rows < pass.rows {
+                    return Err(c.error("residual", format!("holds {rows} rows, the pass has {}", pass.rows)));
+                }
+                c.shape("residual", *residual, DType::F32, &[rows, hidden])
             }
             Op::GateUp { x, norm, weight, out, .. } => {
                 let hidden = c.normed("x", *x, *norm, max_rows)?;
@@ -102,6 +106,16 @@ impl Op {
                 let ffn = c.dims(*out)[1];
                 c.weight_shape("weight", *weight, &[2 * ffn, hidden])?;
                 c.shape("out", *out, DType::F32, &[max_rows, ffn])
+            }
+            Op::ResBlock { states, weight, bias, out, .. } => {
+                c.weight("weight", *weight)?;
+                let (rows, hidden) = (c.dims(*weight)[0], c.dims(*weight)[1]);
+                if rows % hidden != 0 {
+                    return Err(c.error("weight", format!("has {rows} rows, expected a multiple of {hidden}")));
+                }
+                c.shape("bias", *bias, DType::F32, &[rows])?;
+                c.shape("states", *states, DType::F32, &[max_rows, hidden])?;
+                c.shape("out", *out, DType::F32, &[max_rows, hidden])
             }
             Op::Norm { x, norm, out, .. } => {
                 let hidden = c.normed("x", *x, *norm, max_rows)?;

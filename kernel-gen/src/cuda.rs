@@ -122,6 +122,7 @@ pub fn lower(op: &Op, pass: &Pass, device: &Device) -> Result<Vec<Launch>, Lower
         Op::Qkv { .. } => lowering.qkv(),
         Op::Project { .. } => lowering.project(),
         Op::GateUp { .. } => lowering.gate_up(),
+        Op::ResBlock { .. } => lowering.res_block(),
         Op::Norm { .. } => lowering.norm(),
         Op::Head { .. } => lowering.head(),
         Op::TreeAttention { .. } => lowering.tree_attention(),

@@ -21,6 +21,6 @@ pub mod emit;
 pub mod release;
 
 pub use layout::{ANCESTOR_WORDS, MAX_NODES, Request, Row};
-pub use op::{BlockShape, CacheShape, Op, TreeSpec};
+pub use op::{BlockShape, CacheShape, Fill, Op, TreeSpec};
 pub use pass::{Buf, BufferDesc, DType, Pass, PassError, Role};
 pub use shape::{ShapeError, TreeShape};

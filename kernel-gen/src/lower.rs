@@ -155,6 +155,7 @@ pub fn lower(op: &Op, pass: &Pass, limits: &Limits) -> Result<Vec<KernelCall>, L
         Op::Qkv { .. } => lowering.qkv(),
         Op::Project { .. } => lowering.project(),
         Op::GateUp { .. } => lowering.gate_up(),
+        Op::ResBlock { .. } => lowering.res_block(),
         Op::Norm { .. } => lowering.norm(),
         Op::Head { .. } => lowering.head(),
         Op::TreeAttention { .. } => lowering.tree_attention(),

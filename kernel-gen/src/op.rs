@@ -66,8 +66,17 @@ pub struct BlockShape {
     pub rows: usize,
     /// The row that predicts depth 1: 0, or 1 where the first is dropped.
     pub first: usize,
-    /// The token of all rows but the first.
-    pub mask_token: u32,
+    /// What the rows hold.
+    pub fill: Fill,
+}
+
+/// What the rows of a block hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    /// The last token, then this one, each row seeing all (DSpark).
+    Mask(u32),
+    /// The last token; their node is the last accepted one, whose hidden state they read (Medusa).
+    State,
 }
 
 impl BlockShape {
@@ -160,6 +169,19 @@ pub enum Op {
         /// Weight `[2 * F, H]`: gate rows, then up rows
         weight: Buf,
         /// F32 `[R, F]`
+        out: Buf,
+    },
+    /// `out[r] = s + silu(weight[h] · s + bias[h])` with `s = states[node(r)]` and `h = position(r) - prefix`: the residual
+    /// block of Medusa head h. A row's node names the row whose state is read.
+    ResBlock {
+        batch: Batch,
+        /// F32 `[R, H]`
+        states: Buf,
+        /// Weight `[heads * H, H]`
+        weight: Buf,
+        /// F32 `[heads * H]`
+        bias: Buf,
+        /// F32 `[R, H]`
         out: Buf,
     },
     /// `out[r] = rms_norm(x[r], norm, eps)`
@@ -328,6 +350,7 @@ impl Op {
             Op::TreeAttention { .. } => "tree_attention",
             Op::Project { .. } => "project",
             Op::GateUp { .. } => "gate_up",
+            Op::ResBlock { .. } => "res_block",
             Op::Norm { .. } => "norm",
             Op::Head { .. } => "head",
             Op::Draw { .. } => "draw",
@@ -350,6 +373,7 @@ impl Op {
             | Op::TreeAttention { batch, .. }
             | Op::Project { batch, .. }
             | Op::GateUp { batch, .. }
+            | Op::ResBlock { batch, .. }
             | Op::Norm { batch, .. }
             | Op::Head { batch, .. }
             | Op::Draw { batch, .. }
@@ -398,6 +422,9 @@ impl Op {
             }
             Op::GateUp { x, norm, weight, out, .. } => {
                 list.extend([("x", x), ("norm", norm), ("weight", weight), ("out", out)]);
+            }
+            Op::ResBlock { states, weight, bias, out, .. } => {
+                list.extend([("states", states), ("weight", weight), ("bias", bias), ("out", out)]);
             }
             Op::Norm { x, norm, out, .. } => list.extend([("x", x), ("norm", norm), ("out", out)]),
             Op::Head { x, norm, weight, logits, .. } => {

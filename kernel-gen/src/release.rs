@@ -192,6 +192,8 @@ impl Sizes {
         let o_proj = weight(p, "o_proj", [self.hidden, self.heads * self.head_dim]);
         let gate_up = weight(p, "gate_up", [2 * self.ffn, self.hidden]);
         let down = weight(p, "down", [self.hidden, self.ffn]);
+        let blocks = weight(p, "blocks", [5 * self.hidden, self.hidden]);
+        let bias = small(p, "block_bias", 5 * self.hidden);
         pass.ops = vec![
             Op::Embed { batch, table, out: x },
             qkv,
@@ -209,6 +211,7 @@ impl Sizes {
                 Op::Accept { batch, tree, draws, accepted },
                 Op::Commit { batch, accepted, k_cache, v_cache },
                 Op::Perturb { batch, logits },
+                Op::ResBlock { batch, states: x, weight: blocks, bias, out: normed },
             ]);
         }
         pass

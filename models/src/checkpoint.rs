@@ -45,12 +45,12 @@ impl Checkpoint {
         if !kind.is_dir() {
             return Checkpoint::open_gguf(path);
         }
-        if path.join(safetensors::SINGLE_FILE).is_file() || path.join(safetensors::INDEX).is_file() {
+        if safetensors::is_in(path) {
             return Checkpoint::open_folder(path);
         }
         let problem = match &gguf_files(path)?[..] {
             [file] => return Checkpoint::open_gguf(file),
-            [] => format!("holds neither {}, nor {}, nor a .gguf file", safetensors::SINGLE_FILE, safetensors::INDEX),
+            [] => format!("holds neither {}, nor a .gguf file", safetensors::expected()),
             several => format!("holds {} .gguf files: give the path of one", several.len()),
         };
         Err(Error::Malformed { path: path.into(), problem })

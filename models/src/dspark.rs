@@ -20,22 +20,17 @@
 mod config;
 mod heads;
 
-use treespark_kernel_gen::layout::report_words;
 use treespark_kernel_gen::{Buf, DType, Op, Pass, PassError, Role};
 
 pub use config::{DsparkConfig, MarkovKind};
 pub use heads::{MarkovState, SequentialHeads, Step, sigmoid};
 
+use crate::block::{self, Sequential};
 use crate::builder::{Builder, Weight, WeightList};
 use crate::decoder::Decoder;
 use crate::llama::{Llama, head_buffer};
 
 const PREFIX: &str = "draft.";
-/// What a device that drafts reports to the host.
-pub const STATE: &str = "draft.state";
-/// The numbers of a confidence head on a device: [`SequentialHeads::confidence_numbers`].
-pub const CONFIDENCE: &str = "draft.confidence";
-
 impl DsparkConfig {
     fn decoder(&self) -> Decoder<'_> {
         Decoder { config: &self.backbone, prefix: PREFIX }
@@ -129,50 +124,22 @@ impl DsparkConfig {
             decoder.layer(&mut b, layer);
         }
         let norm = b.weight(&decoder.buffer("norm"));
-        let output = |b: &mut Builder, name: &str, dtype, width| {
-            b.pass.add(decoder.buffer(name), Role::Output, dtype, &[b.dims.max_rows, width])
-        };
-        let hidden = output(&mut b, "hidden", DType::F32, config.hidden);
+        let shape = [b.dims.max_rows, config.hidden];
+        let hidden = b.pass.add(decoder.buffer("hidden"), Role::Output, DType::F32, &shape);
         b.push(Op::Norm { batch, eps, x, norm, out: hidden });
         let weight = b.weight(if self.has_head { "draft.head" } else { head_buffer(target.config) });
         let logits = b.logits();
         b.push(Op::Head { batch, eps, x, norm, weight, logits });
         // Where a row predicts the token of its own position, its noise would be that of the next.
-        if self.first == 0 {
-            b.push(Op::Perturb { batch, logits });
-        }
-        let ids = output(&mut b, "ids", DType::U32, candidates);
-        let scores = output(&mut b, "scores", DType::F32, candidates);
-        b.push(Op::TopK { batch, logits, ids, values: scores });
+        let ranked = block::rank(&mut b, candidates, self.first == 0);
         if let Some(costs) = costs {
-            self.grow(&mut b, [ids, scores, hidden], candidates, costs);
+            let markov = ["markov_w1", "markov_w2"].map(|name| b.optional_weight(&decoder.buffer(name)));
+            let rank = self.markov.map_or(0, |(_, rank)| rank);
+            let confidence = self.confidence.map(|_| config.hidden + rank + 1 + self.depth());
+            let heads = Sequential { hidden, markov: markov[0].zip(markov[1]), confidence };
+            block::grow(&mut b, self.block_shape(), ranked, heads, costs);
         }
         b.finish()
-    }
-
-    /// Trees on the device, from what the parallel stage has left.
-    fn grow(&self, b: &mut Builder, [ids, scores, hidden]: [Buf; 3], candidates: usize, costs: &[f32]) {
-        let (batch, decoder, block) = (b.batch, self.decoder(), self.block_shape());
-        let rank = self.markov.map_or(0, |(_, rank)| rank);
-        let markov = ["markov_w1", "markov_w2"].map(|name| b.optional_weight(&decoder.buffer(name)));
-        let markov = markov[0].zip(markov[1]);
-        let words = self.backbone.hidden + rank + 1 + self.depth();
-        let confidence = self.confidence.map(|_| b.pass.add(CONFIDENCE, Role::Input, DType::F32, &[words]));
-        let shape = [b.dims.max_requests * self.depth(), candidates, candidates];
-        let trellis = b.pass.add(decoder.buffer("trellis"), Role::Scratch, DType::F32, &shape);
-        let state = self.state(b, costs.len());
-        b.push(Op::Trellis { batch, block, ids, scores, hidden, markov, confidence, trellis });
-        b.push(Op::GrowTrellis { batch, block, ids, trellis, state, costs: costs.to_vec() });
-    }
-
-    /// Behind a round of trees of up to so many nodes: the rows become those of the next block.
-    pub(crate) fn open_block(&self, b: &mut Builder, nodes: usize) {
-        let (batch, accepted, state, block) = (b.batch, b.accepted(), self.state(b, nodes), self.block_shape());
-        b.push(Op::OpenBlock { batch, accepted, state, block });
-    }
-
-    fn state(&self, b: &mut Builder, nodes: usize) -> Buf {
-        b.pass.add(STATE, Role::Output, DType::U32, &[b.dims.max_requests, report_words(nodes)])
     }
 
     fn fused(&self, builder: &mut Builder) -> Buf {

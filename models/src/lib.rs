@@ -1,5 +1,6 @@
 //! Checkpoints to passes.
 
+pub mod block;
 mod builder;
 pub mod chat;
 pub mod checkpoint;
@@ -14,6 +15,7 @@ mod gguf_tokenizer;
 pub mod hub;
 pub mod llama;
 mod mmap;
+pub mod medusa;
 pub mod model;
 pub mod pretrained;
 pub mod random;

@@ -13,6 +13,7 @@
 
 use treespark_kernel_gen::{Op, Pass, PassError, TreeShape};
 
+use crate::block;
 use crate::builder::{Builder, Dims, NgramDims, Weight, WeightList};
 use crate::config::Config;
 use crate::decoder::Decoder;
@@ -93,7 +94,7 @@ impl<'a> Llama<'a> {
         builder.finish()
     }
 
-    /// The same with a DSpark drafter, whose own pass drafts: this one ends with the block that it fills.
+    /// The same with a speculator, whose own pass drafts: this one ends with the block that it fills.
     pub fn round_pass_with_block(&self, rows: usize, nodes: usize) -> Result<Pass, PassError> {
         let mut builder = self.builder("round", rows);
         self.forward(&mut builder);
@@ -134,6 +135,10 @@ impl<'a> Llama<'a> {
             self.layer(builder, layer);
         }
         self.inject(builder);
+        if let Some(speculator) = self.speculator {
+            let x = self.decoder().x(builder);
+            speculator.keep_states(builder, x);
+        }
         self.head(builder);
     }
 
@@ -162,10 +167,8 @@ impl<'a> Llama<'a> {
     }
 
     fn open_block(&self, builder: &mut Builder, nodes: usize) {
-        match self.speculator {
-            Some(SpeculatorConfig::Dspark(dspark)) => dspark.open_block(builder, nodes),
-            None => panic!("no drafter of blocks is loaded"),
-        }
+        let speculator = self.speculator.expect("a drafter of blocks is loaded");
+        block::open(builder, speculator.block(), nodes);
     }
 
     fn head(&self, builder: &mut Builder) {

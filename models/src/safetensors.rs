@@ -4,7 +4,7 @@
 //! bytes are what its shape and dtype need.
 
 use std::collections::BTreeMap;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use ::safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
@@ -15,16 +15,33 @@ use crate::mmap::MappedFile;
 use crate::stored::{RowOrder, Stored};
 use crate::{Error, Result};
 
-pub const SINGLE_FILE: &str = "model.safetensors";
-pub const INDEX: &str = "model.safetensors.index.json";
+/// A model's one file, and what files of Medusa heads are called.
+const SINGLE_FILES: [&str; 3] = ["model.safetensors", "medusa_lm_head.safetensors", "medusa_head.safetensors"];
+const INDEX: &str = "model.safetensors.index.json";
 
 /// Bytes before the header: its length.
 const LENGTH_BYTES: usize = 8;
 
+/// Whether a folder holds any.
+pub fn is_in(folder: &Path) -> bool {
+    single_file(folder).is_some() || folder.join(INDEX).is_file()
+}
+
+/// What a folder must hold, for messages.
+pub fn expected() -> String {
+    format!("{}, nor {INDEX}", SINGLE_FILES[0])
+}
+
 /// The tensors of a folder, by name.
 pub fn open(folder: &Path) -> Result<BTreeMap<String, Stored>> {
-    let single = folder.join(SINGLE_FILE);
-    if single.is_file() { open_file(&single) } else { open_shards(folder) }
+    match single_file(folder) {
+        Some(file) => open_file(&file),
+        None => open_shards(folder),
+    }
+}
+
+fn single_file(folder: &Path) -> Option<PathBuf> {
+    SINGLE_FILES.iter().map(|name| folder.join(name)).find(|file| file.is_file())
 }
 
 fn open_shards(folder: &Path) -> Result<BTreeMap<String, Stored>> {

@@ -5,17 +5,19 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use serde_json::Value;
-use treespark_kernel_gen::{Buf, BufferDesc, DType};
+use treespark_kernel_gen::{BlockShape, Buf, BufferDesc, DType, Pass, PassError};
 
 use crate::builder::{Builder, Source, Weight};
 use crate::dspark::{DsparkConfig, SequentialHeads};
 use crate::error::{Error, Result};
-use crate::{Bytes, Checkpoint, Config, Tensor, rope};
+use crate::medusa::MedusaConfig;
+use crate::{Bytes, Checkpoint, Config, Llama, Tensor, rope};
 
 /// What a speculator is made of.
 #[derive(Debug, Clone, PartialEq)]
 pub enum SpeculatorConfig {
     Dspark(DsparkConfig),
+    Medusa(MedusaConfig),
 }
 
 /// An opened checkpoint that fits its target.
@@ -25,42 +27,85 @@ pub struct Speculator {
 }
 
 impl SpeculatorConfig {
+    /// As a person would call it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            SpeculatorConfig::Dspark(dspark) if dspark.markov.is_none() => "dflash",
+            SpeculatorConfig::Dspark(_) => "dspark",
+            SpeculatorConfig::Medusa(_) => "medusa",
+        }
+    }
+
+    /// The rows that it fills for a draft.
+    pub fn block(&self) -> BlockShape {
+        match self {
+            SpeculatorConfig::Dspark(dspark) => dspark.block_shape(),
+            SpeculatorConfig::Medusa(medusa) => medusa.block_shape(),
+        }
+    }
+
+    /// Whether devices that draft can grow its trees by themselves.
+    pub fn fits_devices(&self) -> bool {
+        match self {
+            SpeculatorConfig::Dspark(dspark) => dspark.fits_devices(),
+            SpeculatorConfig::Medusa(medusa) => medusa.fits_devices(),
+        }
+    }
+
     /// Bytes of all weight buffers together.
     pub fn weight_bytes(&self, context: usize) -> usize {
         self.weights(context).iter().map(|weight| weight.desc.bytes()).sum()
     }
 
-    /// Rows of its largest pass.
-    pub fn rows(&self) -> usize {
-        match self {
-            SpeculatorConfig::Dspark(dspark) => dspark.block,
-        }
-    }
-
     pub(crate) fn weights(&self, context: usize) -> Vec<Weight> {
         match self {
             SpeculatorConfig::Dspark(dspark) => dspark.weights(context),
+            SpeculatorConfig::Medusa(medusa) => medusa.weights(),
         }
     }
 
     /// Where the target's residual stream `x` is hidden state `state`: 0 behind the embedding, l + 1 behind layer l.
     pub(crate) fn tap(&self, builder: &mut Builder, state: usize, x: Buf) {
-        match self {
-            SpeculatorConfig::Dspark(dspark) => dspark.tap(builder, state, x),
+        if let SpeculatorConfig::Dspark(dspark) = self {
+            dspark.tap(builder, state, x);
         }
     }
 
-    /// Behind the last layer of the target.
+    /// Behind the last hidden state that is tapped, in every pass of the target.
     pub(crate) fn inject(&self, builder: &mut Builder) {
-        match self {
-            SpeculatorConfig::Dspark(dspark) => dspark.inject(builder),
+        if let SpeculatorConfig::Dspark(dspark) = self {
+            dspark.inject(builder);
+        }
+    }
+
+    /// Behind the last layer, in a pass of the target that has a head.
+    pub(crate) fn keep_states(&self, builder: &mut Builder, x: Buf) {
+        if let SpeculatorConfig::Medusa(medusa) = self {
+            medusa.keep_states(builder, x);
         }
     }
 
     /// Behind the commit of the target's cache.
     pub(crate) fn commit(&self, builder: &mut Builder) {
+        if let SpeculatorConfig::Dspark(dspark) = self {
+            dspark.commit(builder);
+        }
+    }
+
+    /// Fills a block and ranks `candidates` tokens of each of its rows. With `costs` of a pass of 1, 2, .. rows, as many as a
+    /// tree may have nodes, the device also grows the next round's trees.
+    pub fn draft_pass(&self, target: &Llama, candidates: usize, costs: Option<&[f32]>) -> Result<Pass, PassError> {
         match self {
-            SpeculatorConfig::Dspark(dspark) => dspark.commit(builder),
+            SpeculatorConfig::Dspark(dspark) => dspark.draft_pass(target, candidates, costs),
+            SpeculatorConfig::Medusa(medusa) => medusa.draft_pass(target, candidates, costs),
+        }
+    }
+
+    /// The tensors that are read besides those of the weight buffers.
+    fn head_tensors(&self) -> Vec<(String, Vec<usize>)> {
+        match self {
+            SpeculatorConfig::Dspark(dspark) => dspark.head_tensors(),
+            SpeculatorConfig::Medusa(_) => Vec::new(),
         }
     }
 }
@@ -69,14 +114,20 @@ impl Speculator {
     /// Whether a folder holds a speculator, rather than a model of its own.
     pub fn is_at(path: &Path) -> bool {
         let config = std::fs::read(path.join("config.json")).ok().and_then(|text| serde_json::from_slice(&text).ok());
-        config.is_some_and(|config: Value| DsparkConfig::is_described_by(&config))
+        config.is_some_and(|config: Value| {
+            DsparkConfig::is_described_by(&config) || MedusaConfig::is_described_by(&config)
+        })
     }
 
     /// Opens a folder in the Hugging Face layout. What does not fit the target is refused, with both values named.
     pub fn open(path: &Path, target: &Config) -> Result<Speculator> {
         let checkpoint = Checkpoint::open(path)?;
-        let dspark = DsparkConfig::from_checkpoint(&checkpoint, target)?;
-        let speculator = Speculator { config: SpeculatorConfig::Dspark(dspark), checkpoint };
+        let config = if MedusaConfig::is_described_by(checkpoint.config()) {
+            SpeculatorConfig::Medusa(MedusaConfig::from_checkpoint(&checkpoint, target)?)
+        } else {
+            SpeculatorConfig::Dspark(DsparkConfig::from_checkpoint(&checkpoint, target)?)
+        };
+        let speculator = Speculator { config, checkpoint };
         speculator.check_tensors()?;
         Ok(speculator)
     }
@@ -87,8 +138,12 @@ impl Speculator {
 
     /// The same for a device that drafts by itself, if it can.
     pub fn config_on_device(&self) -> SpeculatorConfig {
-        let SpeculatorConfig::Dspark(dspark) = &self.config;
-        SpeculatorConfig::Dspark(DsparkConfig { heads_on_device: dspark.fits_devices(), ..dspark.clone() })
+        match &self.config {
+            SpeculatorConfig::Dspark(dspark) => {
+                SpeculatorConfig::Dspark(DsparkConfig { heads_on_device: dspark.fits_devices(), ..dspark.clone() })
+            }
+            medusa => medusa.clone(),
+        }
     }
 
     /// The folder it came from.
@@ -117,20 +172,26 @@ impl Speculator {
         })
     }
 
-    /// The heads that make a sequence of a DSpark block.
+    /// The heads that make a sequence of a block's rows; without any, the rows stand by themselves.
     pub fn sequential_heads(&self) -> Result<SequentialHeads> {
-        let SpeculatorConfig::Dspark(dspark) = &self.config;
-        SequentialHeads::load(dspark, &self.checkpoint)
+        match &self.config {
+            SpeculatorConfig::Dspark(dspark) => SequentialHeads::load(dspark, &self.checkpoint),
+            SpeculatorConfig::Medusa(_) => Ok(SequentialHeads::default()),
+        }
     }
 
     /// What a device needs of the confidence head, if it runs the heads by this config and there is one.
     pub fn confidence_numbers(&self, config: &SpeculatorConfig) -> Result<Option<Vec<f32>>> {
-        let SpeculatorConfig::Dspark(dspark) = config;
-        Ok(if dspark.heads_on_device { self.sequential_heads()?.confidence_numbers(dspark) } else { None })
+        match config {
+            SpeculatorConfig::Dspark(dspark) if dspark.heads_on_device => {
+                Ok(self.sequential_heads()?.confidence_numbers(dspark))
+            }
+            _ => Ok(None),
+        }
     }
 
     fn rope_table(&self, shape: &[usize]) -> Tensor {
-        let SpeculatorConfig::Dspark(dspark) = &self.config;
+        let SpeculatorConfig::Dspark(dspark) = &self.config else { unreachable!("no other has a rope") };
         let frequencies = rope::inverse_frequencies(&dspark.backbone.rope, dspark.backbone.head_dim, None);
         let bytes = rope::table(&frequencies, shape[0]).iter().flat_map(|value| value.to_le_bytes()).collect();
         Tensor { dtype: DType::F32, shape: shape.to_vec(), bytes: Bytes::from_vec(bytes) }
@@ -138,8 +199,7 @@ impl Speculator {
 
     /// All tensors that are needed are there in their shape, and no other.
     fn check_tensors(&self) -> Result<()> {
-        let SpeculatorConfig::Dspark(dspark) = &self.config;
-        let mut needed: Vec<(String, Vec<usize>)> = dspark.head_tensors();
+        let mut needed = self.config.head_tensors();
         for weight in self.config.weights(1) {
             match weight.source {
                 Source::Stack(parts) => needed.extend(parts),

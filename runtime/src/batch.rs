@@ -37,6 +37,13 @@ impl Batch {
         self.add_rows(kv, tokens.iter().enumerate().map(|(node, &token)| (node, token, node, seen)), sampling);
     }
 
+    /// Adds a request with a row for each depth from the root's on, all of which read the hidden state of one node.
+    pub fn add_readers(&mut self, kv: &KvCache, rows: usize, token: u32, node: usize, sampling: &Sampling) {
+        let mut seen = [0; ANCESTOR_WORDS];
+        seen[node / 32] |= 1 << (node % 32);
+        self.add_rows(kv, (0..rows).map(|depth| (node, token, depth, seen)), sampling);
+    }
+
     /// Node, token, depth and what is seen, of each row.
     fn add_rows(
         &mut self,

@@ -4,7 +4,7 @@
 //! only the path that equals those draws is kept.
 
 pub mod best_first;
-pub mod dspark;
+pub mod block;
 pub mod model;
 pub mod ngram;
 

@@ -6,7 +6,7 @@ use treespark_kernel_gen::{MAX_NODES, TreeShape};
 use treespark_models::{ChatTemplate, Message, Model, Speculator, TextStream, Tokenizer, hub, pretrained};
 
 use crate::devices::{self, BackendChoice};
-use crate::draft::dspark::DsparkDrafter;
+use crate::draft::block::BlockDrafter;
 use crate::draft::model::ModelDrafter;
 use crate::draft::ngram::NgramDrafter;
 use crate::draft::{Drafter, NoDrafter};
@@ -33,13 +33,13 @@ pub enum DrafterChoice {
     None,
     /// Repeats of the prompt and the generated text.
     Ngram,
-    /// One that is shipped for the target, by its name: `dspark` or `model`.
+    /// One that is shipped for the target, by its name: `dspark`, `medusa` or `model`.
     Shipped(&'static str),
     /// A speculator that was made for the target, or a model with the same tokenizer: anything that `--model` takes.
     Path(String),
 }
 
-const SHIPPED: [&str; 2] = ["dspark", "model"];
+const SHIPPED: [&str; 3] = ["dspark", "medusa", "model"];
 
 impl DrafterChoice {
     /// Where its checkpoint is, if it has one.
@@ -62,7 +62,9 @@ impl std::str::FromStr for DrafterChoice {
             "auto" => Ok(DrafterChoice::Auto),
             "none" => Ok(DrafterChoice::None),
             "ngram" => Ok(DrafterChoice::Ngram),
-            "" | "model:" => Err(format!("'{text}' is no drafter; there are: auto, none, ngram, dspark, model, PATH")),
+            "" | "model:" => {
+                Err(format!("'{text}' is no drafter; there are: auto, none, ngram, dspark, medusa, model, PATH"))
+            }
             _ => Ok(shipped.map_or_else(
                 || DrafterChoice::Path(text.strip_prefix("model:").unwrap_or(text).to_string()),
                 DrafterChoice::Shipped,
@@ -166,7 +168,7 @@ impl Llm {
         let beside = speculator.as_ref();
         let target = Network::load_with_speculator(backend.as_mut(), &model, beside, limits, &mut weights)?;
         let drafter: Box<dyn Drafter> = match (&speculator, &draft) {
-            (Some(speculator), _) => Box::new(DsparkDrafter::load(speculator)?),
+            (Some(speculator), _) => Box::new(BlockDrafter::load(speculator)?),
             (None, Some(draft)) => {
                 Box::new(ModelDrafter::load(backend.as_mut(), draft, config.vocab_size, limits, &mut weights)?)
             }

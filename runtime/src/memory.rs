@@ -61,6 +61,11 @@ impl Memory {
         self.buffers[name].0
     }
 
+    /// A buffer that some pass may have bound.
+    pub fn find(&self, name: &str) -> Option<BufferId> {
+        self.buffers.get(name).map(|(id, _)| *id)
+    }
+
     pub fn usage(&self) -> MemoryUse {
         let mut usage = MemoryUse::default();
         for (_, desc) in self.buffers.values() {

@@ -63,6 +63,8 @@ pub struct Limits {
 pub struct Network {
     config: Config,
     speculator: Option<SpeculatorConfig>,
+    /// The backend runs passes that draft.
+    drafts_on_device: bool,
     /// A confidence head's numbers, for a device that grows trees.
     confidence: Option<Vec<u32>>,
     dims: Dims,
@@ -98,7 +100,7 @@ impl Network {
             true => speculator.config_on_device(),
             false => speculator.config().clone(),
         });
-        let speculator_rows = speculator_config.as_ref().map_or(0, SpeculatorConfig::rows);
+        let speculator_rows = speculator_config.as_ref().map_or(0, |config| config.block().rows);
         // Room for one more tree behind a full context: its rows are written before the end is known.
         let pages = (limits.context + MAX_NODES).div_ceil(PAGE_SIZE);
         let dims = Dims {
@@ -134,6 +136,7 @@ impl Network {
         Ok(Network {
             config,
             speculator: speculator_config,
+            drafts_on_device: backend.drafts(),
             confidence,
             memory,
             passes: HashMap::new(),

@@ -1,7 +1,7 @@
 // needs: ptx layout batch
 // Begins a block behind the committed text of every request, for a parallel drafter to fill: the prefix grows by what the
-// last round accepted, the host's report is told of it, and the rows become the last token and masks, which all see
-// each other.
+// last round accepted, the host's report is told of it, and the rows become those of a block: the last token and masks,
+// which all see each other; or rows that read the hidden state of the last accepted node.
 //
 // state  [requests, STATE_WORDS], as kernel-gen/src/layout.rs has a report. To start a request the host writes its
 //        limit, its last token as that of node 0, and zeros the count of accepted. A request that has reached its
@@ -10,6 +10,7 @@
 // constants-begin
 constexpr u32 NODES = 16; // of a report
 constexpr u32 ROWS = 7; // of a block
+constexpr bool READS_STATE = false; // a row's node is the last accepted one
 constexpr u32 MASK = 16; // the token of all rows but the first
 // constants-end
 
@@ -50,10 +51,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         if (t < n_rows) {
             u32 row[ROW_WORDS] = {};
-            row[ROW_TOKEN] = t == 0 ? root : MASK;
+            row[ROW_TOKEN] = t == 0 || READS_STATE ? root : MASK;
             row[ROW_POSITION] = prefix + t;
             row[ROW_REQUEST] = request;
-            row[ROW_NODE] = t;
+            row[ROW_NODE] = !READS_STATE ? t : n > 0 ? accepted[ACCEPTED_PATH + n - 1] : 0;
             for (u32 node = 0; node < ROWS; node++) row[ROW_ANCESTORS + node / 32] |= 1u << node % 32;
             for (u32 word = 0; word < ROW_WORDS; word++) rows[(first_row + t) * ROW_WORDS + word] = row[word];
         }

@@ -76,6 +76,7 @@ macro_rules! conformance {
             draws::filters_keep_ties_at_their_threshold
             growth::a_grown_level_equals_the_oracle
             blocks::a_grown_block_equals_the_oracle
+            blocks::residual_blocks_equal_the_oracle
         }
     };
     ($module:ident, $constructor:expr, $($file:ident :: $property:ident)*) => {

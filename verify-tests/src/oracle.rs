@@ -124,6 +124,7 @@ impl Backend for Oracle {
                 Op::TreeAttention { .. } => step.tree_attention(op),
                 Op::Project { .. } => step.project(op),
                 Op::GateUp { .. } => step.gate_up(op),
+                Op::ResBlock { .. } => step.res_block(op),
                 Op::Norm { .. } => step.norm(op),
                 Op::Head { .. } => step.head(op),
                 Op::Draw { .. } => step.draw(op),

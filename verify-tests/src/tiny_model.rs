@@ -151,6 +151,19 @@ impl TinyModel {
         });
     }
 
+    /// Residual blocks alone, of as many heads as a tree may be deep, on states that the host wrote.
+    pub fn res_block_pass(&self, rows: usize, heads: usize) -> Pass {
+        let mut pass = Pass::new("res_block", rows);
+        let (batch, s) = (self.batch_buffers(&mut pass), self.sizes);
+        let [states, out] =
+            ["states", "out"].map(|name| pass.add(name, Role::Output, DType::F32, &[MAX_ROWS, s.hidden]));
+        let weight = pass.add("blocks", Role::Weight, s.weights, &[heads * s.hidden, s.hidden]);
+        let bias = pass.add("block_bias", Role::Weight, DType::F32, &[heads * s.hidden]);
+        pass.ops.push(Op::ResBlock { batch, states, weight, bias, out });
+        pass.check().expect("the pass of residual blocks is well formed");
+        pass
+    }
+
     /// What a draw ranks, in the place of logits that the host wrote.
     pub fn perturb_pass(&self, rows: usize) -> Pass {
         let mut pass = Pass::new("perturb", rows);

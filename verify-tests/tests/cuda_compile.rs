@@ -13,7 +13,7 @@ use std::thread;
 use treespark::cuda::{DriverVersion, Nvrtc};
 use treespark_kernel_gen::cuda::{Device, Launch, lower_pass};
 use treespark_kernel_gen::emit::{Lang, emit};
-use treespark_kernel_gen::{BlockShape, MAX_NODES, TreeSpec, release};
+use treespark_kernel_gen::{BlockShape, Fill, MAX_NODES, TreeSpec, release};
 use treespark_verify_tests::arb::HOUSE_MODELS;
 use treespark_verify_tests::cases;
 use treespark_verify_tests::tiny_model::{Tail, TinyModel};
@@ -56,7 +56,7 @@ fn launches(device: &Device) -> Vec<Launch> {
         let shape = "4x2x2x1".parse().expect("a shape");
         launches.extend(lower_pass(&model.grow_pass(&shape, 16), device).expect("a shape fits any GPU"));
         for (rank, confident) in [(0, false), (64, true)] {
-            let block = BlockShape { rows: 7, first: 0, mask_token: 1 };
+            let block = BlockShape { rows: 7, first: 0, fill: Fill::Mask(1) };
             let pass = model.trellis_pass(block, &[1.0; 64], [sizes.vocab.min(64), rank, 576], confident);
             launches.extend(lower_pass(&pass, device).expect("a block fits any GPU"));
         }

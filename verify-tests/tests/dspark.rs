@@ -6,7 +6,7 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 use treespark::backend::{Backend, PassCost};
 use treespark::cpu::CpuBackend;
-use treespark::draft::dspark::DsparkDrafter;
+use treespark::draft::block::BlockDrafter;
 use treespark::network::{Limits, Network};
 use treespark::scheduler::Scheduler;
 use treespark::{Engine, Sampling, Sequence, Statistics};
@@ -55,7 +55,7 @@ fn rounds_agree(backend: &mut dyn Backend, name: &str) {
         for token in &text[prompt..start] {
             network.extend(backend, &mut seq.kv, &[*token], &mut |_| {}).unwrap();
         }
-        let block = network.draft_block(backend, &mut seq).unwrap();
+        let block = network.draft_block(backend, &mut seq, 0).unwrap();
         let rows = |kind: &str| floats(&file, &format!("round{round}.{kind}"));
         let (hidden, base, logits) = (rows("hidden"), rows("base"), rows("logits"));
         let mut previous = text[start];
@@ -99,7 +99,7 @@ fn generations_agree(backend: Box<dyn Backend>, name: &str) {
     let mut backend = backend;
     let network = Network::load_with_speculator(backend.as_mut(), &model, Some(&speculator), LIMITS, &mut |_, _| {});
     let scheduler = Scheduler::new(Some("chain:5".parse().unwrap()), 16, PassCost(&[(1, 1.0), (2, 1.001)]));
-    let drafter = Box::new(DsparkDrafter::load(&speculator).unwrap());
+    let drafter = Box::new(BlockDrafter::load(&speculator).unwrap());
     let mut engine = Engine::new(backend, network.unwrap(), drafter, scheduler, CONTEXT);
     // The first anchor is part of the prompt here.
     let new_tokens = text.len() - prompt.len() - 1;
@@ -164,7 +164,7 @@ fn drafters_agree_where_the_device_drafts() {
             let network =
                 Network::load_with_speculator(backend.as_mut(), &model, Some(&speculator), limits, &mut |_, _| {});
             let scheduler = Scheduler::new(None, 64, cost);
-            let drafter = Box::new(DsparkDrafter::load(&speculator).unwrap());
+            let drafter = Box::new(BlockDrafter::load(&speculator).unwrap());
             Engine::new(backend, network.unwrap(), drafter, scheduler, CONTEXT)
         };
         let mut engines = [engine(backend), engine(Box::new(CpuBackend::new(None)))];

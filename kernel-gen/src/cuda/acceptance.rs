@@ -1,4 +1,4 @@
-//! Embedding, the norm by itself, and what follows the logits: perturb, draw, top-k, accept, commit.
+//! Embedding, a Medusa head's block, the norm by itself, and what follows the logits: perturb, draw, top-k, accept, commit.
 
 use super::{Argument, Launch, Lowering};
 use crate::MAX_NODES;
@@ -33,6 +33,21 @@ impl Lowering<'_> {
         let arguments =
             vec![batch.rows.into(), batch.requests.into(), seen.into(), logits.into(), candidates, draws.into()];
         plain(spec, arguments, [pass.rows, 1, 1], 512)
+    }
+
+    pub(super) fn res_block(&self) -> Vec<Launch> {
+        const THREADS: usize = 128;
+        let &Op::ResBlock { states, weight, bias, out, .. } = self.op else { unreachable!("lowering another op") };
+        let desc = self.desc(weight);
+        let hidden = desc.shape[1];
+        let spec = KernelSpec::new("res_block").size("HIDDEN", "k", hidden).format("WEIGHT", desc.dtype).size(
+            "HEADS",
+            "h",
+            desc.shape[0] / hidden,
+        );
+        let operands = [self.batch.rows, self.batch.requests, states, weight, bias, out];
+        let grid = [hidden.div_ceil(THREADS / 32), self.pass.rows, 1];
+        vec![plain(spec, operands.map(Argument::from).to_vec(), grid, THREADS)]
     }
 
     pub(super) fn norm(&self) -> Vec<Launch> {

@@ -4,7 +4,7 @@
 use super::{Argument, Launch, Lowering};
 use crate::MAX_NODES;
 use crate::layout::ngram_nodes;
-use crate::op::Op;
+use crate::op::{Fill, Op};
 use crate::pass::{Buf, DType};
 use crate::spec::{KernelSpec, Value};
 
@@ -46,7 +46,8 @@ impl Lowering<'_> {
         let spec = KernelSpec::new("open_block")
             .size("NODES", "n", self.report_nodes(state))
             .size("ROWS", "r", block.rows)
-            .size("MASK", "m", block.mask_token as usize);
+            .flag("READS_STATE", "state", block.fill == Fill::State)
+            .size("MASK", "m", if let Fill::Mask(token) = block.fill { token as usize } else { 0 });
         let operands = [self.batch.rows, self.batch.requests, accepted, state];
         vec![launch(spec, operands.map(Argument::from).to_vec(), 1, 64)]
     }

@@ -95,6 +95,26 @@ impl Lowering<'_> {
         Ok(self.weight_banks(weight).into_iter().map(call).collect())
     }
 
+    pub(super) fn res_block(&self) -> Result<Vec<KernelCall>, LowerError> {
+        let &Op::ResBlock { states, weight, bias, out, .. } = self.op else { unreachable!("lowering another op") };
+        let call = |bank: Bank| KernelCall {
+            spec: KernelSpec::new("res_block")
+                .size("HIDDEN", "k", self.columns(weight))
+                .format("WEIGHT", self.desc(weight).dtype)
+                .bank(bank.first_row, bank.rows),
+            bindings: vec![
+                self.read(self.batch.rows),
+                self.read(self.batch.requests),
+                self.read(states),
+                self.bank_binding(weight, &bank),
+                self.read(bias),
+                self.rows(out, Access::Write),
+            ],
+            grid: Grid([Axis::Fixed(bank.rows.div_ceil(64)), Axis::Rows(1), Axis::Fixed(1)]),
+        };
+        Ok(self.weight_banks(weight).into_iter().map(call).collect())
+    }
+
     pub(super) fn norm(&self) -> Result<Vec<KernelCall>, LowerError> {
         let &Op::Norm { eps, x, norm, out, .. } = self.op else { unreachable!("lowering another op") };
         Ok(vec![KernelCall {

@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use serde_json::Value;
-use treespark_kernel_gen::BlockShape;
+use treespark_kernel_gen::{BlockShape, Fill};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -86,7 +86,7 @@ impl DsparkConfig {
     }
 
     pub fn block_shape(&self) -> BlockShape {
-        BlockShape { rows: self.block, first: self.first, mask_token: self.mask_token }
+        BlockShape { rows: self.block, first: self.first, fill: Fill::Mask(self.mask_token) }
     }
 
     /// Whether devices that draft can run the sequential heads: what follows a token must depend on nothing else.

@@ -17,6 +17,7 @@ use super::config::{DsparkConfig, MarkovKind, calibration};
 use crate::error::{Error, Result};
 use crate::{Checkpoint, Tensor};
 
+#[derive(Default)]
 pub struct SequentialHeads {
     markov: Option<Markov>,
     confidence: Option<Confidence>,

@@ -82,8 +82,8 @@ pub struct ModelArgs {
     /// A folder in the Hugging Face layout, a GGUF file, a known name, or org/name in the hub's cache
     #[arg(short, long, default_value = treespark_models::hub::DEFAULT_MODEL)]
     pub model: String,
-    /// Who drafts: auto (the shipped dspark where there is one, else ngram), none, ngram, dspark, model (shipped ones),
-    /// or the PATH of a DSpark or DFlash drafter, or of a model with the same tokenizer
+    /// Who drafts: auto (the shipped dspark where there is one, else ngram), none, ngram, dspark, medusa, model (shipped
+    /// ones), or the PATH of a DSpark, DFlash or Medusa drafter, or of a model with the same tokenizer
     #[arg(short, long, default_value = "auto")]
     pub drafter: DrafterChoice,
     /// Tree of every round, or auto: root, chain:8, 4x2x2x1, parents:0,0,0,1, paths:0;1;0.0

@@ -59,6 +59,7 @@ impl<'a> Run<'a> {
                 let x = linear::normed(run.rows(*x), run.floats(*norm), *eps);
                 linear::gate_up(run.isa, run.matrix(*weight), &x, out);
             }),
+            Op::ResBlock { batch, states, weight, bias, out } => self.res_block(batch, [*states, *weight, *bias, *out]),
             Op::Norm { eps, x, norm, out, .. } => self.writing(*out, |run, out| {
                 out.copy_from_slice(&linear::normed(run.rows(*x), run.floats(*norm), *eps));
             }),
@@ -155,6 +156,21 @@ impl<'a> Run<'a> {
             }
             self.put(cache, words);
         }
+    }
+
+    fn res_block(&mut self, batch: &Batch, [states, weight, bias, out]: [Buf; 4]) {
+        self.writing(out, |run, out| {
+            let width = run.width(states);
+            for (row, out) in run.batch_rows(batch).iter().zip(out.chunks_exact_mut(width)) {
+                let state = &run.floats(states)[row.node as usize * width..][..width];
+                let head = (row.position - run.request(batch, row).prefix) as usize;
+                run.matrix(weight).multiply(run.isa, head * width..(head + 1) * width, state, out);
+                for ((out, bias), state) in out.iter_mut().zip(&run.floats(bias)[head * width..]).zip(state) {
+                    let x = *out + bias;
+                    *out = state + x / (1.0 + (-x).exp());
+                }
+            }
+        });
     }
 
     fn attention<T: Element>(&mut self, op: &Op) {

@@ -1,10 +1,10 @@
-//! How a DSpark drafter fills a block: one pass over rows that all see each other, behind the committed prefix.
+//! How a speculator fills a block: one pass over a row for each depth, behind the committed prefix.
 
-use treespark_kernel_gen::{Pass, PassError};
-use treespark_models::{DsparkConfig, SpeculatorConfig, dspark};
+use treespark_kernel_gen::{BlockShape, Fill, Pass, PassError};
+use treespark_models::{SpeculatorConfig, block};
 
 use super::{Kind, Network};
-use crate::backend::{Backend, Extent, PassId};
+use crate::backend::{Backend, BufferId, Extent, PassId};
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::sequence::Sequence;
@@ -15,50 +15,62 @@ pub const CANDIDATES: usize = 64;
 /// What the parallel stage says of each depth below the root: entry d - 1 of depth d.
 #[derive(Debug, Clone)]
 pub struct Block {
-    /// The hidden states that the sequential heads read, `[hidden]` each.
+    /// The hidden states that the sequential heads read, `[hidden]` each; empty where there are no such heads.
     pub hidden: Vec<Vec<f32>>,
     /// The best tokens and their scores, descending: logits, or at a temperature what a draw ranks.
     pub candidates: Vec<Vec<(u32, f32)>>,
 }
 
 impl Network {
-    /// Drafts a block behind the sequence's last token. Waits.
-    pub fn draft_block(&mut self, backend: &mut dyn Backend, seq: &mut Sequence) -> Result<Block> {
-        let dspark = self.dspark().clone();
-        let (hidden, candidates) = (dspark.backbone.hidden, self.candidates());
-        seq.kv.reserve(&mut self.pool, dspark.block)?;
-        let mut tokens = vec![dspark.mask_token; dspark.block];
-        tokens[0] = seq.last();
+    /// Drafts a block behind the sequence's last token, which the target drew behind `last_node` of the tree that it
+    /// verified last. Waits.
+    pub fn draft_block(&mut self, backend: &mut dyn Backend, seq: &mut Sequence, last_node: usize) -> Result<Block> {
+        let BlockShape { rows, first, fill } = self.block();
+        seq.kv.reserve(&mut self.pool, rows)?;
         let mut batch = Batch::new(self.dims.pages_per_request);
-        batch.add_block(&seq.kv, &tokens, &seq.sampling);
-        let pass = self.pass(backend, Kind::Block, dspark.block)?;
+        match fill {
+            Fill::Mask(mask) => {
+                let mut tokens = vec![mask; rows];
+                tokens[0] = seq.last();
+                batch.add_block(&seq.kv, &tokens, &seq.sampling);
+            }
+            Fill::State => batch.add_readers(&seq.kv, rows, seq.last(), last_node, &seq.sampling),
+        }
+        let pass = self.pass(backend, Kind::Block, rows)?;
         self.write_and_run(backend, pass, &batch)?;
-
-        let mut rows = |name: &str, width: usize| -> Result<Vec<Vec<u32>>> {
-            let words = backend.read(self.memory.get(name), dspark.first * width, dspark.depth() * width)?;
-            Ok(words.chunks_exact(width).map(<[u32]>::to_vec).collect())
-        };
-        let floats = |words: &[u32]| words.iter().map(|&word| f32::from_bits(word)).collect::<Vec<f32>>();
-        let (hidden, ids) = (rows("draft.hidden", hidden)?, rows("draft.ids", candidates)?);
-        let scored = ids.into_iter().zip(rows("draft.scores", candidates)?);
-        Ok(Block {
-            hidden: hidden.iter().map(|words| floats(words)).collect(),
-            candidates: scored.map(|(ids, scores)| ids.into_iter().zip(floats(&scores)).collect()).collect(),
-        })
+        let width = self.candidates();
+        let mut candidates = Vec::new();
+        for row in first..rows {
+            // Heads with matrices of their own have ranked each in its own buffer.
+            let of_row = |name: &str| {
+                let own = self.memory.find(&format!("{name}.{row}"));
+                own.unwrap_or_else(|| self.memory.get(name))
+            };
+            let ids = backend.read(of_row("draft.ids"), row * width, width)?;
+            let scores = floats(backend, of_row("draft.scores"), row * width, width)?;
+            candidates.push(ids.into_iter().zip(scores).collect());
+        }
+        let mut hidden = Vec::new();
+        if let Some(SpeculatorConfig::Dspark(dspark)) = &self.speculator {
+            let width = dspark.backbone.hidden;
+            let all = floats(backend, self.memory.get("draft.hidden"), first * width, (rows - first) * width)?;
+            hidden = all.chunks_exact(width).map(<[f32]>::to_vec).collect();
+        }
+        Ok(Block { hidden, candidates })
     }
 
     pub(super) fn block_pass(&self, costs: Option<&[f32]>) -> Result<Pass, PassError> {
-        self.dspark().draft_pass(&self.llama(), self.candidates(), costs)
+        self.speculator().draft_pass(&self.llama(), self.candidates(), costs)
     }
 
     /// Whether the device grows trees from blocks by itself.
     pub fn grows_blocks(&self) -> bool {
-        matches!(&self.speculator, Some(SpeculatorConfig::Dspark(dspark)) if dspark.heads_on_device)
+        self.speculator.as_ref().is_some_and(|speculator| self.drafts_on_device && speculator.fits_devices())
     }
 
     /// The pass that drafts a round's trees on the device, and what it needs of a run.
     pub(super) fn grow_block_pass(&mut self, backend: &mut dyn Backend, nodes: usize) -> Result<(PassId, Extent)> {
-        let rows = self.dspark().block;
+        let rows = self.block().rows;
         let pass = self.pass(backend, Kind::GrowBlock { nodes }, rows)?;
         Ok((pass, Extent { rows, requests: 1, keys: self.dims.context }))
     }
@@ -66,17 +78,25 @@ impl Network {
     /// Gives the device a confidence head's numbers. Some pass has bound their buffer.
     pub(super) fn write_confidence(&self, backend: &mut dyn Backend) -> Result<()> {
         match &self.confidence {
-            Some(numbers) => backend.write(self.memory.get(dspark::CONFIDENCE), 0, numbers),
+            Some(numbers) => backend.write(self.memory.get(block::CONFIDENCE), 0, numbers),
             None => Ok(()),
         }
+    }
+
+    /// The rows that the speculator fills.
+    pub(super) fn block(&self) -> BlockShape {
+        self.speculator().block()
     }
 
     fn candidates(&self) -> usize {
         CANDIDATES.min(self.config.vocab_size)
     }
 
-    pub(super) fn dspark(&self) -> &DsparkConfig {
-        let Some(SpeculatorConfig::Dspark(dspark)) = &self.speculator else { panic!("no DSpark drafter is loaded") };
-        dspark
+    fn speculator(&self) -> &SpeculatorConfig {
+        self.speculator.as_ref().expect("a speculator is loaded")
     }
+}
+
+fn floats(backend: &mut dyn Backend, buffer: BufferId, first: usize, len: usize) -> Result<Vec<f32>> {
+    Ok(backend.read(buffer, first, len)?.into_iter().map(f32::from_bits).collect())
 }

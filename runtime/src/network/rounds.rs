@@ -4,7 +4,7 @@
 //! nothing. It runs the pass that is large enough for the tree, waits, and reads what became of it and how the next looks.
 
 use treespark_kernel_gen::layout::{RoundReport, report_words};
-use treespark_models::dspark;
+use treespark_models::block;
 
 use super::{Kind, Network, round_rows};
 use crate::backend::{Backend, Extent, PassId};
@@ -90,14 +90,14 @@ impl Network {
     fn start(&mut self, backend: &mut dyn Backend, seq: &mut Sequence, nodes: usize) -> Result<TokenTree> {
         let limit = seq.tokens().len() + seq.room();
         // Behind the last token lies the tree, or the block that it is grown from.
-        let behind = if self.grows_blocks() { nodes.max(self.dspark().block) } else { nodes };
+        let behind = if self.grows_blocks() { nodes.max(self.block().rows) } else { nodes };
         seq.kv.reserve(&mut self.pool, limit + behind - seq.kv.len())?;
         let root = TokenTree::root(seq.last());
         let mut batch = Batch::new(self.dims.pages_per_request);
         batch.add(&seq.kv, &root, &[], &seq.sampling);
         let pass = self.prepare_rounds(backend, nodes)?;
         if self.grows_blocks() {
-            backend.write(self.memory.get(dspark::STATE), 0, &[limit as u32, 0, 0, 0, seq.last()])?;
+            backend.write(self.memory.get(block::STATE), 0, &[limit as u32, 0, 0, 0, seq.last()])?;
         } else {
             backend.write(self.memory.get("history"), 0, seq.tokens())?;
             // Hit rates, further on, are kept from one sequence to the next.
@@ -111,7 +111,7 @@ impl Network {
     }
 
     fn report(&self, backend: &mut dyn Backend, nodes: usize) -> Result<Vec<u32>> {
-        let state = if self.grows_blocks() { dspark::STATE } else { "state" };
+        let state = if self.grows_blocks() { block::STATE } else { "state" };
         backend.read(self.memory.get(state), 0, report_words(nodes))
     }
 }

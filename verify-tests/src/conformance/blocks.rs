@@ -2,7 +2,7 @@
 
 use treespark::backend::Backend;
 use treespark_kernel_gen::layout::{accepted_words, report_words};
-use treespark_kernel_gen::{BlockShape, MAX_NODES, Pass, Role};
+use treespark_kernel_gen::{BlockShape, Fill, MAX_NODES, Pass, Role};
 
 use super::agreement::Tolerance;
 use super::{Property, same};
@@ -11,7 +11,7 @@ use crate::batch::{Batch, Member, Sampling, Tree};
 use crate::bed::Bed;
 use crate::oracle::Oracle;
 use crate::rng::Rng;
-use crate::tiny_model::{MAX_REQUESTS, TinyModel};
+use crate::tiny_model::{MAX_REQUESTS, MAX_ROWS, TinyModel};
 
 /// What blocks of any size leave, op by op: rows, trellis and trees, of several requests that are at any point of their
 /// way. A backend that leaves drafting to the host has nothing to show.
@@ -19,7 +19,7 @@ pub fn a_grown_block_equals_the_oracle(backend: &mut dyn Backend) -> Property {
     if !backend.drafts() {
         return Ok(());
     }
-    let block = |rows, first| BlockShape { rows, first, mask_token: 7 };
+    let block = |rows, first| BlockShape { rows, first, fill: Fill::Mask(7) };
     // Block, most nodes, candidates, rank of the Markov head, hidden size, confidence head.
     let cases = [
         (block(7, 0), 64, 64, 64, 576, true),
@@ -28,9 +28,32 @@ pub fn a_grown_block_equals_the_oracle(backend: &mut dyn Backend) -> Property {
         (block(5, 0), 32, 40, 24, 64, true),
         (block(2, 1), 64, 33, 200, 8, true),
         (block(1, 0), 8, 5, 8, 8, false),
+        (BlockShape { rows: 5, first: 0, fill: Fill::State }, 64, 16, 0, 8, false),
     ];
     for (seed, case) in cases.into_iter().enumerate() {
         drafts(backend, seed as u64, case).map_err(|problem| format!("{case:?}: {problem}"))?;
+    }
+    Ok(())
+}
+
+/// The residual block of every row's head, of the row that its node names.
+pub fn residual_blocks_equal_the_oracle(backend: &mut dyn Backend) -> Property {
+    for (seed, sizes) in HOUSE_MODELS.iter().enumerate() {
+        let model = TinyModel { sizes: *sizes, seed: seed as u64 };
+        let mut rng = Rng::new(seed as u64);
+        let member = |prefix: usize| Member::new(&vec![3; prefix], Tree::chain(&[0; 5]));
+        let batch = Batch { members: vec![member(4), member(0), member(70)] };
+        let pass = model.res_block_pass(batch.rows(), 5);
+        let states: Vec<f32> = (0..MAX_ROWS * sizes.hidden).map(|_| rng.normal() as f32).collect();
+        let mut oracle = Oracle::new();
+        let [got, want] = [&mut *backend, &mut oracle as &mut dyn Backend].map(|backend| {
+            let mut bed = Bed::new(backend, model.clone());
+            bed.prepare(&pass);
+            bed.write_floats("states", &states);
+            bed.run(&pass, &batch);
+            bed.floats("out", batch.rows() * sizes.hidden)
+        });
+        Tolerance::OP.compare(&format!("{sizes:?}"), &got, &want)?;
     }
     Ok(())
 }

@@ -102,6 +102,23 @@ impl Step<'_> {
         }
     }
 
+    pub(super) fn res_block(&mut self, op: &Op) {
+        let &Op::ResBlock { states, weight, bias, out, .. } = op else { unreachable!() };
+        let width = self.width(states);
+        for r in 0..self.n_rows() {
+            let row = self.row(r);
+            let head = row.position - self.prefix(row.request);
+            let state = self.row_of(states, row.node);
+            let block = |e: usize| {
+                let output = head * width + e;
+                let x = dot(&self.row_of(weight, output), &state) + self.get(bias, output);
+                state[e] + x / (1.0 + (-x).exp())
+            };
+            let result: Vec<f64> = (0..width).map(block).collect();
+            self.set_row(out, r, &result);
+        }
+    }
+
     pub(super) fn norm(&mut self, op: &Op) {
         let &Op::Norm { eps, x, norm, out, .. } = op else { unreachable!() };
         for r in 0..self.n_rows() {

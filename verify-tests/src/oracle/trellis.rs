@@ -3,7 +3,7 @@
 //! Survivals are f32, as in `drafting`: they only rank nodes, and another rounding would be another tree.
 
 use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, report_words};
-use treespark_kernel_gen::{MAX_NODES, Op, Request, Row};
+use treespark_kernel_gen::{Fill, MAX_NODES, Op, Request, Row};
 
 use super::Step;
 use crate::batch::Tree;
@@ -32,9 +32,14 @@ impl Step<'_> {
             for node in 0..rows {
                 let mut ancestors = [0; MAX_NODES / 32];
                 (0..rows).for_each(|seen| ancestors[seen / 32] |= 1 << (seen % 32));
-                let token = if node == 0 { root } else { block.mask_token };
                 let position = prefix + node as u32;
-                self.set_batch_row(row, Row { token, position, request: request as u32, node: node as u32, ancestors });
+                let (token, node) = match block.fill {
+                    Fill::Mask(token) if node > 0 => (token, node as u32),
+                    Fill::Mask(_) => (root, 0),
+                    Fill::State if n == 0 => (root, 0),
+                    Fill::State => (root, self.word(accepted, from + n)),
+                };
+                self.set_batch_row(row, Row { token, position, request: request as u32, node, ancestors });
                 row += 1;
             }
         }

@@ -1,7 +1,7 @@
-//! DSpark: one parallel pass of a few layers over a block ([`Network::draft_block`]), then sequential heads that turn the
-//! block's independent rows into a tree.
+//! Drafters that fill a block in one parallel pass ([`Network::draft_block`]), a row for each depth: DSpark, with sequential
+//! heads that turn the independent rows into a tree, DFlash and Medusa, whose rows stand by themselves.
 //!
-//! With the vanilla and the gated head, what follows a node depends on its depth and its token alone: the tree is a
+//! With DSpark's vanilla and gated heads, what follows a node depends on its depth and its token alone: the tree is a
 //! path through a trellis, and each place of the trellis is computed once. The rows rank only their best candidates, so
 //! that the Markov head reads a few rows of its matrix and not the whole.
 //!
@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 
 use treespark_models::dspark::sigmoid;
-use treespark_models::{MarkovState, SequentialHeads, Speculator, SpeculatorConfig};
+use treespark_models::{MarkovState, SequentialHeads, Speculator};
 
 use super::best_first::{Continuation, grow};
 use super::{Draft, Drafter, Plan};
@@ -24,17 +24,20 @@ use crate::tree::Accepted;
 /// Nodes of a tree that the device drafts.
 const NODES_ON_DEVICE: usize = 64;
 
-pub struct DsparkDrafter {
+pub struct BlockDrafter {
+    name: &'static str,
     heads: SequentialHeads,
-    /// Devices that draft can run the heads.
+    /// Devices that draft can grow its trees by themselves.
     fits_devices: bool,
+    /// The node behind which the target drew the last token, in the tree that it verified last.
+    last_node: usize,
 }
 
-impl DsparkDrafter {
+impl BlockDrafter {
     /// The heads of a speculator whose other weights lie beside the target's.
-    pub fn load(speculator: &Speculator) -> Result<DsparkDrafter> {
-        let SpeculatorConfig::Dspark(config) = speculator.config();
-        Ok(DsparkDrafter { heads: speculator.sequential_heads()?, fits_devices: config.fits_devices() })
+    pub fn load(speculator: &Speculator) -> Result<BlockDrafter> {
+        let (config, heads) = (speculator.config(), speculator.sequential_heads()?);
+        Ok(BlockDrafter { name: config.name(), heads, fits_devices: config.fits_devices(), last_node: 0 })
     }
 
     /// What may follow a token at a depth, the likeliest first, and the state behind it.
@@ -46,7 +49,8 @@ impl DsparkDrafter {
         state: &MarkovState,
         inverse_temperature: f32,
     ) -> (Vec<Continuation>, MarkovState) {
-        let step = self.heads.step(depth, previous, &block.hidden[depth - 1], state);
+        let hidden = block.hidden.get(depth - 1).map_or(&[][..], Vec::as_slice);
+        let step = self.heads.step(depth, previous, hidden, state);
         let score = |&(token, score): &(u32, f32)| (token, score + self.heads.bias(&step, token) * inverse_temperature);
         let mut scored: Vec<(u32, f32)> = block.candidates[depth - 1].iter().map(score).collect();
         scored.sort_by(|a, b| b.1.total_cmp(&a.1));
@@ -66,9 +70,9 @@ fn probabilities(scored: &[(u32, f32)], confidence: Option<f32>) -> Vec<Continua
     scored.iter().zip(&weights).enumerate().map(share).collect()
 }
 
-impl Drafter for DsparkDrafter {
+impl Drafter for BlockDrafter {
     fn name(&self) -> &'static str {
-        "dspark"
+        self.name
     }
 
     fn propose(
@@ -81,14 +85,14 @@ impl Drafter for DsparkDrafter {
         if plan.max_depth == 0 || plan.max_nodes <= 1 {
             return Ok(Draft::root(seq.last()));
         }
-        let block = target.draft_block(backend, seq)?;
+        let block = target.draft_block(backend, seq, self.last_node)?;
         let inverse_temperature = if seq.sampling.temperature > 0.0 { 1.0 / seq.sampling.temperature } else { 1.0 };
         // Of each node that was asked for: what the heads carry on.
         let mut states: HashMap<usize, MarkovState> = HashMap::new();
         let mut known: HashMap<(usize, u32), Vec<Continuation>> = HashMap::new();
         grow(seq.last(), plan, |draft, node| {
             let (depth, token) = (draft.tree.shape().depth(node) + 1, draft.tree.token(node));
-            if depth > block.hidden.len() {
+            if depth > block.candidates.len() {
                 return Vec::new();
             }
             if let Some(continuations) = known.get(&(depth, token)) {
@@ -105,11 +109,14 @@ impl Drafter for DsparkDrafter {
         })
     }
 
-    fn observe(&mut self, _: &mut dyn Backend, _: &Draft, _: &Accepted) -> Result<()> {
+    fn observe(&mut self, _: &mut dyn Backend, _: &Draft, accepted: &Accepted) -> Result<()> {
+        self.last_node = accepted.path[accepted.draft_len()];
         Ok(())
     }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.last_node = 0;
+    }
 
     fn nodes_on_device(&self) -> Option<usize> {
         self.fits_devices.then_some(NODES_ON_DEVICE)
