@@ -3,10 +3,8 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use treespark::backend::Backend;
-use treespark::cpu::CpuBackend;
+use treespark::draft::Plan;
 use treespark::draft::ngram::NgramDrafter;
-use treespark::draft::{Drafter, Plan};
 use treespark_kernel_gen::TreeShape;
 
 /// A text of a few hundred different tokens, in which phrases come again.
@@ -25,8 +23,6 @@ fn shapes(c: &mut Criterion) {
 
 fn ngram(c: &mut Criterion) {
     let context = text(4096);
-    let mut backend = CpuBackend::new(Some(1));
-    let backend: &mut dyn Backend = &mut backend;
     let plan = Plan { shape: None, max_nodes: 64, max_depth: 64 };
     let mut drafter = NgramDrafter::default();
     drafter.continue_text(&context, &plan).unwrap();

@@ -1,12 +1,15 @@
 //! `treespark-bench`: what passes and kernels cost on a device, against sizes, floors and peers.
 
 mod attention;
+mod calibrate;
 mod device;
 mod matmul;
 mod models;
 mod ops;
 mod pass;
 mod peers;
+
+use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -25,6 +28,7 @@ const EXAMPLES: &str = "Examples:
   treespark-bench pass --backend cpu --rows 1,2,4,8,16
   treespark-bench pass --backend cuda --model random:qwen3-8b --depth 2048 --rows 1,16
   treespark-bench ops --backend wgpu --rows 1,16
+  treespark-bench ops --backend cuda --rows 1,16 --drafter models/pretrained/smollm2-135m-instruct/dspark
   treespark-bench attention --peers peers.json
   treespark-bench matmul --models qwen3-8b --rows 1,16,64";
 
@@ -32,10 +36,12 @@ const EXAMPLES: &str = "Examples:
 enum Command {
     /// One verify pass (layers, head, draw, accept) by number of rows
     Pass(PassArgs),
-    /// Where the time of a verify pass goes: each kind of op run alone
-    Ops(PassArgs),
+    /// Where the time of a verify pass goes, and of a draft: each kind of op run alone
+    Ops(OpsArgs),
     /// Tree attention alone, beside peers and floors (needs an NVIDIA GPU)
     Attention(attention::Args),
+    /// How well a DSpark drafter's confidence is calibrated on the nodes of its trees
+    Calibrate(calibrate::Args),
     /// Products with weights alone, beside cuBLAS and the memory's speed (needs an NVIDIA GPU)
     Matmul(matmul::Args),
 }
@@ -66,6 +72,18 @@ struct PassArgs {
     json: bool,
 }
 
+#[derive(clap::Args)]
+struct OpsArgs {
+    #[command(flatten)]
+    pass: PassArgs,
+    /// Folder of a DSpark, DFlash or Medusa drafter of the model: its part of a pass is timed, and its draft
+    #[arg(long)]
+    drafter: Option<PathBuf>,
+    /// Most nodes of a tree that is drafted
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(usize))]
+    nodes: usize,
+}
+
 const PASS_EXAMPLES: &str = "The median is by the host's clock, from writing the batch to reading the result. On an \
 NVIDIA GPU 'device ms' is the pass alone, by the GPU's clock, and 'weights' the share of it that a device copy would need for the \
 weights' bytes. Passes are compiled for 1, 4, 16, 64 and 256 rows: others run in the next larger.
@@ -81,6 +99,7 @@ fn main() -> Result<()> {
         Command::Pass(args) => pass::run(&args),
         Command::Ops(args) => ops::run(&args),
         Command::Attention(args) => attention::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::Matmul(args) => matmul::run(&args),
     }
 }

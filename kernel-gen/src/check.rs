@@ -222,7 +222,7 @@ impl Op {
                 }
                 match confidence {
                     None => Ok(()),
-                    Some(buf) => c.shape("confidence", *buf, DType::F32, &[width + rank + 1 + block.depth()]),
+                    Some(buf) => c.shape("confidence", *buf, DType::F32, &[width + rank + 1 + 2 * block.depth()]),
                 }
             }
             Op::GrowTrellis { block, ids, trellis, state, costs, .. } => {

@@ -307,8 +307,8 @@ pub enum Op {
     },
     /// How likely each candidate of a depth is accepted behind each candidate of the depth before, in a block whose rows
     /// ranked `K` candidates: `score(i, j) = scores[depth, j] + (W2 · W1[token i])[token j] / temperature`, softmax over
-    /// j; with a confidence head the best j has its confidence instead, and the others share the rest as they would. Behind
-    /// the root there is one parent.
+    /// j; with a confidence head the best j has its confidence instead, and the others share the rest as they would, times a
+    /// factor of the depth. Behind the root there is one parent.
     Trellis {
         batch: Batch,
         block: BlockShape,
@@ -320,7 +320,7 @@ pub enum Op {
         hidden: Buf,
         /// Weights `[V, rank]`: W1 and W2
         markov: Option<(Buf, Buf)>,
-        /// F32 `[H + rank + 1 + depth]`: weights, bias, and for each depth one over its temperature
+        /// F32 `[H + rank + 1 + 2 * depth]`: weights, bias, for each depth one over its temperature, for each its factor
         confidence: Option<Buf>,
         /// F32 `[B * depth, K, K]`
         trellis: Buf,

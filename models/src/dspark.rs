@@ -135,7 +135,7 @@ impl DsparkConfig {
         if let Some(costs) = costs {
             let markov = ["markov_w1", "markov_w2"].map(|name| b.optional_weight(&decoder.buffer(name)));
             let rank = self.markov.map_or(0, |(_, rank)| rank);
-            let confidence = self.confidence.map(|_| config.hidden + rank + 1 + self.depth());
+            let confidence = self.confidence.map(|_| config.hidden + rank + 1 + 2 * self.depth());
             let heads = Sequential { hidden, markov: markov[0].zip(markov[1]), confidence };
             block::grow(&mut b, self.block_shape(), ranked, heads, costs);
         }

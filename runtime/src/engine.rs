@@ -26,6 +26,8 @@ pub struct Engine {
 pub struct Round {
     /// The verified tree.
     pub tree: TokenTree,
+    /// What the drafter expected of its nodes; empty where the device drafted.
+    pub survival: Vec<f32>,
     pub accepted: Accepted,
     /// The tokens that the sequence took: the accepted draft tokens and the bonus token, cut where the sequence ended.
     pub tokens: Vec<u32>,
@@ -44,6 +46,11 @@ impl Engine {
         let on_device = backend.drafts() && plan.shape.is_none();
         let nodes_on_device = drafter.nodes_on_device().filter(|_| on_device).map(|nodes| nodes.min(plan.max_nodes));
         Engine { backend, target, drafter, scheduler, context, nodes_on_device }
+    }
+
+    /// The same with the host drafting, also where the device could: a round then tells what the drafter expected.
+    pub fn drafting_on_the_host(self) -> Engine {
+        Engine { nodes_on_device: None, ..self }
     }
 
     /// Compiles what rounds will run where the device drafts; otherwise the first sequence waits for that.
@@ -112,7 +119,8 @@ impl Engine {
         clock.committed(stats);
 
         stats.record(drafter.name(), &tree, &accepted, tokens.len());
-        Ok(Round { tree, accepted, tokens })
+        let survival = draft.survival[..tree.len()].to_vec();
+        Ok(Round { tree, survival, accepted, tokens })
     }
 
     /// The same round where the device drafts: one run of one pass.
@@ -134,7 +142,7 @@ impl Engine {
         clock.accepted(stats);
 
         stats.record(drafter.name(), &tree, &accepted, tokens.len());
-        Ok(Round { tree, accepted, tokens })
+        Ok(Round { tree, survival: Vec::new(), accepted, tokens })
     }
 
     /// Decodes until the sequence is finished.

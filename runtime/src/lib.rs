@@ -48,6 +48,7 @@ pub mod philox;
 pub mod llm;
 pub mod stop;
 pub mod stats;
+pub mod calibration;
 pub mod error;
 
 pub use engine::{Engine, Round};

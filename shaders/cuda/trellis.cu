@@ -3,7 +3,7 @@
 //
 //     score(i, j)  = scores[depth][j] + W2[ids[depth][j]] · W1[ids[depth - 1][i]] / temperature
 //     first child  : sigmoid of the confidence, or its softmax share where there is no confidence head
-//     the others   : what that leaves, shared as in the softmax
+//     the others   : what that leaves, shared as in the softmax, times a factor of the depth
 //
 // Behind the root there is one parent, the last committed token. One block takes some parents of one depth of one
 // request. As runtime/src/draft/dspark.rs, which explains it.
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     trellis(const u32* rows, const u32* requests, const u32* ids, const float* scores, // [rows, K]
             const float* hidden, // [rows, HIDDEN]
             const void* w1, const void* w2, // [tokens, RANK]
-            const float* confidence, // HIDDEN + RANK weights, the bias, DEPTH inverse temperatures
+            const float* confidence, // HIDDEN + RANK weights, the bias, DEPTH inverse temperatures, DEPTH factors
             float* out) { // [requests * DEPTH, K, K]
     release_next();
     __shared__ float first_rows[PARENTS * STRIDE]; // of W1
@@ -122,7 +122,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const float wa = lane < K ? expf(a - largest) : 0.0f, wb = lane + 32 < K ? expf(b - largest) : 0.0f;
         const float rest = sum_of_warp((lane == best ? 0.0f : wa) + (lane + 32 == best ? 0.0f : wb));
         const float first = CONFIDENCE ? parent_confidence[i] : 1.0f / (1.0f + rest);
-        const float share = rest > 0.0f ? (1.0f - first) / rest : 0.0f;
+        const float factor = CONFIDENCE ? confidence[HIDDEN + RANK + 1 + DEPTH + depth] : 1.0f;
+        const float share = rest > 0.0f ? factor * (1.0f - first) / rest : 0.0f;
         float* to = out + ((u64)(request * DEPTH + depth) * K + first_parent + i) * K;
         if (lane < K) to[lane] = lane == best ? first : wa * share;
         if (lane + 32 < K) to[lane + 32] = lane + 32 == best ? first : wb * share;

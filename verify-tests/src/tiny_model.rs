@@ -227,7 +227,7 @@ impl TinyModel {
         let scores = add("scores", DType::F32, &[MAX_ROWS, k]);
         let states = add("hidden", DType::F32, &[MAX_ROWS, hidden]);
         let trellis = add("trellis", DType::F32, &[MAX_REQUESTS * block.depth(), k, k]);
-        let words = [hidden + rank + 1 + block.depth()];
+        let words = [hidden + rank + 1 + 2 * block.depth()];
         let confidence = confident.then(|| add("confidence", DType::F32, &words));
         let shape = [self.sizes.vocab, rank];
         let mut weight = |name: &str| pass.add(name, Role::Weight, self.sizes.weights, &shape);

@@ -9,7 +9,9 @@
 //! logits = base + b;   confidence = σ((w · [h ; W1[u]] + b) / T)
 //! ```
 //!
-//! T comes from `calibration.json` beside the checkpoint, a temperature for every depth (sequential temperature scaling).
+//! T comes from `calibration.json` beside the checkpoint, a temperature for every depth (sequential temperature scaling). So
+//! does a factor for every depth, by which the tokens that are not the drafter's first choice are likelier than the softmax
+//! has it.
 
 use treespark_kernel_gen::DType;
 
@@ -37,8 +39,16 @@ struct Confidence {
     weight: Vec<f32>,
     bias: f32,
     with_markov: bool,
-    /// By depth; 1 where there is none.
+    calibration: Calibration,
+}
+
+/// What is known of the confidence head from measurements, by depth; nothing is changed where nothing is known.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Calibration {
+    /// What its logits are divided by.
     temperatures: Vec<f32>,
+    /// What the share of a token other than the first choice is multiplied by.
+    siblings: Vec<f32>,
 }
 
 /// What an rnn head carries along a path; nothing for the others.
@@ -54,6 +64,8 @@ pub struct Step {
     pub state: MarkovState,
     /// Logit that the token which the drafter would choose is accepted, if its parents are.
     pub confidence: Option<f32>,
+    /// By how much the others are likelier than their share of what that leaves.
+    pub siblings: f32,
 }
 
 impl DsparkConfig {
@@ -112,7 +124,7 @@ impl SequentialHeads {
                 weight: floats("confidence_head.proj.weight")?,
                 bias: floats("confidence_head.proj.bias")?[0],
                 with_markov,
-                temperatures: temperatures(config, checkpoint)?,
+                calibration: Calibration::load(config, checkpoint)?,
             }),
         };
         Ok(SequentialHeads { markov, confidence })
@@ -125,8 +137,16 @@ impl SequentialHeads {
         let mut numbers = head.weight.clone();
         numbers.resize(config.backbone.hidden + config.markov.map_or(0, |(_, rank)| rank), 0.0);
         numbers.push(head.bias);
-        numbers.extend((0..config.depth()).map(|depth| 1.0 / head.temperature(depth)));
+        numbers.extend((0..config.depth()).map(|depth| 1.0 / head.calibration.temperature(depth)));
+        numbers.extend((0..config.depth()).map(|depth| head.calibration.factor(depth)));
         Some(numbers)
+    }
+
+    /// Takes the confidence head as it was trained.
+    pub fn forget_calibration(&mut self) {
+        if let Some(head) = &mut self.confidence {
+            head.calibration = Calibration::default();
+        }
     }
 
     /// Whether what follows a token depends on nothing but the token, its depth and the block.
@@ -141,13 +161,14 @@ impl SequentialHeads {
         let confidence = self.confidence.as_ref().map(|head| {
             let inputs = hidden.iter().chain(embedded.iter().filter(|_| head.with_markov));
             let logit = head.weight.iter().zip(inputs).map(|(w, x)| w * x).sum::<f32>() + head.bias;
-            logit / head.temperature(depth - 1)
+            logit / head.calibration.temperature(depth - 1)
         });
+        let siblings = self.confidence.as_ref().map_or(1.0, |head| head.calibration.factor(depth - 1));
         let (factor, state) = match &self.markov {
             None => (Vec::new(), MarkovState::default()),
             Some(markov) => markov.factor(embedded, hidden, state),
         };
-        Step { factor, state, confidence }
+        Step { factor, state, confidence, siblings }
     }
 
     /// What the Markov head adds to the logit of a token.
@@ -156,12 +177,6 @@ impl SequentialHeads {
             None => 0.0,
             Some(markov) => dot_row(&markov.w2, token, &step.factor),
         }
-    }
-}
-
-impl Confidence {
-    fn temperature(&self, depth: usize) -> f32 {
-        self.temperatures.get(depth).copied().unwrap_or(1.0)
     }
 }
 
@@ -191,15 +206,29 @@ impl Markov {
     }
 }
 
-fn temperatures(config: &DsparkConfig, checkpoint: &Checkpoint) -> Result<Vec<f32>> {
-    let Some(json) = calibration(checkpoint)? else { return Ok(Vec::new()) };
-    let value = &json["temperatures"];
-    let number = |t: &serde_json::Value| t.as_f64().map(|t| t as f32).filter(|t| t.is_finite() && *t > 0.0);
-    let list = value.as_array().and_then(|list| list.iter().map(number).collect::<Option<Vec<f32>>>());
-    list.filter(|list| list.len() == config.depth()).ok_or_else(|| Error::Malformed {
-        path: checkpoint.path().join("calibration.json"),
-        problem: format!("temperatures is {value}, expected {} positive numbers", config.depth()),
-    })
+impl Calibration {
+    fn load(config: &DsparkConfig, checkpoint: &Checkpoint) -> Result<Calibration> {
+        let Some(json) = calibration(checkpoint)? else { return Ok(Calibration::default()) };
+        let list = |key: &str| {
+            let value = &json[key];
+            let number = |t: &serde_json::Value| t.as_f64().map(|t| t as f32).filter(|t| t.is_finite() && *t > 0.0);
+            let list = value.as_array().and_then(|list| list.iter().map(number).collect::<Option<Vec<f32>>>());
+            list.filter(|list| list.len() == config.depth()).ok_or_else(|| Error::Malformed {
+                path: checkpoint.path().join("calibration.json"),
+                problem: format!("{key} is {value}, expected {} positive numbers", config.depth()),
+            })
+        };
+        let siblings = if json["siblings"].is_null() { Vec::new() } else { list("siblings")? };
+        Ok(Calibration { temperatures: list("temperatures")?, siblings })
+    }
+
+    fn temperature(&self, depth: usize) -> f32 {
+        self.temperatures.get(depth).copied().unwrap_or(1.0)
+    }
+
+    fn factor(&self, depth: usize) -> f32 {
+        self.siblings.get(depth).copied().unwrap_or(1.0)
+    }
 }
 
 pub fn sigmoid(x: f32) -> f32 {

@@ -34,6 +34,12 @@ pub struct BlockDrafter {
 }
 
 impl BlockDrafter {
+    /// The same without what was measured of its confidence.
+    pub fn without_calibration(mut self) -> BlockDrafter {
+        self.heads.forget_calibration();
+        self
+    }
+
     /// The heads of a speculator whose other weights lie beside the target's.
     pub fn load(speculator: &Speculator) -> Result<BlockDrafter> {
         let (config, heads) = (speculator.config(), speculator.sequential_heads()?);
@@ -54,18 +60,19 @@ impl BlockDrafter {
         let score = |&(token, score): &(u32, f32)| (token, score + self.heads.bias(&step, token) * inverse_temperature);
         let mut scored: Vec<(u32, f32)> = block.candidates[depth - 1].iter().map(score).collect();
         scored.sort_by(|a, b| b.1.total_cmp(&a.1));
-        (probabilities(&scored, step.confidence), step.state)
+        (probabilities(&scored, step.confidence, step.siblings), step.state)
     }
 }
 
-/// Softmax over the candidates. With a confidence the first has that, and the others share the rest as they would.
-fn probabilities(scored: &[(u32, f32)], confidence: Option<f32>) -> Vec<Continuation> {
+/// Softmax over the candidates. With a confidence the first has that, and the others share the rest as they would, times a
+/// factor.
+fn probabilities(scored: &[(u32, f32)], confidence: Option<f32>, factor: f32) -> Vec<Continuation> {
     let weights: Vec<f32> = scored.iter().map(|(_, score)| (score - scored[0].1).exp()).collect();
-    let rest: f32 = weights[1..].iter().sum();
+    let rest = weights[1..].iter().sum::<f32>().max(f32::MIN_POSITIVE);
     let first = confidence.map_or(1.0 / (1.0 + rest), sigmoid);
     let share = |(i, (&(token, _), weight)): (usize, (&(u32, f32), &f32))| Continuation {
         token,
-        probability: if i == 0 { first } else { (1.0 - first) * weight / rest },
+        probability: if i == 0 { first } else { factor * (1.0 - first) * weight / rest },
     };
     scored.iter().zip(&weights).enumerate().map(share).collect()
 }

@@ -75,14 +75,16 @@ impl Step<'_> {
                     let weights: Vec<f64> = all.iter().map(|score| (score - all[best]).exp()).collect();
                     let total: f64 = weights.iter().sum();
                     let sure = confidence.map(|buf| {
-                        let numbers = self.slice(buf, 0, width + rank + 1 + block.depth());
+                        let numbers = self.slice(buf, 0, width + rank + 1 + 2 * block.depth());
                         let inputs = [self.slice(hidden, row * width, width), embedded.clone()].concat();
                         let logit = dot(&inputs, &numbers[..width + rank]) + numbers[width + rank];
-                        1.0 / (1.0 + (-logit * numbers[width + rank + 1 + depth]).exp())
+                        let inverse_temperature = numbers[width + rank + 1 + depth];
+                        let factor = numbers[width + rank + 1 + block.depth() + depth];
+                        (1.0 / (1.0 + (-logit * inverse_temperature).exp()), factor)
                     });
-                    let sure = sure.unwrap_or(1.0 / total);
+                    let (sure, factor) = sure.unwrap_or((1.0 / total, 1.0));
                     for (j, weight) in weights.into_iter().enumerate() {
-                        let share = if total > 1.0 { (1.0 - sure) / (total - 1.0) } else { 0.0 };
+                        let share = if total > 1.0 { factor * (1.0 - sure) / (total - 1.0) } else { 0.0 };
                         let p = if j == best { sure } else { weight * share };
                         self.set(trellis, ((request * block.depth() + depth) * k + i) * k + j, p);
                     }
