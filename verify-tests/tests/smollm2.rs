@@ -67,6 +67,36 @@ fn speculative_equals_plain_on_the_cpu() {
     }
 }
 
+/// A drafter that is shipped with the project.
+fn shipped(name: &str) -> DrafterChoice {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/pretrained/smollm2-135m-instruct").join(name);
+    DrafterChoice::Path(folder.to_str().unwrap().to_string())
+}
+
+/// The shipped drafters: no token changes, and enough of what they guess is right, at temperatures too.
+#[test]
+fn shipped_drafters_are_lossless_and_of_use() {
+    let _guard = ONE_AT_A_TIME.lock();
+    let Some(path) = default_model() else { return };
+    const TOKENS: usize = 40;
+    let sampled = Sampling { temperature: 0.8, seed: 5, ..Sampling::default() };
+    let samplings = [Sampling::default(), sampled, samplings()[4].1.clone()];
+    let mut plain = load(&path, DrafterChoice::None, None, BackendChoice::Cpu);
+    let expected = samplings.each_ref().map(|sampling| answer(&mut plain, sampling, TOKENS).0);
+    drop(plain);
+    for (name, least) in [("dspark", 1.8), ("medusa", 1.2), ("model", 1.8)] {
+        for tree in [Some("4x2x2x1"), None] {
+            let mut llm = load(&path, shipped(name), tree, BackendChoice::Cpu);
+            for (i, sampling) in samplings.iter().enumerate() {
+                let (got, per_round) = answer(&mut llm, sampling, TOKENS);
+                assert_eq!(got, expected[i], "{name}, tree {tree:?}, {sampling:?}");
+                println!("{name} {tree:?} temperature {}: {per_round:.2} tokens per round", sampling.temperature);
+                assert!(per_round > least || i > 0 || tree.is_none(), "{name}: {per_round} tokens per round");
+            }
+        }
+    }
+}
+
 #[cfg(feature = "wgpu")]
 #[test]
 fn speculative_equals_plain_on_wgpu() {
