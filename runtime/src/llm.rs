@@ -79,6 +79,8 @@ pub struct LlmOptions {
     pub drafter: DrafterChoice,
     /// The tree of every round; `None` lets drafter and scheduler choose.
     pub tree: Option<TreeShape>,
+    /// Nodes of the largest tree that may be chosen, root included; `None` is 64. A given tree has its own size.
+    pub max_nodes: Option<usize>,
     pub backend: BackendChoice,
     /// Tokens of a sequence, prompt included; `None` takes the model's own, up to 8192.
     pub context: Option<usize>,
@@ -90,6 +92,7 @@ impl Default for LlmOptions {
             model: hub::DEFAULT_MODEL.to_string(),
             drafter: DrafterChoice::Auto,
             tree: None,
+            max_nodes: None,
             backend: BackendChoice::Auto,
             context: None,
         }
@@ -147,6 +150,11 @@ impl Llm {
                 expected: "2 to the model's own context (max_position_embeddings)",
             });
         }
+        let chosen = options.max_nodes.unwrap_or(DEFAULT_MAX_NODES);
+        if !(1..=MAX_NODES).contains(&chosen) {
+            let expected = "1 to 256 nodes of a tree, root included";
+            return Err(Error::Parameter { parameter: "max_nodes", value: chosen.to_string(), expected });
+        }
         let tokenizer = model.tokenizer()?;
         let (mut speculator, mut draft) = (None, None);
         match options.drafter.resolve(&options.model, progress)? {
@@ -160,8 +168,7 @@ impl Llm {
         }
 
         let mut backend = devices::open(&options.backend)?;
-        let limits =
-            Limits { context, max_nodes: options.tree.as_ref().map_or(DEFAULT_MAX_NODES, TreeShape::len), top_k: 1 };
+        let limits = Limits { context, max_nodes: options.tree.as_ref().map_or(chosen, TreeShape::len), top_k: 1 };
         let mut weights = |done, total| progress(LoadProgress::Weights { done, total });
         let beside = speculator.as_ref();
         let target = Network::load_with_speculator(backend.as_mut(), &model, beside, limits, &mut weights)?;
