@@ -46,6 +46,7 @@ pub mod devices;
 pub mod draw;
 pub mod philox;
 pub mod llm;
+pub mod eval;
 pub mod stop;
 pub mod stats;
 pub mod calibration;

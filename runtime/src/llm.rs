@@ -1,6 +1,6 @@
 //! Text in, text out: a model with its tokenizer, and generations that stream.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use treespark_kernel_gen::{MAX_NODES, TreeShape};
 use treespark_models::{ChatTemplate, Message, Model, Speculator, TextStream, Tokenizer, hub, pretrained};
@@ -58,17 +58,16 @@ impl std::str::FromStr for DrafterChoice {
 
     fn from_str(text: &str) -> Result<DrafterChoice, String> {
         let shipped = SHIPPED.into_iter().find(|name| *name == text);
-        match text {
-            "auto" => Ok(DrafterChoice::Auto),
-            "none" => Ok(DrafterChoice::None),
-            "ngram" => Ok(DrafterChoice::Ngram),
-            "" | "model:" => {
-                Err(format!("'{text}' is no drafter; there are: auto, none, ngram, dspark, medusa, model, PATH"))
-            }
-            _ => Ok(shipped.map_or_else(
-                || DrafterChoice::Path(text.strip_prefix("model:").unwrap_or(text).to_string()),
-                DrafterChoice::Shipped,
-            )),
+        let path = |name: &str| Ok(DrafterChoice::Path(name.to_string()));
+        match (text, text.strip_prefix("model:")) {
+            ("auto", _) => Ok(DrafterChoice::Auto),
+            ("none", _) => Ok(DrafterChoice::None),
+            ("ngram", _) => Ok(DrafterChoice::Ngram),
+            (_, Some(name)) if !name.is_empty() => path(name),
+            _ if shipped.is_some() => Ok(shipped.map_or(DrafterChoice::Auto, DrafterChoice::Shipped)),
+            // A mistyped name is not taken for the name of a file that is missing.
+            _ if text.contains(['/', '.']) || Path::new(text).exists() => path(text),
+            _ => Err(format!("'{text}' is no drafter; there are: auto, none, ngram, dspark, medusa, model, PATH")),
         }
     }
 }
@@ -81,6 +80,8 @@ pub struct LlmOptions {
     pub drafter: DrafterChoice,
     /// The tree of every round; `None` lets drafter and scheduler choose.
     pub tree: Option<TreeShape>,
+    /// Nodes of the largest tree that may be chosen, root included; `None` is 64. A given tree has its own size.
+    pub max_nodes: Option<usize>,
     pub backend: BackendChoice,
     /// Tokens of a sequence, prompt included; `None` takes the model's own, up to 8192.
     pub context: Option<usize>,
@@ -92,6 +93,7 @@ impl Default for LlmOptions {
             model: hub::DEFAULT_MODEL.to_string(),
             drafter: DrafterChoice::Auto,
             tree: None,
+            max_nodes: None,
             backend: BackendChoice::Auto,
             context: None,
         }
@@ -149,6 +151,11 @@ impl Llm {
                 expected: "2 to the model's own context (max_position_embeddings)",
             });
         }
+        let chosen = options.max_nodes.unwrap_or(DEFAULT_MAX_NODES);
+        if !(1..=MAX_NODES).contains(&chosen) {
+            let expected = "1 to 256 nodes of a tree, root included";
+            return Err(Error::Parameter { parameter: "max_nodes", value: chosen.to_string(), expected });
+        }
         let tokenizer = model.tokenizer()?;
         let (mut speculator, mut draft) = (None, None);
         match options.drafter.resolve(&options.model, progress)? {
@@ -162,8 +169,7 @@ impl Llm {
         }
 
         let mut backend = devices::open(&options.backend)?;
-        let limits =
-            Limits { context, max_nodes: options.tree.as_ref().map_or(DEFAULT_MAX_NODES, TreeShape::len), top_k: 1 };
+        let limits = Limits { context, max_nodes: options.tree.as_ref().map_or(chosen, TreeShape::len), top_k: 1 };
         let mut weights = |done, total| progress(LoadProgress::Weights { done, total });
         let beside = speculator.as_ref();
         let target = Network::load_with_speculator(backend.as_mut(), &model, beside, limits, &mut weights)?;

@@ -175,6 +175,90 @@ fn chat_answers_line_by_line() {
     assert_eq!(lines[..lines.len() / 2], lines[lines.len() / 2..], "a cleared conversation answers alike");
 }
 
+/// Arguments of an evaluation of the whole model over a file of these lines, on the CPU.
+fn eval<'a>(model: &'a Path, prompts: &'a Path, lines: &str, more: &[&'a str]) -> Vec<&'a str> {
+    std::fs::write(prompts, lines).unwrap();
+    let (model, prompts) = (model.to_str().unwrap(), prompts.to_str().unwrap());
+    let mut args = vec!["eval", "--backend", "cpu", "--model", model, "--prompts", prompts, "-n", "24"];
+    args.extend(more);
+    args
+}
+
+#[test]
+fn an_evaluation_measures_each_with_each_and_loses_nothing() {
+    let model = whole_model();
+    let [prompts, json, other] = ["two.jsonl", "report.json", "other.json"].map(|name| model.path().join(name));
+    std::fs::write(&other, "{\"source\": \"a paper\", \"tokens_per_round\": {\"two\": 1.5}, \"drafter\": \"ngram\"}")
+        .unwrap();
+    let lines = "{\"turns\": [\"abc abc abc\", \"abd\"]}\n{\"turns\": [\"xyz\"]}\n";
+    let (json_text, other) = (json.to_str().unwrap(), other.to_str().unwrap());
+    let more = ["--drafter", "none,ngram", "--budget", "4,16", "--temperature", "0,1", "--turns", "all"];
+    let files = ["--json", json_text, "--compare", other];
+    let table = generated(&eval(model.path(), &prompts, lines, &[&more[..], &files].concat()));
+    let count = |start: &str| table.lines().filter(|line| line.starts_with(start)).count();
+    assert_eq!((count("set "), count("two "), count("mean over sets "), count("lowest of ")), (1, 6, 6, 4), "{table}");
+    assert!(table.contains("reference: tokens per round by a paper") && !table.contains("partial"), "{table}");
+
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert_eq!((report["partial"].as_bool(), report["treespark"].as_str()), (Some(false), Some("0.1.0")), "{report}");
+    assert!(report["backend"].as_str().is_some_and(|name| !name.is_empty()), "{report}");
+    let results = report["results"].as_array().unwrap();
+    let setups: Vec<_> =
+        results.iter().map(|r| (r["drafter"].as_str().unwrap(), r["budget"].as_str().unwrap())).collect();
+    assert_eq!(setups, [[("none", "-"), ("ngram", "4"), ("ngram", "16")]; 2].concat());
+    for result in &results[..] {
+        let number = |name: &str| result[name].as_f64().unwrap_or_else(|| panic!("no {name} in {result}"));
+        assert_eq!((number("prompts"), number("tokens")), (2.0, results[0]["tokens"].as_f64().unwrap()), "{result}");
+        assert!(number("tokens_per_second") > 0.0 && number("tokens_per_round") >= 1.0);
+        if result["drafter"] == "ngram" {
+            assert_eq!((number("different_prompts"), &result["plain"]["tokens"]), (0.0, &result["tokens"]));
+            assert!(
+                (number("times_plain") * number("plain_tokens_per_second") / number("tokens_per_second") - 1.0).abs()
+                    < 1e-9
+            );
+            let greedy = result["temperature"] == 0.0;
+            assert_eq!(result["reference_tokens_per_round"].as_f64(), greedy.then_some(1.5), "{result}");
+        }
+    }
+}
+
+#[test]
+fn an_evaluation_skips_what_does_not_fit_and_may_leave_plain_decoding_out() {
+    let model = whole_model();
+    let prompts = model.path().join("two.jsonl");
+    let lines = format!("{{\"turns\": [\"{}\"]}}\n{{\"turns\": [\"abc\"]}}\n", "x".repeat(64));
+    let more = ["--context", "64", "--drafter", "ngram", "--tree", "2x1", "--no-plain"];
+    let table = generated(&eval(model.path(), &prompts, &lines, &more));
+    assert!(table.contains("too long for the context: 1 of two"), "{table}");
+    assert!(table.contains("ngram") && !table.contains("none") && !table.contains("times plain"), "{table}");
+    let none_fits = eval(model.path(), &prompts, &lines, &["--context", "64", "--first", "1"]);
+    let out = treespark(&none_fits, b"");
+    assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("--context"));
+}
+
+#[test]
+fn prompts_of_an_evaluation_that_are_none() {
+    let model = whole_model();
+    let prompts = model.path().join("set.jsonl");
+    let bad = |lines: &str, more: &[&str], words: &[&str]| {
+        refused(&eval(model.path(), &prompts, lines, more), b"", words);
+    };
+    let good = "{\"turns\": [\"abc\"]}\n";
+    bad("", &[], &["set.jsonl:1", "no prompts"]);
+    bad(&format!("{good}abc\n"), &[], &["set.jsonl:2", "JSON"]);
+    bad(&format!("{good}\n{{\"text\": \"abc\"}}\n"), &[], &["set.jsonl:3", "turns"]);
+    bad(good, &["--first", "0"], &["--first"]);
+    bad(good, &["--budget", "8,257"], &["257", "256"]);
+    bad(good, &["--temperature", "0,-1"], &["temperature", "-1"]);
+    bad(good, &["--drafter", "ngram,dspark"], &["dspark"]);
+    bad(good, &["--json", "no/such/folder/report.json"], &["no/such/folder"]);
+    bad(good, &["--compare", "no/such/file.json"], &["no/such/file.json"]);
+    let twice = prompts.to_str().unwrap();
+    bad(good, &["--prompts", twice], &["same stem"]);
+    refused(&["eval", "--prompts", "no/such.jsonl"], b"", &["no/such.jsonl"]);
+    refused(&["eval"], b"", &["--prompts"]);
+}
+
 #[test]
 fn trees_that_are_none() {
     refused(&["tree", "4xx2"], b"", &["4xx2"]);

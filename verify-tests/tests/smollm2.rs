@@ -28,7 +28,7 @@ const PROMPT: &str = "Quote this sentence three times: the quick brown fox jumps
 fn load(path: &Path, drafter: DrafterChoice, tree: Option<&str>, backend: BackendChoice) -> Llm {
     let tree = tree.map(|text| text.parse().unwrap());
     let model = path.to_str().unwrap().to_string();
-    Llm::load(&LlmOptions { model, drafter, tree, backend, context: Some(512) }).unwrap()
+    Llm::load(&LlmOptions { model, drafter, tree, backend, context: Some(512), ..LlmOptions::default() }).unwrap()
 }
 
 /// The tokens of one answer, and tokens per round.

@@ -6,6 +6,8 @@ use treespark::devices::BackendChoice;
 use treespark::{DrafterChoice, GenerateOptions, LlmOptions, Sampling};
 use treespark_kernel_gen::TreeShape;
 
+use super::eval::args::EvalArgs;
+
 pub const ERROR: Style = AnsiColor::Red.on_default().bold();
 
 /// Lossless, tree-based speculative decoding of language models, on any GPU or none.
@@ -23,7 +25,8 @@ const EXAMPLES: &str = "Examples:
   treespark chat --model path/to/model
   git diff | treespark generate --tree 4x2x2x1 --max-new-tokens 400
   treespark devices
-  treespark tree 4x2x2x1";
+  treespark tree 4x2x2x1
+  treespark eval --prompts gsm8k.jsonl --drafter ngram,dspark --budget 16,64";
 
 #[derive(Subcommand)]
 pub enum Command {
@@ -33,6 +36,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// List the devices, and which one is taken and why
     Devices,
+    /// Measure accepted length and speed on sets of prompts
+    Eval(EvalArgs),
     /// Draw a tree shape
     Tree(TreeArgs),
 }
@@ -79,9 +84,8 @@ pub struct TreeArgs {
 #[derive(ClapArgs)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// A folder in the Hugging Face layout, a GGUF file, a known name, or org/name in the hub's cache
-    #[arg(short, long, default_value = treespark_models::hub::DEFAULT_MODEL)]
-    pub model: String,
+    #[command(flatten)]
+    pub target: TargetArgs,
     /// Who drafts: auto (the shipped dspark where there is one, else ngram), none, ngram, dspark, medusa, model (shipped
     /// ones), or the PATH of a DSpark, DFlash or Medusa drafter, or of a model with the same tokenizer
     #[arg(short, long, default_value = "auto")]
@@ -89,6 +93,15 @@ pub struct ModelArgs {
     /// Tree of every round, or auto: root, chain:8, 4x2x2x1, parents:0,0,0,1, paths:0;1;0.0
     #[arg(short, long, default_value = "auto", value_parser = parse_tree)]
     pub tree: Tree,
+}
+
+/// The model that answers, and where it runs.
+#[derive(ClapArgs)]
+#[command(next_help_heading = "Model")]
+pub struct TargetArgs {
+    /// A folder in the Hugging Face layout, a GGUF file, a known name, or org/name in the hub's cache
+    #[arg(short, long, default_value = treespark_models::hub::DEFAULT_MODEL)]
+    pub model: String,
     /// auto, cpu, cuda, cuda:N, wgpu, or wgpu:N (see `treespark devices`)
     #[arg(short, long, default_value = "auto")]
     pub backend: BackendChoice,
@@ -147,7 +160,7 @@ pub enum StatsFormat {
 #[derive(Clone)]
 pub struct Tree(pub Option<TreeShape>);
 
-fn parse_shape(text: &str) -> Result<TreeShape, String> {
+pub fn parse_shape(text: &str) -> Result<TreeShape, String> {
     text.parse().map_err(|error| format!("{error}"))
 }
 
@@ -157,13 +170,13 @@ fn parse_tree(text: &str) -> Result<Tree, String> {
 
 impl ModelArgs {
     pub fn options(&self) -> LlmOptions {
-        LlmOptions {
-            model: self.model.clone(),
-            drafter: self.drafter.clone(),
-            tree: self.tree.0.clone(),
-            backend: self.backend,
-            context: self.context,
-        }
+        LlmOptions { drafter: self.drafter.clone(), tree: self.tree.0.clone(), ..self.target.options() }
+    }
+}
+
+impl TargetArgs {
+    pub fn options(&self) -> LlmOptions {
+        LlmOptions { model: self.model.clone(), backend: self.backend, context: self.context, ..LlmOptions::default() }
     }
 }
 

@@ -1,8 +1,10 @@
-//! The command line. Standard output carries generated text and nothing else; everything else goes to standard error.
+//! The command line. Standard output carries what was asked for (generated text, a table) and nothing else;
+//! everything else goes to standard error.
 
 mod args;
 mod chat;
 mod devices;
+mod eval;
 mod generate;
 mod progress;
 mod show_tree;
@@ -30,6 +32,7 @@ pub fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args, &interrupted),
         Command::Chat(args) => chat::run(&args, &interrupted),
         Command::Devices => devices::run(),
+        Command::Eval(args) => eval::run(&args, &interrupted),
         Command::Tree(args) => show_tree::draw_shape(&args.shape),
     };
     match outcome {

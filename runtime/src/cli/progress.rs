@@ -95,3 +95,35 @@ impl Drop for PromptBar {
         self.0.finish_and_clear();
     }
 }
+
+/// A bar over an evaluation.
+pub struct EvalBar(ProgressBar);
+
+impl EvalBar {
+    pub fn new(prompts: usize) -> EvalBar {
+        if !std::io::stderr().is_terminal() {
+            return EvalBar(ProgressBar::hidden());
+        }
+        let bar = ProgressBar::with_draw_target(Some(prompts as u64), ProgressDrawTarget::stderr());
+        let style = "{msg:36!} {bar:24} {pos}/{len} prompts {elapsed}, {eta} left";
+        bar.set_style(ProgressStyle::with_template(style).expect("a valid template"));
+        EvalBar(bar)
+    }
+
+    /// What is being measured.
+    pub fn name(&self, what: &str) {
+        self.0.set_message(what.to_string());
+    }
+
+    pub fn tick(&self) {
+        self.0.tick();
+    }
+
+    pub fn advance(&self) {
+        self.0.inc(1);
+    }
+
+    pub fn finish(&self) {
+        self.0.finish_and_clear();
+    }
+}
