@@ -351,7 +351,7 @@ impl Op {
             Op::Project { .. } => "project",
             Op::GateUp { .. } => "gate_up",
             Op::ResBlock { .. } => "res_block",
-            Op::Norm { .. } => "norm",
+            Op::Norm { .. } => "rms_norm",
             Op::Head { .. } => "head",
             Op::Draw { .. } => "draw",
             Op::Perturb { .. } => "perturb",

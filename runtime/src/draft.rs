@@ -24,11 +24,13 @@ pub struct Draft {
     pub tree: TokenTree,
     /// Estimated probability that a node is accepted, given everything before this round; 1 for the root.
     pub survival: Vec<f32>,
+    /// What drafting cost, relative to a pass of one row.
+    pub cost: f32,
 }
 
 impl Draft {
     pub fn root(token: u32) -> Draft {
-        Draft { tree: TokenTree::root(token), survival: vec![1.0] }
+        Draft { tree: TokenTree::root(token), survival: vec![1.0], cost: 0.0 }
     }
 
     /// Adds a child and returns its node.

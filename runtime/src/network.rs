@@ -63,6 +63,8 @@ pub struct Limits {
 pub struct Network {
     config: Config,
     speculator: Option<SpeculatorConfig>,
+    /// Weights that filling a block reads, against those that a pass of the target reads.
+    draft_share: f32,
     /// The backend runs passes that draft.
     drafts_on_device: bool,
     /// A confidence head's numbers, for a device that grows trees.
@@ -133,7 +135,7 @@ impl Network {
             }
             None => None,
         };
-        Ok(Network {
+        let mut network = Network {
             config,
             speculator: speculator_config,
             drafts_on_device: backend.drafts(),
@@ -143,8 +145,11 @@ impl Network {
             pool: PagePool::new(pages, PAGE_SIZE),
             pass_weight_bytes: 0,
             drafted: None,
+            draft_share: 0.0,
             dims,
-        })
+        };
+        network.draft_share = network.measure_draft()?;
+        Ok(network)
     }
 
     fn llama(&self) -> Llama<'_> {
@@ -254,7 +259,10 @@ impl Network {
             return Ok(pass);
         }
         let drafter = |nodes: usize| NgramDims { nodes, row_cost: backend.info().cost.of_a_row() };
-        let costs = |nodes: usize| (1..=nodes).map(|rows| backend.info().cost.of(rows)).collect::<Vec<f32>>();
+        // A tree runs in the next larger pass, and was drafted.
+        let cost = backend.info().cost;
+        let drafted = self.draft_cost(cost);
+        let costs = |nodes: usize| (1..=nodes).map(|n| cost.of(round_rows(n)) + drafted).collect::<Vec<f32>>();
         let llama = self.llama();
         let pass = match &key.0 {
             Kind::Extend => llama.extend_pass(rows),

@@ -1,7 +1,7 @@
 //! How many nodes a round verifies: as many as pay.
 //!
-//! With survival s of a node (the probability that it is accepted) and cost C(n) of a pass of n rows, relative to one
-//! row, a tree of n nodes is worth E(n) / C(n) plain steps, E(n) = sum of the first n survivals (the root's is 1: its
+//! With survival s of a node (the probability that it is accepted), cost C(n) of a pass of n rows, relative to one row, and
+//! D of the draft, a tree of n nodes is worth E(n) / (C(n) + D) plain steps, E(n) = sum of the first n survivals (the root's is 1: its
 //! draw is the bonus token). The best prefix of the draft is verified; it may be the root alone. The choice changes
 //! the speed, never the tokens (they are the target's own draws), so it may look at everything.
 
@@ -36,7 +36,7 @@ impl Scheduler {
         let (mut best, mut expected) = ((1, 0.0), 0.0);
         for (i, survival) in draft.survival.iter().enumerate() {
             expected += survival;
-            let worth = expected / self.cost.of(i + 1);
+            let worth = expected / (self.cost.of(i + 1) + draft.cost);
             if worth > best.1 {
                 best = (i + 1, worth);
             }
@@ -51,7 +51,7 @@ mod tests {
     use crate::tree::TokenTree;
 
     fn chain(survival: &[f32]) -> Draft {
-        Draft { tree: TokenTree::chain(&vec![0; survival.len()]).unwrap(), survival: survival.to_vec() }
+        Draft { tree: TokenTree::chain(&vec![0; survival.len()]).unwrap(), survival: survival.to_vec(), cost: 0.0 }
     }
 
     #[test]

@@ -52,7 +52,7 @@ impl Lowering<'_> {
 
     pub(super) fn norm(&self) -> Vec<Launch> {
         let &Op::Norm { eps, x, norm, out, .. } = self.op else { unreachable!("lowering another op") };
-        let spec = KernelSpec::new("norm").size("COLUMNS", "k", self.desc(norm).len()).with("EPS", eps);
+        let spec = KernelSpec::new("rms_norm").size("COLUMNS", "k", self.desc(norm).len()).with("EPS", eps);
         let arguments = [self.batch.requests, x, norm, out].map(Argument::from).to_vec();
         vec![plain(spec, arguments, [self.pass.rows, 1, 1], 128)]
     }
@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn specs_give_the_constants_that_sources_have() {
-        const STEMS: [&str; 7] = ["embed", "norm", "draw", "perturb", "top_k", "accept", "commit"];
+        const STEMS: [&str; 7] = ["embed", "rms_norm", "draw", "perturb", "top_k", "accept", "commit"];
         for model in MODELS {
             let pass = model.pass(16, TreeSpec::Any(64));
             for op in pass.ops.iter().filter(|op| STEMS.contains(&op.name())) {

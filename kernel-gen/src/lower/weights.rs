@@ -118,7 +118,7 @@ impl Lowering<'_> {
     pub(super) fn norm(&self) -> Result<Vec<KernelCall>, LowerError> {
         let &Op::Norm { eps, x, norm, out, .. } = self.op else { unreachable!("lowering another op") };
         Ok(vec![KernelCall {
-            spec: KernelSpec::new("norm").size("COLUMNS", "k", self.desc(norm).len()).with("EPS", eps),
+            spec: KernelSpec::new("rms_norm").size("COLUMNS", "k", self.desc(norm).len()).with("EPS", eps),
             bindings: vec![
                 self.read(self.batch.requests),
                 self.rows(x, Access::Read),

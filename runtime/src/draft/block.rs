@@ -93,11 +93,12 @@ impl Drafter for BlockDrafter {
             return Ok(Draft::root(seq.last()));
         }
         let block = target.draft_block(backend, seq, self.last_node)?;
+        let cost = target.draft_cost(backend.info().cost);
         let inverse_temperature = if seq.sampling.temperature > 0.0 { 1.0 / seq.sampling.temperature } else { 1.0 };
         // Of each node that was asked for: what the heads carry on.
         let mut states: HashMap<usize, MarkovState> = HashMap::new();
         let mut known: HashMap<(usize, u32), Vec<Continuation>> = HashMap::new();
-        grow(seq.last(), plan, |draft, node| {
+        let draft = grow(seq.last(), plan, |draft, node| {
             let (depth, token) = (draft.tree.shape().depth(node) + 1, draft.tree.token(node));
             if depth > block.candidates.len() {
                 return Vec::new();
@@ -113,7 +114,8 @@ impl Drafter for BlockDrafter {
                 known.insert((depth, token), continuations.clone());
             }
             continuations
-        })
+        })?;
+        Ok(Draft { cost, ..draft })
     }
 
     fn observe(&mut self, _: &mut dyn Backend, _: &Draft, accepted: &Accepted) -> Result<()> {

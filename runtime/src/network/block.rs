@@ -4,7 +4,7 @@ use treespark_kernel_gen::{BlockShape, Fill, Pass, PassError};
 use treespark_models::{SpeculatorConfig, block};
 
 use super::{Kind, Network};
-use crate::backend::{Backend, BufferId, Extent, PassId};
+use crate::backend::{Backend, BufferId, Extent, PassCost, PassId};
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::sequence::Sequence;
@@ -61,6 +61,20 @@ impl Network {
 
     pub(super) fn block_pass(&self, costs: Option<&[f32]>) -> Result<Pass, PassError> {
         self.speculator().draft_pass(&self.llama(), self.candidates(), costs)
+    }
+
+    /// What filling a block costs, relative to a pass of one row: as many weights as it reads, of those that the pass reads.
+    pub fn draft_cost(&self, cost: PassCost) -> f32 {
+        self.speculator.as_ref().map_or(0.0, |speculator| self.draft_share * cost.of(speculator.block().rows))
+    }
+
+    pub(super) fn measure_draft(&self) -> Result<f32> {
+        if self.speculator.is_none() {
+            return Ok(0.0);
+        }
+        let passes = [self.block_pass(None)?, self.llama().verify_pass(1)?];
+        let [draft, plain] = passes.map(|pass| pass.weight_bytes() as f32);
+        Ok(draft / plain)
     }
 
     /// Whether the device grows trees from blocks by itself.

@@ -11,7 +11,7 @@ constexpr u32 WARPS = THREADS / 32;
 
 // Blocks: [rows].
 extern "C" __global__ void __launch_bounds__(THREADS)
-    norm(const u32* requests, const float* x, const float* gamma, float* out) { // x, out [rows, COLUMNS]
+    rms_norm(const u32* requests, const float* x, const float* gamma, float* out) { // x, out [rows, COLUMNS]
     release_next();
     __shared__ float sums[WARPS];
     const u32 row = blockIdx.x;
