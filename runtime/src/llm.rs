@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use treespark_kernel_gen::{MAX_NODES, TreeShape};
 use treespark_models::{ChatTemplate, Message, Model, Speculator, TextStream, Tokenizer, hub, pretrained};
 
+use crate::backend::PassCost;
 use crate::devices::{self, BackendChoice};
 use crate::draft::block::BlockDrafter;
 use crate::draft::model::ModelDrafter;
@@ -82,6 +83,8 @@ pub struct LlmOptions {
     pub tree: Option<TreeShape>,
     /// Nodes of the largest tree that may be chosen, root included; `None` is 64. A given tree has its own size.
     pub max_nodes: Option<usize>,
+    /// Verify as many nodes as that every round, whether they pay or not; without a given tree.
+    pub all_nodes: bool,
     pub backend: BackendChoice,
     /// Tokens of a sequence, prompt included; `None` takes the model's own, up to 8192.
     pub context: Option<usize>,
@@ -94,6 +97,7 @@ impl Default for LlmOptions {
             drafter: DrafterChoice::Auto,
             tree: None,
             max_nodes: None,
+            all_nodes: false,
             backend: BackendChoice::Auto,
             context: None,
         }
@@ -172,7 +176,7 @@ impl Llm {
         let limits = Limits { context, max_nodes: options.tree.as_ref().map_or(chosen, TreeShape::len), top_k: 1 };
         let mut weights = |done, total| progress(LoadProgress::Weights { done, total });
         let beside = speculator.as_ref();
-        let target = Network::load_with_speculator(backend.as_mut(), &model, beside, limits, &mut weights)?;
+        let mut target = Network::load_with_speculator(backend.as_mut(), &model, beside, limits, &mut weights)?;
         let drafter: Box<dyn Drafter> = match (&speculator, &draft) {
             (Some(speculator), _) => Box::new(BlockDrafter::load(speculator)?),
             (None, Some(draft)) => {
@@ -181,7 +185,9 @@ impl Llm {
             _ if options.drafter == DrafterChoice::None => Box::new(NoDrafter),
             _ => Box::new(NgramDrafter::default()),
         };
-        let scheduler = Scheduler::new(options.tree.clone(), limits.max_nodes.min(MAX_NODES), backend.info().cost);
+        let cost = if options.all_nodes { PassCost::FREE_ROWS } else { backend.info().cost };
+        target.set_cost(cost);
+        let scheduler = Scheduler::new(options.tree.clone(), limits.max_nodes.min(MAX_NODES), cost);
         let mut engine = Engine::new(backend, target, drafter, scheduler, context);
         engine.prepare()?;
         let (template, stop_tokens) = (model.chat_template()?, model.stop_tokens(&tokenizer));

@@ -14,7 +14,7 @@ use rounds::Drafted;
 use treespark_kernel_gen::{DType, MAX_NODES, Pass, TreeShape, TreeSpec};
 use treespark_models::{Config, Dims, Llama, Model, NgramDims, Speculator, SpeculatorConfig};
 
-use crate::backend::{Backend, Extent, PassId};
+use crate::backend::{Backend, Extent, PassCost, PassId};
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::kv::{KvCache, PagePool};
@@ -63,6 +63,8 @@ pub struct Limits {
 pub struct Network {
     config: Config,
     speculator: Option<SpeculatorConfig>,
+    /// Of its passes, by rows: what trees that the device grows are cut by.
+    cost: PassCost,
     /// Weights that filling a block reads, against those that a pass of the target reads.
     draft_share: f32,
     /// The backend runs passes that draft.
@@ -145,11 +147,17 @@ impl Network {
             pool: PagePool::new(pages, PAGE_SIZE),
             pass_weight_bytes: 0,
             drafted: None,
+            cost: backend.info().cost,
             draft_share: 0.0,
             dims,
         };
         network.draft_share = network.measure_draft()?;
         Ok(network)
+    }
+
+    /// Has trees cut by another cost than the backend's. Before anything is compiled.
+    pub fn set_cost(&mut self, cost: PassCost) {
+        self.cost = cost;
     }
 
     fn llama(&self) -> Llama<'_> {
@@ -258,9 +266,9 @@ impl Network {
         if let Some(&pass) = self.passes.get(&key) {
             return Ok(pass);
         }
-        let drafter = |nodes: usize| NgramDims { nodes, row_cost: backend.info().cost.of_a_row() };
+        let drafter = |nodes: usize| NgramDims { nodes, row_cost: self.cost.of_a_row() };
         // A tree runs in the next larger pass, and was drafted.
-        let cost = backend.info().cost;
+        let cost = self.cost;
         let drafted = self.draft_cost(cost);
         let costs = |nodes: usize| (1..=nodes).map(|n| cost.of(round_rows(n)) + drafted).collect::<Vec<f32>>();
         let llama = self.llama();

@@ -56,6 +56,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         u64 bound = 0;
         for (u64 bit = 1ull << 63; bit > 0; bit >>= 1) {
             if (__syncthreads_count(mine >= (bound | bit)) >= (int)wanted) bound |= bit;
+            // The lower half tells tied logits apart; mostly there are none.
+            if (bit == 1ull << 32 && __syncthreads_count(mine >= bound) == (int)wanted) break;
         }
 
         if (t == 0) n_list = 0;

@@ -20,7 +20,7 @@ constexpr bool CONFIDENCE = true;
 
 constexpr u32 THREADS = 256;
 constexpr u32 WARPS = THREADS / 32;
-constexpr u32 PARENTS = 16; // of a block
+constexpr u32 PARENTS = 8; // of a block
 constexpr u32 DEPTH = ROWS - FIRST;
 constexpr u32 CHUNK = 64; // elements of W1 and W2 that are in shared memory
 constexpr u32 STRIDE = CHUNK + 1;

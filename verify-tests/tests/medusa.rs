@@ -82,7 +82,7 @@ fn heads_agree_on_wgpu() {
 }
 
 /// Rounds with the heads' trees emit what plain decoding does.
-fn rounds_change_no_token(open: impl Fn() -> Option<Box<dyn Backend>>, names: &[&str]) {
+fn rounds_change_no_token(open: impl Fn() -> Option<Box<dyn Backend>>, names: &[&str], new_tokens: usize) {
     let model = target();
     let vocab = model.config().vocab_size;
     for (sampling_name, sampling) in samplings() {
@@ -101,7 +101,7 @@ fn rounds_change_no_token(open: impl Fn() -> Option<Box<dyn Backend>>, names: &[
                 None => Engine::new(backend, network, Box::new(NoDrafter), scheduler, CONTEXT),
             };
             let prompt = (0..20).map(|i| (i * i * 7 + i % 5) % vocab as u32).collect();
-            let mut seq = Sequence::new(prompt, sampling.clone(), 30, vec![], CONTEXT, vocab);
+            let mut seq = Sequence::new(prompt, sampling.clone(), new_tokens, vec![], CONTEXT, vocab);
             let mut stats = Statistics::default();
             engine.generate(&mut seq, &mut stats).unwrap();
             Some((seq.tokens().to_vec(), stats))
@@ -117,14 +117,14 @@ fn rounds_change_no_token(open: impl Fn() -> Option<Box<dyn Backend>>, names: &[
 
 #[test]
 fn rounds_change_no_token_on_the_cpu() {
-    rounds_change_no_token(|| Some(Box::new(CpuBackend::new(None))), &["shared", "own"]);
+    rounds_change_no_token(|| Some(Box::new(CpuBackend::new(None))), &["shared", "own"], 30);
 }
 
 /// Where the device grows the trees.
 #[cfg(feature = "cuda")]
 #[test]
 fn rounds_change_no_token_where_the_device_drafts() {
-    rounds_change_no_token(|| treespark_verify_tests::cases::cuda_on_cpu(0), &["shared"]);
+    rounds_change_no_token(|| treespark_verify_tests::cases::cuda_on_cpu(0), &["shared"], 6);
 }
 
 #[test]

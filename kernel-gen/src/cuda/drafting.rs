@@ -53,7 +53,7 @@ impl Lowering<'_> {
     }
 
     pub(super) fn trellis(&self) -> Vec<Launch> {
-        const PARENTS: usize = 16;
+        const PARENTS: usize = 8;
         let &Op::Trellis { ref block, ids, scores, hidden, markov, confidence, trellis, .. } = self.op else {
             unreachable!("lowering another op")
         };

@@ -39,6 +39,8 @@ pub enum Budget {
     Auto,
     /// The same, of up to so many nodes, root included.
     Nodes(usize),
+    /// The likeliest of so many nodes every round, whether they pay or not.
+    Best(usize),
     /// This tree every round.
     Shape(TreeShape),
 }
@@ -64,10 +66,11 @@ impl Setup {
     pub fn llm_options(&self, target: &LlmOptions) -> LlmOptions {
         let (tree, max_nodes) = match &self.budget {
             Budget::Auto => (None, None),
-            Budget::Nodes(nodes) => (None, Some(*nodes)),
+            Budget::Nodes(nodes) | Budget::Best(nodes) => (None, Some(*nodes)),
             Budget::Shape(shape) => (Some(shape.clone()), None),
         };
-        LlmOptions { drafter: self.drafter.clone(), tree, max_nodes, ..target.clone() }
+        let all_nodes = matches!(self.budget, Budget::Best(_));
+        LlmOptions { drafter: self.drafter.clone(), tree, max_nodes, all_nodes, ..target.clone() }
     }
 
     /// The drafter as it was asked for.
@@ -92,6 +95,7 @@ impl fmt::Display for Budget {
         match self {
             Budget::Auto => write!(f, "auto"),
             Budget::Nodes(nodes) => write!(f, "{nodes}"),
+            Budget::Best(nodes) => write!(f, "best:{nodes}"),
             Budget::Shape(shape) => write!(f, "{shape}"),
         }
     }

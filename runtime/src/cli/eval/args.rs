@@ -53,10 +53,11 @@ pub struct EvalArgs {
 #[derive(ClapArgs)]
 #[command(next_help_heading = "What is measured: each with each")]
 pub struct MeasuredArgs {
-    /// Who drafts: auto, none, ngram, dspark, model, or a PATH, as `generate` takes; several by commas
+    /// Who drafts: auto, none, ngram, dspark, medusa, model, or a PATH, as `generate` takes; several by commas
     #[arg(short, long, default_value = "auto", value_delimiter = ',')]
     pub drafter: Vec<DrafterChoice>,
-    /// Most nodes of a tree, root included, or auto; several by commas [default: auto, unless there is --tree]
+    /// Most nodes of a tree, root included, or auto; best:NODES verifies so many, whether they pay or not; several by
+    /// commas [default: auto, unless there is --tree]
     #[arg(long, value_delimiter = ',', value_name = "NODES", value_parser = parse_budget)]
     pub budget: Vec<Budget>,
     /// This tree every round; may be given several times, and beside --budget
@@ -95,10 +96,14 @@ pub enum Turns {
 }
 
 fn parse_budget(text: &str) -> Result<Budget, String> {
-    match text.parse() {
+    let (budget, number): (fn(usize) -> Budget, &str) = match text.strip_prefix("best:") {
+        Some(number) => (Budget::Best, number),
+        None => (Budget::Nodes, text),
+    };
+    match number.parse() {
         _ if text == "auto" => Ok(Budget::Auto),
-        Ok(nodes) if (1..=MAX_NODES).contains(&nodes) => Ok(Budget::Nodes(nodes)),
-        _ => Err(format!("expected auto, or 1 to {MAX_NODES} nodes")),
+        Ok(nodes) if (1..=MAX_NODES).contains(&nodes) => Ok(budget(nodes)),
+        _ => Err(format!("expected auto, 1 to {MAX_NODES} nodes, or best:NODES")),
     }
 }
 
