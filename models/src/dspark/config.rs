@@ -215,3 +215,86 @@ pub(super) fn calibration(checkpoint: &Checkpoint) -> Result<Option<Value>> {
     let path = checkpoint.path().join("calibration.json");
     if path.is_file() { checkpoint::read_json(&path).map(Some) } else { Ok(None) }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use treespark_kernel_gen::DType;
+
+    use super::*;
+
+    fn backbone() -> Value {
+        json!({
+            "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 100,
+            "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+        })
+    }
+
+    /// What a config with these keys besides says to a target of six layers.
+    fn read(keys: &[(&str, Value)]) -> Result<DsparkConfig> {
+        let mut json = backbone();
+        keys.iter().for_each(|(key, value)| json[*key] = value.clone());
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("config.json"), json.to_string()).unwrap();
+        let zeros = [0u8; 16];
+        let tensor = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![2, 2], &zeros).unwrap();
+        let file = folder.path().join("model.safetensors");
+        safetensors::serialize_to_file([("fc.weight", tensor)], None, &file).unwrap();
+        let mut target = backbone();
+        target["architectures"] = json!(["Qwen3ForCausalLM"]);
+        target["num_hidden_layers"] = json!(6);
+        let target = Config::from_json(&target, DType::F32, Path::new("config.json")).unwrap();
+        assert!(DsparkConfig::is_described_by(&json));
+        DsparkConfig::from_checkpoint(&Checkpoint::open(folder.path()).unwrap(), &target)
+    }
+
+    /// A config in DeepSpec's dialect, with one key changed or added.
+    fn deepspec(change: &str, value: Value) -> Result<DsparkConfig> {
+        let mut keys = vec![
+            ("architectures", json!(["Qwen3DSparkModel"])),
+            ("block_size", json!(7)),
+            ("mask_token_id", json!(99)),
+            ("target_layer_ids", json!([-1, 1, 4])),
+            ("markov_rank", json!(8)),
+            ("num_target_layers", json!(6)),
+        ];
+        keys.push((change, value));
+        read(&keys)
+    }
+
+    #[test]
+    fn both_dialects_are_read() {
+        let config = deepspec("enable_confidence_head", json!(true)).unwrap();
+        assert_eq!((config.block, config.first, config.depth()), (7, 0, 7));
+        assert_eq!(config.taps, [0, 2, 5], "hidden states: 0 is the embedding");
+        assert_eq!(config.markov, Some((MarkovKind::Vanilla, 8)));
+        assert_eq!(config.confidence, Some(false));
+        let config = read(&[
+            ("architectures", json!(["DFlashDraftModel"])),
+            ("block_size", json!(16)),
+            ("dflash_config", json!({ "mask_token_id": 98, "target_layer_ids": [1, 3] })),
+        ])
+        .unwrap();
+        assert_eq!((config.block, config.first, config.depth()), (16, 1, 15));
+        assert_eq!((config.mask_token, config.markov, config.confidence), (98, None, None));
+    }
+
+    #[test]
+    fn what_does_not_fit_the_target_is_refused_with_both_values() {
+        let refused = |key: &str, value: Value| deepspec(key, value).unwrap_err().to_string();
+        let says = |key: &str, value: Value, what: &str| {
+            let text = refused(key, value);
+            assert!(text.contains(what), "{key}: {text}");
+        };
+        says("num_target_layers", json!(8), "number of target layers is 8, the target's 6");
+        says("vocab_size", json!(104), "vocab_size is 104, the target's 100");
+        says("hidden_size", json!(40), "hidden_size is 40, the target's 32");
+        says("mask_token_id", json!(100), "mask_token_id is 100, the target's 99");
+        says("target_layer_ids", json!([1, 5]), "names layer 5, and the target's last layer that can be read is 4");
+        says("target_layer_ids", json!([4, 1]), "expected ascending layers");
+        says("markov_head_type", json!("lstm"), "lstm; there are: vanilla, gated, rnn");
+        says("draft_vocab_size", json!(50), "a reduced vocabulary");
+        says("hc_mult", json!(4), "hyper-connections");
+    }
+}

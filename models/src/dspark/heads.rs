@@ -255,3 +255,45 @@ fn widen(tensor: &Tensor, first: usize, len: usize) -> Vec<f32> {
         _ => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Bytes;
+
+    fn matrix(rows: usize, columns: usize, scale: f32) -> Tensor {
+        let values = (0..rows * columns).map(|i| scale * ((i * 7 % 11) as f32 - 5.0));
+        let bytes = values.flat_map(f32::to_le_bytes).collect();
+        Tensor { dtype: DType::F32, shape: vec![rows, columns], bytes: Bytes::from_vec(bytes) }
+    }
+
+    fn heads(kind: MarkovKind, mix: Option<(Vec<f32>, Vec<f32>)>) -> SequentialHeads {
+        let markov = Markov { kind, w1: matrix(9, 2, 0.1), w2: matrix(9, 2, 0.2), mix };
+        SequentialHeads { markov: Some(markov), confidence: None }
+    }
+
+    /// The gate of a gated head multiplies what a vanilla one has, element by element; a shut gate leaves nothing.
+    #[test]
+    fn a_gated_head_is_a_vanilla_one_behind_its_gate() {
+        let vanilla = heads(MarkovKind::Vanilla, None);
+        let hidden = [0.5, -1.0, 2.0];
+        let step = |of: &SequentialHeads| of.step(1, 4, &hidden, &MarkovState::default());
+        let open = heads(MarkovKind::Gated, Some((vec![0.0; 10], vec![30.0; 2])));
+        let shut = heads(MarkovKind::Gated, Some((vec![0.0; 10], vec![-30.0; 2])));
+        for token in 0..9 {
+            let want = vanilla.bias(&step(&vanilla), token);
+            assert!((open.bias(&step(&open), token) - want).abs() < 1e-6);
+            assert!(shut.bias(&step(&shut), token).abs() < 1e-6);
+        }
+        // The gate reads the hidden state first, then the embedding of the token before.
+        let mut weight = vec![0.0; 10];
+        (weight[2], weight[5 + 3]) = (1.0, 2.0);
+        let half = heads(MarkovKind::Gated, Some((weight, vec![0.0; 2])));
+        let embedded = row(&half.markov.as_ref().unwrap().w1, 4);
+        let gates = [sigmoid(hidden[2]), sigmoid(2.0 * embedded[0])];
+        let step = step(&half);
+        assert!((step.factor[0] - gates[0] * embedded[0]).abs() < 1e-6);
+        assert!((step.factor[1] - gates[1] * embedded[1]).abs() < 1e-6);
+        assert!(!half.has_memory() && heads(MarkovKind::Rnn, None).has_memory());
+    }
+}

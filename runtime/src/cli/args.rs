@@ -90,7 +90,7 @@ pub struct ModelArgs {
     /// ones), or the PATH of a DSpark, DFlash or Medusa drafter, or of a model with the same tokenizer
     #[arg(short, long, default_value = "auto")]
     pub drafter: DrafterChoice,
-    /// Tree of every round, or auto: root, chain:8, 4x2x2x1, parents:0,0,0,1, paths:0;1;0.0
+    /// Tree of every round, or auto: root, chain:8, 4x2x2x1, parents:0,0,0,1, paths:0;1;0.0, or a FILE with such a text
     #[arg(short, long, default_value = "auto", value_parser = parse_tree)]
     pub tree: Tree,
 }
@@ -165,7 +165,12 @@ pub fn parse_shape(text: &str) -> Result<TreeShape, String> {
 }
 
 fn parse_tree(text: &str) -> Result<Tree, String> {
-    if text == "auto" { Ok(Tree(None)) } else { parse_shape(text).map(|shape| Tree(Some(shape))) }
+    if text == "auto" {
+        return Ok(Tree(None));
+    }
+    // A file holds the text of a tree, as `models/train/static_tree.py` writes it.
+    let from_file = std::fs::read_to_string(text).ok();
+    parse_shape(from_file.as_deref().unwrap_or(text).trim()).map(|shape| Tree(Some(shape)))
 }
 
 impl ModelArgs {

@@ -20,9 +20,9 @@ impl Step<'_> {
             let prefix = self.request(request).prefix + n as u32;
             let drawn: Vec<u32> = (0..n).map(|i| self.word(accepted, from + 1 + MAX_NODES + i)).collect();
             let root = drawn.last().copied().unwrap_or_else(|| self.word(state, at + 4));
-            for i in 0..n {
+            for (i, &token) in drawn.iter().enumerate() {
                 self.set_word(state, at + 4 + 2 * nodes + i, self.word(accepted, from + 1 + i));
-                self.set_word(state, at + 4 + 3 * nodes + i, drawn[i]);
+                self.set_word(state, at + 4 + 3 * nodes + i, token);
             }
             let rows = if prefix + 1 < self.word(state, at) { block.rows } else { 0 };
             [(2, 0), (3, n as u32), (4, root)].into_iter().for_each(|(i, word)| self.set_word(state, at + i, word));
