@@ -283,8 +283,13 @@ fn row_at(tile: Tile, place: u32) -> u32 {
     return tile.first_row + min(tile.first_query / GROUP + place, tile.n_rows - 1u);
 }
 
-fn position_of(row: u32) -> u32 {
-    return rows[row * ROW_WORDS + ROW_POSITION];
+// Keys of a row: the prefix, and the nodes that it sees.
+fn keys_of_row(prefix: u32, row: u32) -> u32 {
+    var keys = prefix;
+    for (var w = 0u; w < TREE_WORDS; w++) {
+        keys += countOneBits(ancestor_word(row, w));
+    }
+    return keys;
 }
 
 // Keys of the tile's longest row.
@@ -292,7 +297,7 @@ fn keys_of(tile: Tile) -> u32 {
     var keys = 0u;
     if (tile.n_rows > 0u) {
         for (var place = 0u; place < TILE_ROWS; place++) {
-            keys = max(keys, position_of(row_at(tile, place)) + 1u);
+            keys = max(keys, keys_of_row(tile.prefix, row_at(tile, place)));
         }
     }
     return keys;
@@ -461,7 +466,7 @@ fn write_partials(tile: Tile, kv_head: u32, span: u32, t: u32) {
         let place = place_of(tile, query);
         let row = row_at(tile, place);
         let is_last = tile.first_query + query >= tile.n_rows * GROUP;
-        if (is_last || row < ROWS_BEGIN || row >= ROWS_END || span * SPAN > position_of(row)) {
+        if (is_last || row < ROWS_BEGIN || row >= ROWS_END || span * SPAN >= keys_of_row(tile.prefix, row)) {
             continue;
         }
         let head = kv_head * GROUP + (tile.first_query + query) % GROUP;
