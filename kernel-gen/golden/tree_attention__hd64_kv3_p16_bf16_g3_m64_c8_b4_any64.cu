@@ -1302,6 +1302,7 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
     for (u32 index = blockIdx.x / CLUSTER; block.next(index, item); again = true) {
         const Request request = read_request(block.rows, block.requests, item.request);
         const u32 first_packed = item.slab * M;
+        if (again) named_barrier(1, CONSUMERS); // all warps are done with the ancestors and the parts of the chunk before
         load_ancestors(shared.ancestors[key_group], block.rows, request, first_packed, team_thread);
         if (!waited) {
             wait_for_previous();
@@ -1334,7 +1335,6 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
             }
         } else {
             if (CLUSTER > 1) cluster_wait(); // all blocks have read the parts of the chunk before
-            else if (again) named_barrier(1, CONSUMERS); // all warps have
             const u32 part = (rank * KEY_GROUPS + key_group) * KEY_WARPS + key_warp;
             if (has_rows) leave_parts(acc, shared.parts, &shared.received, part, first_row, n_rows, lane);
             if (CLUSTER == 1) {
