@@ -123,17 +123,17 @@ impl Engine {
         Ok(Round { tree, survival, accepted, tokens })
     }
 
-    /// The same round where the device drafts: one run of one pass.
+    /// The same round where the device drafts, too.
     fn round_on_device(&mut self, nodes: usize, seq: &mut Sequence, stats: &mut Statistics) -> Result<Round> {
         let Engine { backend, target, drafter, .. } = self;
         let backend = backend.as_mut();
         let mut clock = stats.start_round();
 
-        // Draft. The pass of the round before has.
+        // Draft. The round before has.
         let tree = target.drafted(backend, seq, nodes)?;
         clock.drafted(stats);
 
-        // Verify and commit. The pass then drafts the next round, behind the path that it accepted.
+        // Verify and commit. The device then drafts the next round, behind the path that it accepted.
         let accepted = target.round(backend, &mut seq.kv, &tree, nodes)?; // the round's only wait
         clock.verified(stats);
 

@@ -1,4 +1,5 @@
-//! Rounds in which the device drafts: one run of one pass verifies a tree, commits what it accepts and drafts the next.
+//! Rounds in which the device drafts: a pass verifies a tree, commits what it accepts and drafts the next, from n-grams by
+//! itself, from a speculator's block by a second pass. The host waits once.
 //!
 //! The host starts a sequence: reserves pages for all that it may become, and writes its tokens. From then on it writes
 //! nothing. It runs the pass that is large enough for the tree, waits, and reads what became of it and how the next looks.
