@@ -58,14 +58,15 @@ impl std::str::FromStr for DrafterChoice {
     type Err = String;
 
     fn from_str(text: &str) -> Result<DrafterChoice, String> {
-        let shipped = SHIPPED.into_iter().find(|name| *name == text);
+        if let Some(name) = SHIPPED.into_iter().find(|name| *name == text) {
+            return Ok(DrafterChoice::Shipped(name));
+        }
         let path = |name: &str| Ok(DrafterChoice::Path(name.to_string()));
         match (text, text.strip_prefix("model:")) {
             ("auto", _) => Ok(DrafterChoice::Auto),
             ("none", _) => Ok(DrafterChoice::None),
             ("ngram", _) => Ok(DrafterChoice::Ngram),
             (_, Some(name)) if !name.is_empty() => path(name),
-            _ if shipped.is_some() => Ok(shipped.map_or(DrafterChoice::Auto, DrafterChoice::Shipped)),
             // A mistyped name is not taken for the name of a file that is missing.
             _ if text.contains(['/', '.']) || Path::new(text).exists() => path(text),
             _ => Err(format!("'{text}' is no drafter; there are: auto, none, ngram, dspark, medusa, model, PATH")),
