@@ -7,7 +7,9 @@ mod matmul;
 mod models;
 mod ops;
 mod pass;
+mod passes;
 mod peers;
+mod replay;
 
 use std::path::PathBuf;
 
@@ -29,6 +31,7 @@ const EXAMPLES: &str = "Examples:
   treespark-bench pass --backend cuda --model random:qwen3-8b --depth 2048 --rows 1,16
   treespark-bench ops --backend wgpu --rows 1,16
   treespark-bench ops --backend cuda --rows 1,16 --drafter models/pretrained/smollm2-135m-instruct/dspark
+  treespark-bench replay --backend cuda --report eval.json --model random:qwen3-8b --drafter random:dspark
   treespark-bench attention --peers peers.json
   treespark-bench matmul --models qwen3-8b --rows 1,16,64";
 
@@ -38,6 +41,8 @@ enum Command {
     Pass(PassArgs),
     /// Where the time of a verify pass goes, and of a draft: each kind of op run alone
     Ops(OpsArgs),
+    /// What speculation would bring on another shape of model: an evaluation's acceptance, with that shape's times
+    Replay(replay::Args),
     /// Tree attention alone, beside peers and floors (needs an NVIDIA GPU)
     Attention(attention::Args),
     /// How well a DSpark drafter's confidence is calibrated on the nodes of its trees
@@ -98,6 +103,7 @@ fn main() -> Result<()> {
     match Args::parse().command {
         Command::Pass(args) => pass::run(&args),
         Command::Ops(args) => ops::run(&args),
+        Command::Replay(args) => replay::run(&args),
         Command::Attention(args) => attention::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Matmul(args) => matmul::run(&args),

@@ -1,17 +1,36 @@
 //! The model that is measured: a checkpoint, or one of real sizes with random weights and no files.
 
-use anyhow::{Context, Result};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
 use treespark_kernel_gen::DType;
 use treespark_models::config::{Rope, RopeScaling};
-use treespark_models::{Config, Model, hub};
+use treespark_models::dspark::MarkovKind;
+use treespark_models::{Config, DsparkConfig, Model, Speculator, hub};
 
-const RANDOM: &str = "random:";
+pub const RANDOM: &str = "random:";
 
 /// A name or path as everywhere, or `random:NAME`.
 pub fn open(name: &str) -> Result<Model> {
     match name.strip_prefix(RANDOM) {
         None => Ok(Model::open(&hub::resolve(name, &mut |_| {})?)?),
         Some(sizes) => Ok(Model::random(config(sizes)?, 0)),
+    }
+}
+
+/// The folder of a drafter, or `random:dspark`.
+pub fn open_speculator(name: &str, target: &Config) -> Result<Speculator> {
+    match name.strip_prefix(RANDOM) {
+        None => Ok(Speculator::open(Path::new(name), target)?),
+        Some("dspark") => {
+            ensure!(
+                target.layers >= 8,
+                "{name} reads five layers of a target of eight at least, not {}",
+                target.layers
+            );
+            Ok(Speculator::random(dspark(target), 1))
+        }
+        Some(other) => bail!("no drafter's sizes are known by the name '{other}'; there is: dspark"),
     }
 }
 
@@ -71,8 +90,29 @@ fn known() -> [(&'static str, Config); 4] {
     [("smollm2-135m", llama), ("qwen3-0.6b", small_qwen), ("qwen3-8b", qwen), ("llama-3.1-8b", large)]
 }
 
+/// A DSpark drafter as those that its authors published for Qwen3: five layers like the target's, and taps spread evenly
+/// over it. Embedding and head are the target's.
+fn dspark(target: &Config) -> DsparkConfig {
+    const LAYERS: usize = 5;
+    DsparkConfig {
+        backbone: Config { layers: LAYERS, tied: false, ..target.clone() },
+        block: 7,
+        first: 0,
+        mask_token: target.vocab_size as u32 - 1,
+        // Hidden state 2 is what layer 1 leaves.
+        taps: (0..LAYERS).map(|i| 2 + i * (target.layers - 4) / (LAYERS - 1)).collect(),
+        markov: Some((MarkovKind::Vanilla, 256)),
+        confidence: Some(true),
+        has_embedding: false,
+        has_head: false,
+        heads_on_device: false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use treespark_models::SpeculatorConfig;
+
     use super::*;
 
     #[test]
@@ -98,5 +138,33 @@ mod tests {
             let bytes: usize = parts.iter().map(|part| part.bytes.as_slice().len()).sum();
             assert_eq!(bytes, desc.bytes(), "{}", desc.name);
         }
+    }
+
+    /// As the config.json of the published drafter for Qwen3-8B has it, and its file but for embedding and head.
+    #[test]
+    fn the_drafter_of_qwen3_8b_is_as_large_as_published() {
+        let target = config("qwen3-8b").unwrap();
+        let config = DsparkConfig { heads_on_device: true, ..dspark(&target) };
+        assert_eq!(config.taps, [2, 10, 18, 26, 34]);
+        // The keys and values of what is injected have a buffer of their own, with the same weights.
+        let twice = 2 * config.backbone.layers * 2 * target.kv_dim() * target.hidden;
+        let bytes = SpeculatorConfig::Dspark(config).weight_bytes(1) - twice;
+        let published = 4_742_170_330 - 2 * 2 * target.vocab_size * target.hidden;
+        assert!(bytes.abs_diff(published) < 1 << 20, "{bytes} bytes, published {published}");
+    }
+
+    #[test]
+    fn random_drafters_have_all_tensors() {
+        let target = Config { vocab_size: 1000, ..config("smollm2-135m").unwrap() };
+        let speculator = Speculator::random(dspark(&target), 3);
+        let config = speculator.config_on_device();
+        for weight in speculator.weights(&config, 8) {
+            let (desc, parts) = weight.unwrap();
+            let bytes: usize = parts.iter().map(|part| part.bytes.as_slice().len()).sum();
+            assert_eq!(bytes, desc.bytes(), "{}", desc.name);
+        }
+        let numbers = speculator.confidence_numbers(&config).unwrap().unwrap();
+        assert_eq!(numbers.len(), target.hidden + 256 + 1 + 2 * 7);
+        assert!(numbers.iter().all(|number| number.is_finite()));
     }
 }

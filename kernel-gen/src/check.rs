@@ -207,9 +207,9 @@ impl Op {
                 c.accepted(*accepted, max_requests)?;
                 c.report(*state, max_requests).map(drop)
             }
-            Op::Trellis { block, ids, scores, hidden, markov, confidence, trellis, .. } => {
+            Op::Trellis { block, ids, scores, hidden, markov, confidence, trellis, order, .. } => {
                 c.block(block, max_requests)?;
-                let k = c.trellis(block, *ids, *trellis, max_requests)?;
+                let k = c.trellis(block, *ids, [*trellis, *order], max_requests)?;
                 c.shape("scores", *scores, DType::F32, &[max_rows, k])?;
                 c.rank("hidden", *hidden, 2)?;
                 let width = c.dims(*hidden)[1];
@@ -225,9 +225,9 @@ impl Op {
                     Some(buf) => c.shape("confidence", *buf, DType::F32, &[width + rank + 1 + 2 * block.depth()]),
                 }
             }
-            Op::GrowTrellis { block, ids, trellis, state, costs, .. } => {
+            Op::GrowTrellis { block, ids, trellis, order, state, costs, .. } => {
                 c.block(block, max_requests)?;
-                c.trellis(block, *ids, *trellis, max_requests)?;
+                c.trellis(block, *ids, [*trellis, *order], max_requests)?;
                 let nodes = c.report(*state, max_requests)?;
                 if !(2..=MAX_DEVICE_NODES).contains(&nodes) || max_requests * nodes > max_rows {
                     let problem =
@@ -369,7 +369,13 @@ impl Check<'_> {
     }
 
     /// Candidates of a row, and the trellis of them. Returns how many there are.
-    fn trellis(&self, block: &BlockShape, ids: Buf, trellis: Buf, max_requests: usize) -> Result<usize, PassError> {
+    fn trellis(
+        &self,
+        block: &BlockShape,
+        ids: Buf,
+        [trellis, order]: [Buf; 2],
+        max_requests: usize,
+    ) -> Result<usize, PassError> {
         self.rank("ids", ids, 2)?;
         let (rows, k) = (self.dims(ids)[0], self.dims(ids)[1]);
         if k > MAX_CANDIDATES || rows < max_requests * block.rows {
@@ -377,7 +383,9 @@ impl Check<'_> {
             return Err(self.error("ids", format!("{problem} of {}", max_requests * block.rows)));
         }
         self.shape("ids", ids, DType::U32, &[rows, k])?;
-        self.shape("trellis", trellis, DType::F32, &[max_requests * block.depth(), k, k])?;
+        let shape = [max_requests * block.depth(), k, k];
+        self.shape("trellis", trellis, DType::F32, &shape)?;
+        self.shape("order", order, DType::U32, &shape)?;
         Ok(k)
     }
 

@@ -160,7 +160,8 @@ pub const fn report_words(nodes: usize) -> usize {
 const NGRAM_RATE_WORDS: usize = 2 * 12;
 
 /// The first words of a request's state, as the host reads them after a round. The host writes the limit: how many tokens
-/// the request may have. `[limit, nodes, rows, accepted, tokens[nodes], links[nodes], path[nodes], drawn[nodes]]`.
+/// the request may have. `[limit, nodes, rows, accepted, tokens[nodes], links[nodes], path[nodes], drawn[nodes]]`; the second
+/// word is the n-gram drafter's own.
 #[derive(Debug, Clone, Copy)]
 pub struct RoundReport<'a> {
     words: &'a [u32],

@@ -308,7 +308,7 @@ pub enum Op {
     /// How likely each candidate of a depth is accepted behind each candidate of the depth before, in a block whose rows
     /// ranked `K` candidates: `score(i, j) = scores[depth, j] + (W2 · W1[token i])[token j] / temperature`, softmax over
     /// j; with a confidence head the best j has its confidence instead, and the others share the rest as they would, times a
-    /// factor of the depth. Behind the root there is one parent.
+    /// factor of the depth. The children of each parent are sorted, the likeliest first. Behind the root there is one parent.
     Trellis {
         batch: Batch,
         block: BlockShape,
@@ -322,8 +322,10 @@ pub enum Op {
         markov: Option<(Buf, Buf)>,
         /// F32 `[H + rank + 1 + 2 * depth]`: weights, bias, for each depth one over its temperature, for each its factor
         confidence: Option<Buf>,
-        /// F32 `[B * depth, K, K]`
+        /// F32 `[B * depth, K, K]`: probabilities of each parent's children, descending
         trellis: Buf,
+        /// U32, the same shape: the candidates j that they are of
+        order: Buf,
     },
     /// Grows a tree through the trellis of every request: of all paths the likeliest, as many as a tree has nodes. Writes it
     /// into `state`, and into `rows` and `requests` as many of its nodes as pay.
@@ -332,8 +334,9 @@ pub enum Op {
         block: BlockShape,
         /// U32 `[R, K]`
         ids: Buf,
-        /// F32 `[B * depth, K, K]`
+        /// F32 and U32 `[B * depth, K, K]`, as [`Op::Trellis`] leaves them
         trellis: Buf,
+        order: Buf,
         /// U32 `[B, report_words(nodes)]`: trees of up to so many nodes, at most 64
         state: Buf,
         /// Of a pass of 1, 2, .. rows, as many as a tree may have nodes.
@@ -446,14 +449,14 @@ impl Op {
             }
             Op::Grow { ids, tokens, .. } => list.extend([("ids", ids), ("tokens", tokens)]),
             Op::OpenBlock { accepted, state, .. } => list.extend([("accepted", accepted), ("state", state)]),
-            Op::Trellis { ids, scores, hidden, markov, confidence, trellis, .. } => {
+            Op::Trellis { ids, scores, hidden, markov, confidence, trellis, order, .. } => {
                 list.extend([("ids", ids), ("scores", scores), ("hidden", hidden)]);
                 list.extend(markov.into_iter().flat_map(|(w1, w2)| [("w1", w1), ("w2", w2)]));
                 list.extend(confidence.map(|buf| ("confidence", buf)));
-                list.push(("trellis", trellis));
+                list.extend([("trellis", trellis), ("order", order)]);
             }
-            Op::GrowTrellis { ids, trellis, state, .. } => {
-                list.extend([("ids", ids), ("trellis", trellis), ("state", state)]);
+            Op::GrowTrellis { ids, trellis, order, state, .. } => {
+                list.extend([("ids", ids), ("trellis", trellis), ("order", order), ("state", state)]);
             }
         }
         list

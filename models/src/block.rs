@@ -55,9 +55,10 @@ pub(crate) fn grow(b: &mut Builder, block: BlockShape, ranked: Ranked, heads: Se
     let confidence = confidence.map(|numbers| b.pass.add(CONFIDENCE, Role::Input, DType::F32, &[numbers]));
     let shape = [b.dims.max_requests * block.depth(), candidates, candidates];
     let trellis = b.pass.add("draft.trellis", Role::Scratch, DType::F32, &shape);
+    let order = b.pass.add("draft.order", Role::Scratch, DType::U32, &shape);
     let state = state(b, costs.len());
-    b.push(Op::Trellis { batch, block, ids, scores, hidden, markov, confidence, trellis });
-    b.push(Op::GrowTrellis { batch, block, ids, trellis, state, costs: costs.to_vec() });
+    b.push(Op::Trellis { batch, block, ids, scores, hidden, markov, confidence, trellis, order });
+    b.push(Op::GrowTrellis { batch, block, ids, trellis, order, state, costs: costs.to_vec() });
 }
 
 /// Behind a round of trees of up to so many nodes: the rows become those of the next block.

@@ -55,10 +55,21 @@ pub struct Weight {
 pub enum Source {
     /// Tensors of the checkpoint with their shapes, stacked along the first dimension.
     Stack(Vec<(String, Vec<usize>)>),
-    /// The columns of one tensor of this shape, from `first` on: as many as the buffer has.
-    Columns { tensor: String, shape: Vec<usize>, first: usize },
+    /// The columns of one tensor, from `first` on: as many as the buffer has.
+    Columns { tensor: (String, Vec<usize>), first: usize },
     /// [`rope::table`](crate::rope::table)
     RopeTable,
+}
+
+impl Source {
+    /// The tensors that it is made of, with their shapes.
+    pub(crate) fn tensors(&self) -> &[(String, Vec<usize>)] {
+        match self {
+            Source::Stack(parts) => parts,
+            Source::Columns { tensor, .. } => std::slice::from_ref(tensor),
+            Source::RopeTable => &[],
+        }
+    }
 }
 
 /// Collects the weight buffers of a model. A part is a tensor's name and its rows.
@@ -93,7 +104,7 @@ impl WeightList {
         first: usize,
         width: usize,
     ) {
-        let source = Source::Columns { tensor: tensor.to_string(), shape: vec![rows, columns], first };
+        let source = Source::Columns { tensor: (tensor.to_string(), vec![rows, columns]), first };
         self.add(name.into(), self.matrix_dtype, vec![rows, width], source);
     }
 

@@ -17,6 +17,7 @@ pub mod llama;
 mod mmap;
 pub mod medusa;
 pub mod model;
+mod origin;
 pub mod pretrained;
 pub mod random;
 pub mod rope;

@@ -14,6 +14,7 @@ use crate::builder::{Source, Weight};
 use crate::chat::ChatTemplate;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
+use crate::origin::Origin;
 use crate::random::RandomTensors;
 use crate::tokenizer::Tokenizer;
 use crate::{Bytes, Checkpoint, Tensor, llama, rope};
@@ -21,12 +22,6 @@ use crate::{Bytes, Checkpoint, Tensor, llama, rope};
 pub struct Model {
     config: Config,
     origin: Origin,
-}
-
-/// Where tensors come from.
-enum Origin {
-    Checkpoint(Box<Checkpoint>),
-    Random(RandomTensors),
 }
 
 impl Model {
@@ -41,7 +36,9 @@ impl Model {
 
     /// A model of these sizes that says nothing: random weights, no tokenizer. For whoever measures speed.
     pub fn random(config: Config, seed: u64) -> Model {
-        let tensors = RandomTensors::new(&config, seed);
+        let weights = llama::weights(&config, 1);
+        let shapes = weights.iter().flat_map(|weight| weight.source.tensors()).map(|(_, shape)| &shape[..]);
+        let tensors = RandomTensors::new(shapes, &config, seed);
         Model { config, origin: Origin::Random(tensors) }
     }
 
@@ -51,17 +48,7 @@ impl Model {
     }
 
     fn checkpoint(&self) -> Option<&Checkpoint> {
-        match &self.origin {
-            Origin::Checkpoint(checkpoint) => Some(checkpoint),
-            Origin::Random(_) => None,
-        }
-    }
-
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        match &self.origin {
-            Origin::Checkpoint(checkpoint) => checkpoint.tensor(name),
-            Origin::Random(tensors) => Ok(tensors.tensor(name, shape)),
-        }
+        self.origin.checkpoint()
     }
 
     pub fn config(&self) -> &Config {
@@ -80,7 +67,7 @@ impl Model {
         self.weight_list(context).into_iter().map(move |Weight { desc, source }| {
             let parts = match source {
                 Source::Stack(parts) => {
-                    parts.iter().map(|(name, shape)| self.tensor(name, shape)).collect::<Result<Vec<_>>>()?
+                    parts.iter().map(|(name, shape)| self.origin.tensor(name, shape)).collect::<Result<Vec<_>>>()?
                 }
                 Source::Columns { .. } => unreachable!("no model is cut into columns"),
                 Source::RopeTable => vec![self.rope_table(&desc.shape)],

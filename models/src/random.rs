@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use treespark_kernel_gen::DType;
 
-use crate::{Bytes, Config, Source, Tensor, llama};
+use crate::{Bytes, Config, Tensor};
 
 /// Bytes that one task makes.
 const SHARE: usize = 1 << 20;
@@ -71,14 +71,12 @@ pub(crate) struct RandomTensors {
 }
 
 impl RandomTensors {
-    pub fn new(config: &Config, seed: u64) -> RandomTensors {
+    /// For tensors of these shapes, in layers of a config.
+    pub fn new<'a>(shapes: impl Iterator<Item = &'a [usize]>, config: &Config, seed: u64) -> RandomTensors {
         let (mut matrix, mut vector) = (0, 0);
-        for weight in llama::weights(config, 1) {
-            let Source::Stack(parts) = weight.source else { continue };
-            for (_, shape) in parts {
-                let largest = if shape.len() == 1 { &mut vector } else { &mut matrix };
-                *largest = shape.iter().product::<usize>().max(*largest);
-            }
+        for shape in shapes {
+            let largest = if shape.len() == 1 { &mut vector } else { &mut matrix };
+            *largest = shape.iter().product::<usize>().max(*largest);
         }
         let scale = 0.5 / (config.hidden as f32).sqrt();
         // Some more than the largest, so that two of that size differ.

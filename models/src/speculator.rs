@@ -11,6 +11,8 @@ use crate::builder::{Builder, Source, Weight};
 use crate::dspark::{DsparkConfig, SequentialHeads};
 use crate::error::{Error, Result};
 use crate::medusa::MedusaConfig;
+use crate::origin::Origin;
+use crate::random::RandomTensors;
 use crate::{Bytes, Checkpoint, Config, Llama, Tensor, rope};
 
 /// What a speculator is made of.
@@ -20,10 +22,10 @@ pub enum SpeculatorConfig {
     Medusa(MedusaConfig),
 }
 
-/// An opened checkpoint that fits its target.
+/// A checkpoint that fits its target, or for measurements a configuration with random weights.
 pub struct Speculator {
     config: SpeculatorConfig,
-    checkpoint: Checkpoint,
+    origin: Origin,
 }
 
 impl SpeculatorConfig {
@@ -127,9 +129,16 @@ impl Speculator {
         } else {
             SpeculatorConfig::Dspark(DsparkConfig::from_checkpoint(&checkpoint, target)?)
         };
-        let speculator = Speculator { config, checkpoint };
-        speculator.check_tensors()?;
-        Ok(speculator)
+        check_tensors(&config, &checkpoint)?;
+        Ok(Speculator { config, origin: Origin::Checkpoint(Box::new(checkpoint)) })
+    }
+
+    /// A DSpark or DFlash drafter of these sizes that knows nothing. For whoever measures speed.
+    pub fn random(config: DsparkConfig, seed: u64) -> Speculator {
+        let (weights, heads) = (config.weights(1), config.head_tensors());
+        let tensors = weights.iter().flat_map(|weight| weight.source.tensors()).chain(&heads);
+        let tensors = RandomTensors::new(tensors.map(|(_, shape)| &shape[..]), &config.backbone, seed);
+        Speculator { config: SpeculatorConfig::Dspark(config), origin: Origin::Random(tensors) }
     }
 
     pub fn config(&self) -> &SpeculatorConfig {
@@ -146,11 +155,6 @@ impl Speculator {
         }
     }
 
-    /// The folder it came from.
-    pub fn path(&self) -> &Path {
-        self.checkpoint.path()
-    }
-
     /// Every weight buffer of a config of it with the tensors that, stacked, make it; see
     /// [`Model::weights`](crate::Model::weights).
     pub fn weights(
@@ -161,10 +165,10 @@ impl Speculator {
         config.weights(context).into_iter().map(|Weight { desc, source }| {
             let parts = match &source {
                 Source::Stack(parts) => {
-                    parts.iter().map(|(name, _)| self.checkpoint.tensor(name)).collect::<Result<Vec<_>>>()?
+                    parts.iter().map(|(name, shape)| self.origin.tensor(name, shape)).collect::<Result<Vec<_>>>()?
                 }
-                Source::Columns { tensor, first, .. } => {
-                    vec![columns(&self.checkpoint.tensor(tensor)?, *first, desc.shape[1])]
+                Source::Columns { tensor: (name, shape), first } => {
+                    vec![columns(&self.origin.tensor(name, shape)?, *first, desc.shape[1])]
                 }
                 Source::RopeTable => vec![self.rope_table(&desc.shape)],
             };
@@ -175,7 +179,7 @@ impl Speculator {
     /// The heads that make a sequence of a block's rows; without any, the rows stand by themselves.
     pub fn sequential_heads(&self) -> Result<SequentialHeads> {
         match &self.config {
-            SpeculatorConfig::Dspark(dspark) => SequentialHeads::load(dspark, &self.checkpoint),
+            SpeculatorConfig::Dspark(dspark) => SequentialHeads::load(dspark, &self.origin),
             SpeculatorConfig::Medusa(_) => Ok(SequentialHeads::default()),
         }
     }
@@ -196,35 +200,29 @@ impl Speculator {
         let bytes = rope::table(&frequencies, shape[0]).iter().flat_map(|value| value.to_le_bytes()).collect();
         Tensor { dtype: DType::F32, shape: shape.to_vec(), bytes: Bytes::from_vec(bytes) }
     }
+}
 
-    /// All tensors that are needed are there in their shape, and no other.
-    fn check_tensors(&self) -> Result<()> {
-        let mut needed = self.config.head_tensors();
-        for weight in self.config.weights(1) {
-            match weight.source {
-                Source::Stack(parts) => needed.extend(parts),
-                Source::Columns { tensor, shape, .. } => needed.push((tensor, shape)),
-                Source::RopeTable => {}
+/// All tensors that are needed are there in their shape, and no other.
+fn check_tensors(config: &SpeculatorConfig, checkpoint: &Checkpoint) -> Result<()> {
+    let mut needed = config.head_tensors();
+    needed.extend(config.weights(1).iter().flat_map(|weight| weight.source.tensors()).cloned());
+    let mut used = HashSet::new();
+    for (name, expected) in needed {
+        match checkpoint.shape(&name) {
+            Some(got) if got == expected => used.insert(name),
+            Some(got) => return Err(Error::TensorShape { name, expected, got: got.to_vec() }),
+            None => {
+                let context = format!("the drafter as configured in {} needs it", checkpoint.path().display());
+                return Err(Error::MissingTensor { name, context });
             }
-        }
-        let mut used = HashSet::new();
-        for (name, expected) in needed {
-            match self.checkpoint.shape(&name) {
-                Some(got) if got == expected => used.insert(name),
-                Some(got) => return Err(Error::TensorShape { name, expected, got: got.to_vec() }),
-                None => {
-                    let context = format!("the drafter as configured in {} needs it", self.path().display());
-                    return Err(Error::MissingTensor { name, context });
-                }
-            };
-        }
-        match self.checkpoint.names().find(|name| !used.contains(name)) {
-            Some(name) => Err(Error::Malformed {
-                path: self.path().to_path_buf(),
-                problem: format!("tensor {name} is not part of the drafter as it is configured"),
-            }),
-            None => Ok(()),
-        }
+        };
+    }
+    match checkpoint.names().find(|name| !used.contains(name)) {
+        Some(name) => Err(Error::Malformed {
+            path: checkpoint.path().to_path_buf(),
+            problem: format!("tensor {name} is not part of the drafter as it is configured"),
+        }),
+        None => Ok(()),
     }
 }
 

@@ -84,6 +84,11 @@ pub trait Backend {
     /// Makes a checked pass ready to run; `buffers[i]` is the pass's buffer i.
     fn compile(&mut self, pass: &Pass, buffers: &[BufferId]) -> Result<PassId>;
 
+    /// A pass that runs these, one after the other. Only backends that [draft](Backend::drafts) are asked for one.
+    fn join(&mut self, passes: &[PassId]) -> Result<PassId> {
+        unreachable!("{} has no pass of {passes:?}: it leaves drafting to the host", self.info().backend)
+    }
+
     /// Enqueues a pass.
     fn run(&mut self, pass: PassId, extent: Extent) -> Result<()>;
 }

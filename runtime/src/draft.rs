@@ -66,8 +66,13 @@ pub trait Drafter {
     /// Learns what became of the last proposal, of which a prefix was verified.
     fn observe(&mut self, backend: &mut dyn Backend, draft: &Draft, accepted: &Accepted) -> Result<()>;
 
-    /// Forgets the sequence.
-    fn reset(&mut self);
+    /// Forgets the sequence before, and may look at the prompt of the next.
+    fn start(&mut self, backend: &mut dyn Backend, prompt: &[u32]) -> Result<()>;
+
+    /// Compiles what prompts will need, where that takes time.
+    fn prepare(&mut self, _: &mut dyn Backend) -> Result<()> {
+        Ok(())
+    }
 
     /// Nodes of the largest tree, root included, where the device drafts in its place. `None`: it cannot.
     fn nodes_on_device(&self) -> Option<usize> {
@@ -97,7 +102,9 @@ impl Drafter for NoDrafter {
         Ok(())
     }
 
-    fn reset(&mut self) {}
+    fn start(&mut self, _: &mut dyn Backend, _: &[u32]) -> Result<()> {
+        Ok(())
+    }
 
     fn nodes_on_device(&self) -> Option<usize> {
         Some(1)

@@ -53,10 +53,15 @@ impl Engine {
         Engine { nodes_on_device: None, ..self }
     }
 
-    /// Compiles what rounds will run where the device drafts; otherwise the first sequence waits for that.
+    /// Compiles what prompts and rounds will run, where the device can draft: elsewhere sequences wait for it, once.
     pub fn prepare(&mut self) -> Result<()> {
+        let backend = self.backend.as_mut();
+        if backend.drafts() {
+            self.target.prepare_prompts(backend)?;
+            self.drafter.prepare(backend)?;
+        }
         if let Some(nodes) = self.nodes_on_device {
-            self.target.prepare_rounds(self.backend.as_mut(), nodes)?;
+            self.target.prepare_rounds(backend, nodes)?;
         }
         Ok(())
     }
@@ -79,9 +84,11 @@ impl Engine {
             return Err(Error::Token { token, vocab });
         }
         let start = Instant::now();
-        self.drafter.reset();
-        let (all_but_last, from) = (prompt[..prompt.len() - 1].to_vec(), seq.kv.len());
-        self.target.extend(self.backend.as_mut(), &mut seq.kv, &all_but_last[from..], progress)?;
+        let Engine { backend, target, drafter, .. } = self;
+        let (prompt, from) = (prompt.to_vec(), seq.kv.len());
+        drafter.start(backend.as_mut(), &prompt)?;
+        target.extend(backend.as_mut(), &mut seq.kv, &prompt[from..prompt.len() - 1], progress)?;
+        target.wait(backend.as_mut())?; // so that the first round's time is its own
         stats.prefill(seq.tokens().len(), start.elapsed());
         Ok(())
     }

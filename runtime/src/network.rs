@@ -41,11 +41,11 @@ enum Kind {
     Commit,
     /// A speculator's parallel stage, for the host to grow a tree from.
     Block,
-    /// The same, and the device grows trees of up to so many nodes.
+    /// The same, and the device grows trees of up to so many nodes: the end of the two below, with a speculator.
     GrowBlock { nodes: usize },
     /// All of a round, then a draft of the next on the device, of up to so many nodes.
     Round { nodes: usize },
-    /// The device's draft of the first round; with a speculator, the block that it fills then.
+    /// The device's draft of the first round.
     First { nodes: usize },
 }
 
@@ -197,6 +197,18 @@ impl Network {
         Ok(())
     }
 
+    /// Compiles what prompts of any length need.
+    pub fn prepare_prompts(&mut self, backend: &mut dyn Backend) -> Result<()> {
+        (1..=MAX_NODES)
+            .filter(|&rows| rows == compiled_rows(rows))
+            .try_for_each(|rows| self.pass(backend, Kind::Extend, rows).map(drop))
+    }
+
+    /// Waits for all that was enqueued.
+    pub fn wait(&self, backend: &mut dyn Backend) -> Result<()> {
+        self.memory.find("rows").map_or(Ok(()), |rows| backend.read(rows, 0, 1).map(drop))
+    }
+
     /// One target pass over a tree; a node sees the committed prefix and its own ancestors. Enqueues, does not wait.
     pub fn verify(&mut self, backend: &mut dyn Backend, seq: &mut Sequence, tree: &TokenTree) -> Result<()> {
         seq.kv.reserve(&mut self.pool, tree.len())?;
@@ -289,7 +301,11 @@ impl Network {
             self.pass_weight_bytes = pass.weight_bytes();
         }
         let buffers = self.memory.bind(backend, &pass)?;
-        let id = backend.compile(&pass, &buffers)?;
+        let mut id = backend.compile(&pass, &buffers)?;
+        if let (Kind::Round { nodes } | Kind::First { nodes }, true) = (&key.0, self.grows_blocks()) {
+            let fill = self.pass(backend, Kind::GrowBlock { nodes: *nodes }, self.block().rows)?;
+            id = backend.join(&[id, fill])?;
+        }
         self.passes.insert(key, id);
         Ok(id)
     }
@@ -297,13 +313,13 @@ impl Network {
 
 /// Rows that a pass is compiled for: 1, 4, 16, 64 or 256. Kernels take seconds to compile where a driver does it for the
 /// first time; rows that are not there cost little.
-fn compiled_rows(rows: usize) -> usize {
+pub fn compiled_rows(rows: usize) -> usize {
     let power = rows.next_power_of_two().ilog2();
     1 << power.next_multiple_of(2)
 }
 
 /// The same for rounds where the device drafts, which are what it does all the time: each power of two from 4 on.
-fn round_rows(rows: usize) -> usize {
+pub fn round_rows(rows: usize) -> usize {
     if rows == 1 { 1 } else { rows.next_power_of_two().max(4) }
 }
 

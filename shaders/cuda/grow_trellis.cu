@@ -1,9 +1,10 @@
-// needs: ptx layout batch best
+// needs: ptx layout batch
 // Grows a tree for every request, best first, through the trellis of its block: of all paths the NODES - 1 most likely,
 // which are a tree. As many of its nodes become rows of the next pass as pay.
 //
-// Level by level: the places of a depth are those of its candidates behind kept places of the depth before that are
-// among the KEPT most likely of all so far. A path's probability only falls, so that what is dropped is never missed.
+// A warp takes node after node: of all nodes' best children that are not in the tree yet, the best. Children come sorted,
+// so that a taken child makes way for its next sibling and brings its own first child: a slot for each node is enough.
+// Ties go to the parent that was taken first. It ends once no further nodes can pay: none survives likelier than the last.
 //
 // One block takes the requests one after the other, for their rows are consecutive. As
 // runtime/src/draft/best_first.rs.
@@ -16,197 +17,145 @@ constexpr u32 FIRST = 0; // row of a block that predicts depth 1
 __device__ constexpr u32 COSTS[] = {0x3f800000, 0x3f8ccccd, 0x3f99999a, 0x3fa66666}; // of 1, 2 .. rows: bits of floats
 // constants-end
 
-constexpr u32 THREADS = 1024;
-constexpr u32 WARPS = THREADS / 32;
+constexpr u32 THREADS = 512;
 constexpr u32 DEPTH = ROWS - FIRST;
-constexpr u32 KEPT = NODES - 1;
-constexpr u32 SLOTS = KEPT + 17; // places of a depth: a few more than needed, since the bound is known to seven bits only
-constexpr u32 PLACES = DEPTH * SLOTS;
-constexpr u32 OWNED = (SLOTS * K + THREADS - 1) / THREADS; // candidates of a thread
-constexpr u32 OWNED_PLACES = (PLACES + THREADS - 1) / THREADS;
-constexpr u32 RANKED = KEPT + 65; // places that are ranked in the end
-static_assert(NODES >= 2 && NODES <= 64 && RANKED <= THREADS, "sizes of a tree");
+constexpr u32 LOOKS = 4; // nodes between looks at what may pay
+constexpr u32 NEAR = K < 8 ? K : 8; // children of a parent that are in shared memory
+static_assert(NODES >= 2 && NODES <= 64, "a lane has two slots");
+static_assert(K <= 64 && DEPTH <= 16, "a slot is one word");
 
 constexpr u32 STATE_LIMIT = 0;
-constexpr u32 STATE_NODES = 1;
 constexpr u32 STATE_ROWS = 2;
 constexpr u32 STATE_TOKENS = 4;
 constexpr u32 STATE_LINKS = STATE_TOKENS + NODES;
 constexpr u32 STATE_WORDS = STATE_TOKENS + 4 * NODES;
 
-struct Block {
-    u32 counts[WARPS][2];
-    u64 bests[WARPS];
-    float survival[PLACES]; // of depth d from place d * SLOTS on; 0: no place
-    u32 candidate[PLACES];
-    u32 parent[PLACES]; // place
-    u32 node[PLACES];
-    u32 list[RANKED]; // places
-    float ranked[NODES]; // survivals of nodes 1 .., descending
+struct Tree {
+    float survival[NODES];
+    u32 parent[NODES];
+    u32 place[NODES]; // (depth - 1) * K + candidate; of the root 0
+    u32 n_rows;
 };
 
-// Sums over all threads. The halves of `a` and their sums stay below 2^16.
-__device__ uint2 sums_of_block(u32 a, u32 b, Block& block) {
-    a = __reduce_add_sync(FULL_WARP, a);
-    b = __reduce_add_sync(FULL_WARP, b);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) {
-        block.counts[threadIdx.x / 32][0] = a;
-        block.counts[threadIdx.x / 32][1] = b;
-    }
-    __syncthreads();
-    const u32 warp = threadIdx.x % 32;
-    return make_uint2(__reduce_add_sync(FULL_WARP, block.counts[warp][0]),
-                      __reduce_add_sync(FULL_WARP, block.counts[warp][1]));
-}
+// The trellis of one request: row `parent`, depth of the children * K + candidate of the parent, has its children by rank.
+struct Trellis {
+    const float* value;
+    const u32* order;
+    float near_value[DEPTH * K * NEAR];
+    unsigned char near_order[DEPTH * K * NEAR];
 
-// How many before this thread, in order of threads; and all.
-__device__ u32 place_among(u32 mine, u32& total, Block& block) {
-    u32 before = mine;
-#pragma unroll
-    for (u32 step = 1; step < 32; step *= 2) {
-        const u32 other = __shfl_up_sync(FULL_WARP, before, step);
-        if (threadIdx.x % 32 >= step) before += other;
-    }
-    __syncthreads();
-    if (threadIdx.x % 32 == 31) block.counts[threadIdx.x / 32][0] = before;
-    __syncthreads();
-    const u32 lane = threadIdx.x % 32, of_warp = block.counts[lane][0];
-    total = __reduce_add_sync(FULL_WARP, of_warp);
-    return before - mine + __reduce_add_sync(FULL_WARP, lane < threadIdx.x / 32 ? of_warp : 0);
-}
-
-// What the KEPT-th largest of all values is at least, to seven bits: two bits at a time, the largest that so many reach.
-template <u32 N>
-__device__ float bound_of(const float (&values)[N], Block& block) {
-    u32 bound = 0;
-    for (u32 shift = 28; shift >= 16; shift -= 2) {
-        u32 two = 0, three = 0; // how many reach the bound with 1 and 2 added, in halves; and with 3
-#pragma unroll
-        for (u32 n = 0; n < N; n++) {
-            const u32 bits = __float_as_uint(values[n]);
-            two += (bits >= (bound | 1u << shift)) + (bits >= (bound | 2u << shift)) * 65536u;
-            three += bits >= (bound | 3u << shift);
-        }
-        const uint2 reach = sums_of_block(two, three, block);
-        const u32 digit = reach.y >= KEPT ? 3 : reach.x / 65536 >= KEPT ? 2 : reach.x % 65536 >= KEPT ? 1 : 0;
-        bound |= digit << shift;
-    }
-    return __uint_as_float(max(bound, 1u));
-}
-
-// The places of one depth, behind those of the depth before. Returns what a place must reach to be one of the tree.
-__device__ float grow_level(u32 depth, const float* trellis, Block& block) {
-    const u32 t = threadIdx.x;
-    float value[OWNED + OWNED_PLACES]; // of candidates, and of places that there are
-    u32 parent[OWNED];
-#pragma unroll
-    for (u32 n = 0; n < OWNED; n++) {
-        const u32 at = t + n * THREADS, i = at / K, j = at % K;
-        value[n] = 0.0f;
-        parent[n] = 0;
-        if (depth == 0) {
-            if (i == 0) value[n] = trellis[j];
-        } else if (i < SLOTS) {
-            parent[n] = (depth - 1) * SLOTS + i;
-            const float above = block.survival[parent[n]];
-            if (above > 0.0f) value[n] = above * trellis[(depth * K + block.candidate[parent[n]]) * K + j];
+    __device__ void load(u32 depth) {
+        for (u32 i = threadIdx.x; i < depth * K * NEAR; i += THREADS) {
+            const u32 at = i / NEAR * K + i % NEAR;
+            near_value[i] = value[at];
+            near_order[i] = (unsigned char)order[at];
         }
     }
-#pragma unroll
-    for (u32 n = 0; n < OWNED_PLACES; n++) {
-        const u32 at = t + n * THREADS;
-        value[OWNED + n] = at < depth * SLOTS ? block.survival[at] : 0.0f;
+    __device__ float probability(u32 parent, u32 rank) const {
+        return rank < NEAR ? near_value[parent * NEAR + rank] : value[parent * K + rank];
     }
-    const float least = bound_of(value, block);
-    u32 mine = 0, total = 0;
+    __device__ u32 candidate(u32 parent, u32 rank) const {
+        return rank < NEAR ? near_order[parent * NEAR + rank] : order[parent * K + rank];
+    }
+};
+
+// Survivals are ordered as their bits are. 0: no child.
+__device__ __forceinline__ u32 key_of(float survival) { return survival > 0.0f ? __float_as_uint(survival) : 0; }
+
+// A slot: its node, the place whose children the node's are, and the rank of the next of them. Slots are ordered by node.
+__device__ __forceinline__ u32 slot_of(u32 node, u32 parent) { return node << 20 | parent << 8; }
+__device__ __forceinline__ u32 node_of(u32 slot) { return slot >> 20; }
+__device__ __forceinline__ u32 parent_of(u32 slot) { return slot >> 8 & 0xfff; }
+__device__ __forceinline__ u32 rank_of(u32 slot) { return slot & 0xff; }
+
+// What trees that end with a lane's nodes, `lane` and `lane + 32`, are expected to bring and cost.
+struct Worth {
+    float tokens[2];
+    float cost[2];
+    float per_cost[2]; // rounded
+
+    // Whether a tree larger than `node` may bring more for its cost than all up to there, if its nodes were as likely as
+    // that one.
+    __device__ bool may_grow(u32 node, float survival, float expected) const {
+        constexpr float ROUNDING = 1.00001f;
+        const float mine = fmaxf(tokens[0] * per_cost[0], tokens[1] * per_cost[1]);
+        const float best = __uint_as_float(__reduce_max_sync(FULL_WARP, key_of(mine)));
+        bool may = false;
 #pragma unroll
-    for (u32 n = 0; n < OWNED; n++) mine += value[n] >= least;
-    u32 place = place_among(mine, total, block);
-#pragma unroll
-    for (u32 n = 0; n < OWNED; n++) {
-        if (!(value[n] >= least)) continue;
-        if (place < SLOTS) {
-            block.survival[depth * SLOTS + place] = value[n];
-            block.candidate[depth * SLOTS + place] = (t + n * THREADS) % K;
-            block.parent[depth * SLOTS + place] = parent[n];
+        for (u32 half = 0; half < 2; half++) {
+            const u32 larger = threadIdx.x + 32 * half;
+            const float hoped = expected + (float)(int)(larger - node) * survival;
+            may |= larger > node && larger < NODES && hoped * ROUNDING > best * cost[half];
         }
-        place++;
+        return __any_sync(FULL_WARP, may);
     }
-    __syncthreads();
-    return least;
+
+    // The node with the most tokens for the cost.
+    __device__ u32 best() const {
+        const u32 key[2] = {key_of(tokens[0] / cost[0]), key_of(tokens[1] / cost[1])};
+        const u32 most = __reduce_max_sync(FULL_WARP, max(key[0], key[1]));
+        return __reduce_min_sync(FULL_WARP, key[0] == most ? threadIdx.x : key[1] == most ? threadIdx.x + 32 : NONE);
+    }
+};
+
+// By one warp.
+__device__ void grow(u32 max_depth, const Trellis& trellis, Tree& tree) {
+    const u32 lane = threadIdx.x;
+    // Those of nodes `lane` and `lane + 32`.
+    u32 slot[2] = {slot_of(0, 0), NONE}, key[2] = {0, 0};
+    if (lane == 0) {
+        if (max_depth > 0) key[0] = key_of(trellis.probability(0, 0));
+        tree.survival[0] = 1.0f;
+        tree.parent[0] = tree.place[0] = 0;
+    }
+    __syncwarp();
+    Worth worth = {};
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        worth.cost[half] = lane + 32 * half < NODES ? __uint_as_float(COSTS[lane + 32 * half]) : 1.0f;
+        worth.per_cost[half] = 1.0f / worth.cost[half];
+    }
+    float expected = 1.0f;
+    if (lane == 0) worth.tokens[0] = expected;
+    for (u32 node = 1; node < NODES; node++) {
+        const u32 best = __reduce_max_sync(FULL_WARP, max(key[0], key[1]));
+        if (best == 0) break;
+        const u32 taken = __reduce_min_sync(FULL_WARP, key[0] == best ? slot[0] : key[1] == best ? slot[1] : NONE);
+        const u32 above = node_of(taken), parent = parent_of(taken), rank = rank_of(taken);
+        const float survival = __uint_as_float(best);
+        const u32 depth = parent / K, candidate = trellis.candidate(parent, rank);
+        const u32 place = (depth + 1) * K + candidate;
+        float child = 0.0f, sibling = 0.0f;
+        if (depth + 1 < max_depth) child = survival * trellis.probability(place, 0);
+        if (rank + 1 < K) sibling = tree.survival[above] * trellis.probability(parent, rank + 1);
+        expected += survival;
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+            if (above == lane + 32 * half) key[half] = key_of(sibling), slot[half] = taken + 1;
+            if (node == lane + 32 * half) key[half] = key_of(child), slot[half] = slot_of(node, place), worth.tokens[half] = expected;
+        }
+        if (lane == 0) {
+            tree.survival[node] = survival;
+            tree.parent[node] = above;
+            tree.place[node] = depth * K + candidate;
+        }
+        __syncwarp();
+        if (node % LOOKS == 0 && !worth.may_grow(node, survival, expected)) break;
+    }
+    const u32 last = worth.best();
+    if (lane == 0) tree.n_rows = last + 1;
 }
 
-// Ids of the NODES - 1 most likely places, by falling survival, parents before children. Returns how many
-// places were looked at.
-__device__ u32 rank(float least, Block& block) {
-    const u32 t = threadIdx.x;
-    u32 mine = 0, total = 0;
-#pragma unroll
-    for (u32 n = 0; n < OWNED_PLACES; n++) {
-        const u32 at = t + n * THREADS;
-        if (at < PLACES) block.node[at] = NODES;
-        mine += at < PLACES && block.survival[at] >= least;
-    }
-    if (t < NODES) block.ranked[t] = 0.0f;
-    // Places of several threads come in order of depth as long as each owns one: OWNED_PLACES is 1 for usual sizes.
-    u32 at = place_among(mine, total, block);
-#pragma unroll
-    for (u32 n = 0; n < OWNED_PLACES; n++) {
-        const u32 place = t + n * THREADS;
-        if (place < PLACES && block.survival[place] >= least && at < RANKED) block.list[at++] = place;
-    }
-    __syncthreads();
-    total = min(total, RANKED);
-    if (t < total) {
-        const u32 place = block.list[t];
-        const float survival = block.survival[place];
-        u32 n_better = 0;
-        for (u32 i = 0; i < total; i++) {
-            const u32 other = block.list[i];
-            const float theirs = block.survival[other];
-            n_better += theirs > survival || (theirs == survival && other < place);
-        }
-        if (n_better < KEPT) {
-            block.node[place] = n_better + 1;
-            block.ranked[n_better] = survival;
-        }
-    }
-    __syncthreads();
-    return total;
-}
-
-// How many nodes are worth a row each: those with the most expected tokens for the cost of a pass.
-__device__ u32 choose(u32 n_nodes, Block& block) {
-    u64 mine = 0;
-    if (threadIdx.x < n_nodes) {
-        float expected = 1.0f;
-        for (u32 n = 0; n < threadIdx.x; n++) expected += block.ranked[n];
-        mine = token_with_key(order_key(expected / __uint_as_float(COSTS[threadIdx.x])), threadIdx.x);
-    }
-    return token_of(best_of_block<WARPS>(mine, block.bests)) + 1;
-}
-
-// The rows of the first `n_rows` nodes, and the tree for the host.
-__device__ void write(u32* rows, u32 request, u32 prefix, u32 root, u32 n_rows, u32 n_listed, const u32* ids,
-                      u32* state, const Block& block) {
-    const u32 t = threadIdx.x;
-    const bool is_root = t == RANKED;
-    const u32 own = t < n_listed ? block.list[t] : 0;
-    const u32 node = is_root ? 0 : t < n_listed ? block.node[own] : NODES;
-    if (node >= n_rows) return;
-    const u32 depth = is_root ? 0 : own / SLOTS + 1;
-    const u32 token = is_root ? root : ids[(own / SLOTS) * K + block.candidate[own]];
-    u64 ancestors = 1ull | 1ull << node;
-    if (depth > 1) {
-        u32 place = own;
-        for (u32 d = depth; d > 1; d--) {
-            place = block.parent[place];
-            ancestors |= 1ull << block.node[place];
-        }
-    }
-    state[STATE_TOKENS + node] = token;
-    state[STATE_LINKS + node] = depth > 1 ? block.node[block.parent[own]] : 0;
+// The rows of the tree, and the tree for the host. A thread has a node.
+__device__ void write(u32* rows, u32 request, u32 prefix, const u32* ids, u32* state, const Tree& tree) {
+    const u32 node = threadIdx.x;
+    if (node >= tree.n_rows) return;
+    const u32 depth = node == 0 ? 0 : tree.place[node] / K + 1;
+    if (node > 0) state[STATE_TOKENS + node] = ids[tree.place[node]];
+    const u32 token = state[STATE_TOKENS + node];
+    state[STATE_LINKS + node] = tree.parent[node];
+    u64 ancestors = 1ull;
+    for (u32 above = node; above > 0; above = tree.parent[above]) ancestors |= 1ull << above;
     uint4* words = (uint4*)(rows + node * ROW_WORDS);
     words[0] = make_uint4(token, prefix + depth, request, node);
     words[1] = make_uint4((u32)ancestors, (u32)(ancestors >> 32), 0, 0);
@@ -216,35 +165,35 @@ __device__ void write(u32* rows, u32 request, u32 prefix, u32 root, u32 n_rows, 
 // Blocks: one.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     grow_trellis(u32* rows, u32* requests, const u32* ids, // [rows, K]
-                 const float* trellis, // [requests * DEPTH, K, K]
+                 const float* values, const u32* order, // [requests * DEPTH, K, K]
                  u32* state) { // [requests, STATE_WORDS]
-    __shared__ Block block;
+    __shared__ Trellis trellis;
+    __shared__ Tree tree;
     wait_for_previous();
     u32 first_row = 0;
     for (u32 request = 0; request < requests[1]; request++, state += STATE_WORDS) {
         u32* words = requests + HEADER_WORDS + request * REQUEST_WORDS;
         const u32 prefix = words[REQUEST_PREFIX], block_row = words[REQUEST_FIRST_ROW];
-        u32 n_nodes = 0, n_rows = 0;
+        u32 n_rows = 0;
         if (words[REQUEST_ROWS] > 0) {
             // The bonus token takes one place; a node deeper than the rest could never be emitted.
             const u32 max_depth = min(DEPTH, state[STATE_LIMIT] - prefix - 2);
-            for (u32 place = threadIdx.x; place < PLACES; place += THREADS) block.survival[place] = 0.0f;
-            __syncthreads();
-            float least = __uint_as_float(1);
-            for (u32 depth = 0; depth < max_depth; depth++) {
-                least = grow_level(depth, trellis + (u64)request * DEPTH * K * K, block);
+            if (threadIdx.x == 0) {
+                trellis.value = values + (u64)request * DEPTH * K * K;
+                trellis.order = order + (u64)request * DEPTH * K * K;
             }
-            const u32 n_listed = rank(least, block);
-            n_nodes = 1 + min(n_listed, KEPT);
-            n_rows = choose(n_nodes, block);
-            write(rows + first_row * ROW_WORDS, request, prefix, state[STATE_TOKENS], n_rows, n_listed,
-                  ids + (block_row + FIRST) * K, state, block);
+            __syncthreads();
+            trellis.load(max_depth);
+            __syncthreads();
+            if (threadIdx.x < 32) grow(max_depth, trellis, tree);
+            __syncthreads();
+            n_rows = tree.n_rows;
+            write(rows + first_row * ROW_WORDS, request, prefix, ids + (block_row + FIRST) * K, state, tree);
         }
         __syncthreads();
         if (threadIdx.x == 0) {
             words[REQUEST_FIRST_ROW] = first_row;
             words[REQUEST_ROWS] = n_rows;
-            state[STATE_NODES] = n_nodes;
             state[STATE_ROWS] = n_rows;
         }
         first_row += n_rows;

@@ -1,8 +1,9 @@
 // needs: ptx layout formats batch philox best score vectors wgmma matmul
-// logits[r] = rms_norm(x[r]) · weightᵀ, and what `draw` needs of them.
+// logits[r] = rms_norm(x[r]) · weightᵀ, and what `draw` or `top_k` needs of them.
 //
 // Where a draw follows, each tile leaves the best of its tokens for each row (CANDIDATES), noise included. The logits
-// themselves are then written only for requests that filter them, or where others read them (KEEP_LOGITS).
+// themselves are then written only for requests that filter them, or where others read them (KEEP_LOGITS). Where a top-k
+// follows, the best of each RANKED tokens are left, and all logits, perturbed if `perturb` stands between (PERTURBED).
 
 // constants-begin
 constexpr u32 COLUMNS = 576; // elements of a row of x, columns of the weight
@@ -22,8 +23,10 @@ constexpr bool SPLIT = true; // sums of their own for the halves of the activati
 constexpr bool WGMMA = false; // products by groups of four warps
 constexpr u32 BLOCKS = 2; // that a multiprocessor has room for
 constexpr u32 SHARED_BYTES = 57344;
-constexpr u32 CANDIDATES = 0; // tiles that leave one for each row, or 0
+constexpr u32 CANDIDATES = 0; // that are left of each row, or 0
 constexpr bool KEEP_LOGITS = true;
+constexpr u32 RANKED = 0; // tokens that one for a top-k is the best of; 0: a tile's, for a draw
+constexpr bool PERTURBED = false; // logits with the noise of their row's draw
 // constants-end
 
 // How a row's token will be drawn.
@@ -61,19 +64,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const float factor = matmul.inv_rms(token);
         float* row_logits = logits + (u64)(tile.first_token + token) * WIDTH;
         const bool is_kept = CANDIDATES == 0 || KEEP_LOGITS || draws[token].needs_all_logits;
+        u64* row_candidates = candidates + (u64)(tile.first_token + token) * CANDIDATES;
         u64 best = 0;
-        for (u32 row = threadIdx.x % 32 * 4; row < ROWS; row += 32 * 4) {
-            const u32 at = tile.index * ROWS + row;
-            const float4 v = mul4(matmul.total(token, row), factor);
-            if (is_kept) store_row4<WIDTH>(row_logits, at, v);
-            if (CANDIDATES > 0 && at < WIDTH) {
-                const float four[4] = {v.x, v.y, v.z, v.w};
+        for (u32 first = 0; first < ROWS; first += 32 * 4) {
+            const u32 row = first + threadIdx.x % 32 * 4, at = tile.index * ROWS + row;
+            const bool is_here = row < ROWS && at < WIDTH;
+            float4 v = {};
+            if (is_here) {
+                v = mul4(matmul.total(token, row), factor);
+                if (PERTURBED) v = perturbed(v, at / 4, draws[token].noise);
+                if (is_kept) store_row4<WIDTH>(row_logits, at, v);
+            }
+            const float four[4] = {v.x, v.y, v.z, v.w};
+            if (RANKED > 0) {
+                const u64 of_ranked = best_of_lanes<(RANKED + 3) / 4>(is_here ? best_ranked(four, at, WIDTH) : 0);
+                if (is_here && at % RANKED == 0) row_candidates[at / RANKED] = of_ranked;
+            } else if (CANDIDATES > 0 && is_here) {
                 best = better(best, best_candidate(four, at / 4, WIDTH, draws[token].noise));
             }
         }
-        if (CANDIDATES == 0) continue;
+        if (CANDIDATES == 0 || RANKED > 0) continue;
         best = best_of_warp(best);
-        if (threadIdx.x % 32 == 0) candidates[(u64)(tile.first_token + token) * CANDIDATES + tile.index] = best;
+        if (threadIdx.x % 32 == 0) row_candidates[tile.index] = best;
     }
     matmul.finish();
 }

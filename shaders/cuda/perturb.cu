@@ -1,4 +1,4 @@
-// needs: ptx layout batch philox best score
+// needs: ptx layout batch philox best score vectors
 // logits[r] = logits[r] / temperature + gumbel: what `draw` ranks at the row's position. One thread takes four tokens.
 
 // constants-begin
@@ -17,11 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const u32* words = rows + row * ROW_WORDS;
     const Noise noise = noise_of(read_request(requests, words[ROW_REQUEST]), words[ROW_POSITION]);
     if (noise.is_silent) return;
-    const Four four = noise_words(noise, group);
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-        if (4 * group + i >= VOCAB) break;
-        float& logit = logits[(u64)row * VOCAB + 4 * group + i];
-        logit = __fadd_rn(__fmul_rn(logit, noise.inverse_temperature), gumbel(four.words[i]));
-    }
+    float* x = logits + (u64)row * VOCAB;
+    const float4 v = perturbed(four_logits<VOCAB>(x, group), group, noise);
+    store_row4<VOCAB>(x, 4 * group, v);
 }

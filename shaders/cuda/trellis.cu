@@ -5,6 +5,7 @@
 //     first child  : sigmoid of the confidence, or its softmax share where there is no confidence head
 //     the others   : what that leaves, shared as in the softmax, times a factor of the depth
 //
+// A parent's children are written by falling probability, with the candidates that they are; ties go to the lower one.
 // Behind the root there is one parent, the last committed token. One block takes some parents of one depth of one
 // request. As runtime/src/draft/dspark.rs, which explains it.
 
@@ -51,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             const float* hidden, // [rows, HIDDEN]
             const void* w1, const void* w2, // [tokens, RANK]
             const float* confidence, // HIDDEN + RANK weights, the bias, DEPTH inverse temperatures, DEPTH factors
-            float* out) { // [requests * DEPTH, K, K]
+            float* out, u32* order) { // [requests * DEPTH, K, K]
     release_next();
     __shared__ float first_rows[PARENTS * STRIDE]; // of W1
     __shared__ float second_rows[K * STRIDE]; // of W2
@@ -124,8 +125,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const float first = CONFIDENCE ? parent_confidence[i] : 1.0f / (1.0f + rest);
         const float factor = CONFIDENCE ? confidence[HIDDEN + RANK + 1 + DEPTH + depth] : 1.0f;
         const float share = rest > 0.0f ? factor * (1.0f - first) / rest : 0.0f;
-        float* to = out + ((u64)(request * DEPTH + depth) * K + first_parent + i) * K;
-        if (lane < K) to[lane] = lane == best ? first : wa * share;
-        if (lane + 32 < K) to[lane + 32] = lane + 32 == best ? first : wb * share;
+        const float p = lane == best ? first : wa * share, q = lane + 32 == best ? first : wb * share;
+        if (lane < K) table[i * K + lane] = p;
+        if (lane + 32 < K) table[i * K + lane + 32] = q;
+        __syncwarp();
+        u32 before_p = 0, before_q = 0;
+        for (u32 j = 0; j < K; j++) {
+            const float other = table[i * K + j];
+            before_p += other > p || (other == p && j < lane);
+            before_q += other > q || (other == q && j < lane + 32);
+        }
+        const u64 at = ((u64)(request * DEPTH + depth) * K + first_parent + i) * K;
+        if (lane < K) out[at + before_p] = p, order[at + before_p] = lane;
+        if (lane + 32 < K) out[at + before_q] = q, order[at + before_q] = lane + 32;
     }
 }

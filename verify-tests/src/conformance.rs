@@ -70,6 +70,7 @@ macro_rules! conformance {
             commit::a_round_emits_what_plain_decoding_draws
             draws::draws_equal_the_oracle
             draws::perturbed_logits_equal_the_oracle
+            draws::a_head_ranks_what_it_leaves
             draws::draws_follow_their_distribution
             draws::ties_go_to_the_lowest_id
             draws::a_nan_draws_no_token

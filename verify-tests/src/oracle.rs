@@ -33,7 +33,8 @@ pub(crate) enum Memory {
 pub struct Oracle {
     info: DeviceInfo,
     memory: Vec<Memory>,
-    passes: Vec<(Pass, Vec<BufferId>)>,
+    /// Each one or more, which run one after the other.
+    passes: Vec<Vec<(Pass, Vec<BufferId>)>>,
 }
 
 impl Default for Oracle {
@@ -109,14 +110,19 @@ impl Backend for Oracle {
     }
 
     fn compile(&mut self, pass: &Pass, buffers: &[BufferId]) -> Result<PassId> {
-        self.passes.push((pass.clone(), buffers.to_vec()));
+        self.passes.push(vec![(pass.clone(), buffers.to_vec())]);
+        Ok(PassId(self.passes.len() - 1))
+    }
+
+    fn join(&mut self, passes: &[PassId]) -> Result<PassId> {
+        self.passes.push(passes.iter().flat_map(|pass| self.passes[pass.0].clone()).collect());
         Ok(PassId(self.passes.len() - 1))
     }
 
     /// The extent is only a hint: everything is read from the batch buffers.
     fn run(&mut self, pass: PassId, _extent: Extent) -> Result<()> {
-        let (pass, ids) = &self.passes[pass.0];
-        for op in &pass.ops {
+        let ops = self.passes[pass.0].iter().flat_map(|(pass, ids)| pass.ops.iter().map(move |op| (pass, ids, op)));
+        for (pass, ids, op) in ops {
             let mut step = Step { pass, ids, memory: &mut self.memory, batch: *op.batch() };
             match op {
                 Op::Embed { .. } => step.embed(op),

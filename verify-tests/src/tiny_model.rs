@@ -174,6 +174,24 @@ impl TinyModel {
         pass
     }
 
+    /// The head on states that the host wrote, and its best `k` tokens, perturbed or not: backends may do these at once.
+    pub fn rank_pass(&self, rows: usize, k: usize, perturb: bool) -> Pass {
+        let mut pass = Pass::new("rank", rows);
+        let (batch, s) = (self.batch_buffers(&mut pass), self.sizes);
+        let [x, logits, values] = [("x", s.hidden), ("logits", s.vocab), ("values", k)]
+            .map(|(name, width)| pass.add(name, Role::Output, DType::F32, &[MAX_ROWS, width]));
+        let norm = pass.add("norm", Role::Weight, DType::F32, &[s.hidden]);
+        let weight = pass.add("head", Role::Weight, s.weights, &[s.vocab, s.hidden]);
+        let ids = pass.add("ids", Role::Output, DType::U32, &[MAX_ROWS, k]);
+        pass.ops.push(Op::Head { batch, eps: 1e-5, x, norm, weight, logits });
+        if perturb {
+            pass.ops.push(Op::Perturb { batch, logits });
+        }
+        pass.ops.push(Op::TopK { batch, logits, ids, values });
+        pass.check().expect("the ranking pass is well formed");
+        pass
+    }
+
     /// Draw and top-k alone, on logits that the host wrote.
     pub fn draw_pass(&self, rows: usize) -> Pass {
         let mut pass = Pass::new("draw", rows);
@@ -226,15 +244,16 @@ impl TinyModel {
         let ids = add("ids", DType::U32, &[rows, k]);
         let scores = add("scores", DType::F32, &[MAX_ROWS, k]);
         let states = add("hidden", DType::F32, &[MAX_ROWS, hidden]);
-        let trellis = add("trellis", DType::F32, &[MAX_REQUESTS * block.depth(), k, k]);
+        let shape = [MAX_REQUESTS * block.depth(), k, k];
+        let (trellis, order) = (add("trellis", DType::F32, &shape), add("order", DType::U32, &shape));
         let words = [hidden + rank + 1 + 2 * block.depth()];
         let confidence = confident.then(|| add("confidence", DType::F32, &words));
         let shape = [self.sizes.vocab, rank];
         let mut weight = |name: &str| pass.add(name, Role::Weight, self.sizes.weights, &shape);
         let markov = (rank > 0).then(|| (weight("w1"), weight("w2")));
         pass.ops.push(Op::OpenBlock { batch, accepted, state, block });
-        pass.ops.push(Op::Trellis { batch, block, ids, scores, hidden: states, markov, confidence, trellis });
-        pass.ops.push(Op::GrowTrellis { batch, block, ids, trellis, state, costs: costs.to_vec() });
+        pass.ops.push(Op::Trellis { batch, block, ids, scores, hidden: states, markov, confidence, trellis, order });
+        pass.ops.push(Op::GrowTrellis { batch, block, ids, trellis, order, state, costs: costs.to_vec() });
         pass.check().expect("the trellis pass is well formed");
         pass
     }

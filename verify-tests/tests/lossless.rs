@@ -77,7 +77,9 @@ impl Drafter for HalfRight {
         Ok(())
     }
 
-    fn reset(&mut self) {}
+    fn start(&mut self, _: &mut dyn Backend, _: &[u32]) -> treespark::Result<()> {
+        Ok(())
+    }
 }
 
 type OpenBackend = fn() -> Box<dyn Backend>;

@@ -110,6 +110,10 @@ impl Backend for Mutant {
         self.inner.compile(&pass, buffers)
     }
 
+    fn join(&mut self, passes: &[PassId]) -> Result<PassId> {
+        self.inner.join(passes)
+    }
+
     fn run(&mut self, pass: PassId, extent: Extent) -> Result<()> {
         self.inner.run(pass, extent)
     }

@@ -221,6 +221,10 @@ impl Backend for Watched {
         self.inner.compile(pass, buffers)
     }
 
+    fn join(&mut self, passes: &[PassId]) -> treespark::Result<PassId> {
+        self.inner.join(passes)
+    }
+
     fn run(&mut self, pass: PassId, extent: Extent) -> treespark::Result<()> {
         self.inner.run(pass, extent)
     }

@@ -13,6 +13,7 @@ use treespark::{DrafterChoice, GenerateOptions, Llm, LlmOptions, Message, Sampli
 use treespark_kernel_gen::DType;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark_models::Model;
+use treespark_models::pretrained;
 use treespark_verify_tests::cases::{SHAPES, default_model, samplings};
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark_verify_tests::{
@@ -69,7 +70,7 @@ fn speculative_equals_plain_on_the_cpu() {
 
 /// A drafter that is shipped with the project.
 fn shipped(name: &str) -> DrafterChoice {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/pretrained/smollm2-135m-instruct").join(name);
+    let folder = pretrained::find("smollm2-135m-instruct", name).unwrap();
     DrafterChoice::Path(folder.to_str().unwrap().to_string())
 }
 
@@ -221,7 +222,10 @@ fn cuda_and_the_cpu_agree_up_to_near_ties() {
 fn speculative_equals_plain_on_cuda_up_to_near_ties() {
     let _guard = ONE_AT_A_TIME.lock();
     let Some(path) = default_model() else { return };
-    for (drafter, tree) in [(DrafterChoice::Ngram, None), (DrafterChoice::Ngram, Some("4x2x2x1"))] {
+    let drafters = ["dspark", "medusa", "model"].map(|name| (shipped(name), None));
+    let ngram = [None, Some("4x2x2x1")].map(|tree| (DrafterChoice::Ngram, tree));
+    for (drafter, tree) in drafters.into_iter().chain(ngram) {
+        println!("{drafter:?}, tree {tree:?}");
         let plain = (DrafterChoice::None, None);
         let mut sides = Vec::new();
         for (drafter, tree) in [plain, (drafter, tree)] {

@@ -22,7 +22,7 @@ impl Lowering<'_> {
 
     pub(super) fn draw(&self) -> Vec<Launch> {
         let &Op::Draw { seen, logits, draws, .. } = self.op else { unreachable!("lowering another op") };
-        let (n, candidates) = self.head_candidates();
+        let (n, _, candidates) = self.head_candidates(logits);
         vec![self.draw_from(seen, logits, n, candidates, draws)]
     }
 
@@ -60,6 +60,9 @@ impl Lowering<'_> {
     pub(super) fn perturb(&self) -> Vec<Launch> {
         const THREADS: usize = 128;
         let &Op::Perturb { logits, .. } = self.op else { unreachable!("lowering another op") };
+        if self.is_perturbed_by_head(logits) {
+            return Vec::new();
+        }
         let vocab = self.desc(logits).shape[1];
         let spec = KernelSpec::new("perturb").size("VOCAB", "v", vocab);
         let arguments = [self.batch.rows, self.batch.requests, logits].map(Argument::from).to_vec();
@@ -69,8 +72,13 @@ impl Lowering<'_> {
     pub(super) fn top_k(&self) -> Vec<Launch> {
         let &Op::TopK { logits, ids, values, .. } = self.op else { unreachable!("lowering another op") };
         let [vocab, k] = [logits, ids].map(|buf| self.desc(buf).shape[1]);
-        let spec = KernelSpec::new("top_k").size("VOCAB", "v", vocab).size("K", "k", k);
-        let arguments = [self.batch.requests, logits, ids, values].map(Argument::from).to_vec();
+        let (n, tile, candidates) = self.head_candidates(logits);
+        let spec = KernelSpec::new("top_k")
+            .size("VOCAB", "v", vocab)
+            .size("K", "k", k)
+            .size("CANDIDATES", "c", n)
+            .with("TILE", if n > 0 { tile } else { 4 });
+        let arguments = vec![self.batch.requests.into(), logits.into(), candidates, ids.into(), values.into()];
         vec![plain(spec, arguments, [self.pass.rows, 1, 1], 1024)]
     }
 

@@ -54,7 +54,7 @@ impl Lowering<'_> {
 
     pub(super) fn trellis(&self) -> Vec<Launch> {
         const PARENTS: usize = 8;
-        let &Op::Trellis { ref block, ids, scores, hidden, markov, confidence, trellis, .. } = self.op else {
+        let &Op::Trellis { ref block, ids, scores, hidden, markov, confidence, trellis, order, .. } = self.op else {
             unreachable!("lowering another op")
         };
         let [k, hidden_size] = [ids, hidden].map(|buf| self.desc(buf).shape[1]);
@@ -78,13 +78,14 @@ impl Lowering<'_> {
             w2.into(),
             confidence.into(),
             trellis.into(),
+            order.into(),
         ];
         let grid = [k.div_ceil(PARENTS), block.depth(), self.max_requests()];
         vec![Launch { grid, ..launch(spec, arguments, 1, 256) }]
     }
 
     pub(super) fn grow_trellis(&self) -> Vec<Launch> {
-        let &Op::GrowTrellis { ref block, ids, trellis, state, ref costs, .. } = self.op else {
+        let &Op::GrowTrellis { ref block, ids, trellis, order, state, ref costs, .. } = self.op else {
             unreachable!("lowering another op")
         };
         let spec = KernelSpec::new("grow_trellis")
@@ -93,8 +94,8 @@ impl Lowering<'_> {
             .size("ROWS", "r", block.rows)
             .with("FIRST", block.first)
             .with("COSTS", Value::Words(costs.iter().map(|cost| cost.to_bits()).collect()));
-        let operands = [self.batch.rows, self.batch.requests, ids, trellis, state];
-        vec![launch(spec, operands.map(Argument::from).to_vec(), 1, 1024)]
+        let operands = [self.batch.rows, self.batch.requests, ids, trellis, order, state];
+        vec![launch(spec, operands.map(Argument::from).to_vec(), 1, 512)]
     }
 
     /// Nodes of the trees that a state reports.

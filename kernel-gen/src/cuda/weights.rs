@@ -65,17 +65,29 @@ impl Lowering<'_> {
         vec![self.matmul(spec, &matrix, tiling, width.div_ceil(tiling.rows() / 2), 0, arguments)]
     }
 
-    /// Where a draw follows, the head leaves it the best token of each tile, so that it need not read the vocabulary.
+    /// Where a draw or a top-k follows, the head leaves it the best token of each tile or part of one, so that it need not
+    /// read the vocabulary. A perturbation between head and top-k is the head's, too.
     pub(super) fn head(&self) -> Vec<Launch> {
         let &Op::Head { eps, x, norm, weight, logits, .. } = self.op else { unreachable!("lowering another op") };
         let matrix = self.matrix(weight, Some(eps));
         let tiling = Tiling::new(&matrix, self.pass.rows, self.device);
         let tiles = matrix.rows.div_ceil(tiling.rows());
-        let candidates = if self.is_drawn(logits) { tiles } else { 0 };
+        let perturbed = matches!(self.neighbour(1), Some(&Op::Perturb { logits: noisy, .. }) if noisy == logits);
+        let reader = self.neighbour(if perturbed { 2 } else { 1 });
+        let ranked = matches!(reader, Some(&Op::TopK { logits: ranked, .. }) if ranked == logits);
+        let drawn = !perturbed && matches!(reader, Some(&Op::Draw { logits: drawn, .. }) if drawn == logits);
+        let of_ranked = if ranked { ranked_tokens(&tiling) } else { 0 };
+        let candidates = match of_ranked {
+            0 if drawn => tiles,
+            0 => 0,
+            tokens => matrix.rows.div_ceil(tokens),
+        };
         let spec = KernelSpec::new("head")
             .size("WIDTH", "v", matrix.rows)
             .size("CANDIDATES", "c", candidates)
-            .with("KEEP_LOGITS", self.is_read_besides(logits));
+            .size("RANKED", "top", of_ranked)
+            .flag("PERTURBED", "noise", ranked && perturbed)
+            .with("KEEP_LOGITS", ranked || self.is_read_besides(logits));
         let arguments = vec![
             self.batch.rows.into(),
             self.batch.requests.into(),
@@ -88,27 +100,39 @@ impl Lowering<'_> {
         vec![self.matmul(spec, &matrix, tiling, tiles, DRAW_BYTES * tiling.tokens, arguments)]
     }
 
-    /// What a draw that follows its head reads: how many candidates a row has, and where.
-    pub(super) fn head_candidates(&self) -> (usize, Argument) {
-        let n = match (self.neighbour(-1), self.op) {
-            (Some(&Op::Head { weight, logits, eps, .. }), &Op::Draw { logits: drawn, .. }) if logits == drawn => {
+    /// What a draw or a top-k of these logits reads, if it follows the head: how many candidates a row has, of how many
+    /// tokens each, and where.
+    pub(super) fn head_candidates(&self, logits: Buf) -> (usize, usize, Argument) {
+        let distance = if self.is_ranked_behind_noise(logits) { -2 } else { -1 };
+        match self.neighbour(distance) {
+            Some(&Op::Head { weight, logits: left, eps, .. }) if left == logits => {
                 let matrix = self.matrix(weight, Some(eps));
-                matrix.rows.div_ceil(Tiling::new(&matrix, self.pass.rows, self.device).rows())
+                let tiling = Tiling::new(&matrix, self.pass.rows, self.device);
+                let tokens = if matches!(self.op, Op::TopK { .. }) { ranked_tokens(&tiling) } else { tiling.rows() };
+                let n = matrix.rows.div_ceil(tokens);
+                (n, tokens, self.candidates(n))
             }
-            _ => 0,
-        };
-        (n, self.candidates(n))
+            _ => (0, 0, self.candidates(0)),
+        }
     }
 
-    /// One a tile and row, from the head's launch to the draw's right behind it.
+    /// Whether this op is a top-k with a perturbation of its logits before it.
+    fn is_ranked_behind_noise(&self, logits: Buf) -> bool {
+        let before = self.neighbour(-1);
+        matches!(self.op, Op::TopK { .. })
+            && matches!(before, Some(&Op::Perturb { logits: noisy, .. }) if noisy == logits)
+    }
+
+    /// Whether the head before this perturbation has done its work for the top-k behind it.
+    pub(super) fn is_perturbed_by_head(&self, logits: Buf) -> bool {
+        let head = matches!(self.neighbour(-1), Some(&Op::Head { logits: left, .. }) if left == logits);
+        head && matches!(self.neighbour(1), Some(&Op::TopK { logits: ranked, .. }) if ranked == logits)
+    }
+
+    /// One a tile and row, from the head's launch to that of its reader right behind it.
     fn candidates(&self, n: usize) -> Argument {
         let source = if n > 0 { Source::Workspace(self.pass.rows * n * 8) } else { Source::Null };
         Argument { source, offset: 0 }
-    }
-
-    /// Whether the next op draws from these logits.
-    fn is_drawn(&self, logits: Buf) -> bool {
-        matches!(self.neighbour(1), Some(&Op::Draw { logits: drawn, .. }) if drawn == logits)
     }
 
     /// Whether anyone but the head and its draw has to do with the logits.
@@ -172,6 +196,11 @@ impl Lowering<'_> {
             cluster: tiling.cluster,
         }
     }
+}
+
+/// Of how many tokens the head leaves a top-k the best: a part of a tile that some lanes of a warp have at once.
+fn ranked_tokens(tiling: &Tiling) -> usize {
+    1 << tiling.rows().trailing_zeros().min(7)
 }
 
 #[cfg(test)]
@@ -241,7 +270,7 @@ mod tests {
     fn a_draw_takes_what_its_head_leaves() {
         let mut pass = MODELS[0].pass(16, TreeSpec::Any(64));
         let with_top_k = launches(&MODELS[0], 16, &Device::H100);
-        assert_eq!(constant(&with_top_k[4], "CANDIDATES"), 0);
+        assert_eq!(constant(&with_top_k[4], "RANKED"), 128);
         pass.ops.retain(|op| !matches!(op.name(), "top_k" | "perturb"));
         let lowered = |stem: &str| {
             let op = pass.ops.iter().find(|op| op.name() == stem).unwrap();

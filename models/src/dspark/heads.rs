@@ -13,10 +13,13 @@
 //! does a factor for every depth, by which the tokens that are not the drafter's first choice are likelier than the softmax
 //! has it.
 
+use std::collections::HashMap;
+
 use treespark_kernel_gen::DType;
 
 use super::config::{DsparkConfig, MarkovKind, calibration};
 use crate::error::{Error, Result};
+use crate::origin::Origin;
 use crate::{Checkpoint, Tensor};
 
 #[derive(Default)]
@@ -98,15 +101,16 @@ impl DsparkConfig {
 }
 
 impl SequentialHeads {
-    pub(crate) fn load(config: &DsparkConfig, checkpoint: &Checkpoint) -> Result<SequentialHeads> {
-        let floats =
-            |name: &str| checkpoint.tensor(name).map(|tensor| widen(&tensor, 0, tensor.shape.iter().product()));
+    pub(crate) fn load(config: &DsparkConfig, origin: &Origin) -> Result<SequentialHeads> {
+        let tensors: HashMap<String, Vec<usize>> = config.head_tensors().into_iter().collect();
+        let tensor = |name: &str| origin.tensor(name, &tensors[name]);
+        let floats = |name: &str| tensor(name).map(|tensor| widen(&tensor, 0, tensor.shape.iter().product()));
         let markov = match config.markov {
             None => None,
             Some((kind, _)) => Some(Markov {
                 kind,
-                w1: checkpoint.tensor("markov_head.markov_w1.weight")?,
-                w2: checkpoint.tensor("markov_head.markov_w2.weight")?,
+                w1: tensor("markov_head.markov_w1.weight")?,
+                w2: tensor("markov_head.markov_w2.weight")?,
                 mix: match kind {
                     MarkovKind::Vanilla => None,
                     MarkovKind::Gated => {
@@ -124,7 +128,10 @@ impl SequentialHeads {
                 weight: floats("confidence_head.proj.weight")?,
                 bias: floats("confidence_head.proj.bias")?[0],
                 with_markov,
-                calibration: Calibration::load(config, checkpoint)?,
+                calibration: match origin.checkpoint() {
+                    Some(checkpoint) => Calibration::load(config, checkpoint)?,
+                    None => Calibration::default(),
+                },
             }),
         };
         Ok(SequentialHeads { markov, confidence })

@@ -9,6 +9,7 @@ use super::device::OpenDevice;
 use super::driver::{self, FunctionHandle, LaunchAttribute, LaunchConfig, check};
 use crate::error::Result;
 
+#[derive(Clone)]
 pub(super) struct ReadyLaunch {
     function: FunctionHandle,
     /// For messages.

@@ -129,8 +129,12 @@ impl CudaBackend {
             let arguments = self.addresses(launch, buffers)?;
             ready.push(ReadyLaunch::new(launch, function, arguments));
         }
-        let graph = Graph::capture(&self.device, &ready.iter().collect::<Vec<_>>())?;
-        self.passes.push(CompiledPass { graph, launches: ready });
+        self.add_pass(ready)
+    }
+
+    fn add_pass(&mut self, launches: Vec<ReadyLaunch>) -> Result<PassId> {
+        let graph = Graph::capture(&self.device, &launches.iter().collect::<Vec<_>>())?;
+        self.passes.push(CompiledPass { graph, launches });
         Ok(PassId(self.passes.len() - 1))
     }
 
@@ -248,6 +252,13 @@ impl Backend for CudaBackend {
         let launches =
             lower_pass(pass, &self.device.gpu.device).map_err(|e| Error::Device(format!("pass {}: {e}", pass.name)))?;
         self.prepare(&launches, buffers)
+    }
+
+    /// One graph of all launches.
+    fn join(&mut self, passes: &[PassId]) -> Result<PassId> {
+        self.device.enter()?;
+        let launches = passes.iter().flat_map(|pass| self.passes[pass.0].launches.clone()).collect();
+        self.add_pass(launches)
     }
 
     /// The graph is for all rows that the pass is compiled for: blocks without work return.

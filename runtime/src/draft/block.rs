@@ -123,8 +123,9 @@ impl Drafter for BlockDrafter {
         Ok(())
     }
 
-    fn reset(&mut self) {
+    fn start(&mut self, _: &mut dyn Backend, _: &[u32]) -> Result<()> {
         self.last_node = 0;
+        Ok(())
     }
 
     fn nodes_on_device(&self) -> Option<usize> {

@@ -191,9 +191,10 @@ impl Drafter for NgramDrafter {
         Ok(())
     }
 
-    fn reset(&mut self) {
+    fn start(&mut self, _: &mut dyn Backend, _: &[u32]) -> Result<()> {
         self.follows.clear();
         self.indexed = 0;
+        Ok(())
     }
 
     fn nodes_on_device(&self) -> Option<usize> {

@@ -11,7 +11,8 @@ use super::{Plan, Prompt, PromptSet, Report, Setup};
 use crate::error::Result;
 use crate::{GenerateOptions, Llm, LoadProgress, Statistics};
 
-/// Tokens that are generated before anything is timed, so that no timed round waits for a compiler or a cold cache.
+/// Tokens that are generated before anything is timed, behind the longest prompt, so that no timed round waits for a
+/// compiler or a cold cache.
 const WARM_UP_TOKENS: usize = 32;
 
 /// What a run is doing.
@@ -76,7 +77,8 @@ fn load(plan: &Plan, setup: &Setup, watch: &mut Watch<'_>) -> Result<Llm> {
 }
 
 fn warm_up(contenders: &mut [Llm], plan: &Plan, watch: &mut Watch<'_>) -> Result<ControlFlow<()>> {
-    let Some(prompt) = plan.sets.iter().flat_map(|set| &set.prompts).next() else {
+    let prompts = plan.sets.iter().flat_map(|set| &set.prompts);
+    let Some(prompt) = prompts.max_by_key(|prompt| prompt.turns.first().map(String::len)) else {
         return Ok(ControlFlow::Continue(()));
     };
     for &temperature in &plan.temperatures {

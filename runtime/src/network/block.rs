@@ -4,7 +4,7 @@ use treespark_kernel_gen::{BlockShape, Fill, Pass, PassError};
 use treespark_models::{SpeculatorConfig, block};
 
 use super::{Kind, Network};
-use crate::backend::{Backend, BufferId, Extent, PassCost, PassId};
+use crate::backend::{Backend, BufferId, PassCost};
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::sequence::Sequence;
@@ -80,13 +80,6 @@ impl Network {
     /// Whether the device grows trees from blocks by itself.
     pub fn grows_blocks(&self) -> bool {
         self.speculator.as_ref().is_some_and(|speculator| self.drafts_on_device && speculator.fits_devices())
-    }
-
-    /// The pass that drafts a round's trees on the device, and what it needs of a run.
-    pub(super) fn grow_block_pass(&mut self, backend: &mut dyn Backend, nodes: usize) -> Result<(PassId, Extent)> {
-        let rows = self.block().rows;
-        let pass = self.pass(backend, Kind::GrowBlock { nodes }, rows)?;
-        Ok((pass, Extent { rows, requests: 1, keys: self.dims.context }))
     }
 
     /// Gives the device a confidence head's numbers. Some pass has bound their buffer.

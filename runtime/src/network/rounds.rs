@@ -1,5 +1,5 @@
-//! Rounds in which the device drafts: a pass verifies a tree, commits what it accepts and drafts the next, from n-grams by
-//! itself, from a speculator's block by a second pass. The host waits once.
+//! Rounds in which the device drafts: a pass verifies a tree, commits what it accepts and drafts the next, from n-grams or
+//! from a speculator's block. The host waits once.
 //!
 //! The host starts a sequence: reserves pages for all that it may become, and writes its tokens. From then on it writes
 //! nothing. It runs the pass that is large enough for the tree, waits, and reads what became of it and how the next looks.
@@ -51,7 +51,6 @@ impl Network {
         let pass = self.pass(backend, Kind::Round { nodes }, tree.len())?;
         let keys = prefix + tree.shape().max_depth() + 1;
         backend.run(pass, Extent { rows: tree.len(), requests: 1, keys })?;
-        self.fill_block(backend, nodes)?;
         let words = self.report(backend, nodes)?; // the round's only wait
         let report = RoundReport::new(&words, nodes);
         let path = report.path().iter().map(|&node| node as usize).collect();
@@ -72,19 +71,9 @@ impl Network {
         }
         let first = self.pass(backend, Kind::First { nodes }, 1)?;
         if self.grows_blocks() {
-            self.grow_block_pass(backend, nodes)?;
             self.write_confidence(backend)?;
         }
         Ok(first)
-    }
-
-    /// With a speculator: has the device draft from the block that the pass before has begun.
-    fn fill_block(&mut self, backend: &mut dyn Backend, nodes: usize) -> Result<()> {
-        if !self.grows_blocks() {
-            return Ok(());
-        }
-        let (pass, extent) = self.grow_block_pass(backend, nodes)?;
-        backend.run(pass, extent)
     }
 
     /// Tells the device of a sequence, and has it draft the first tree.
@@ -106,7 +95,6 @@ impl Network {
         }
         backend.write(self.memory.get("accepted"), 0, &[0])?;
         self.write_and_run(backend, pass, &batch)?;
-        self.fill_block(backend, nodes)?;
         let words = self.report(backend, nodes)?;
         drafted_tree(&RoundReport::new(&words, nodes))
     }

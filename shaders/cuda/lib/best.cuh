@@ -33,15 +33,30 @@ __device__ __forceinline__ float4 four_logits(const float* row, u32 group) {
 __device__ __forceinline__ u64 token_with_key(u32 key, u32 token) { return (u64)key << 32 | (u32)~token; }
 __device__ __forceinline__ u32 key_of(u64 best) { return (u32)(best >> 32); }
 
+// As top-k ranks tokens: a NaN is below every number.
+__device__ __forceinline__ u64 ranked(float x, u32 token) { return token_with_key(is_nan(x) ? 0 : order_key(x), token); }
+
 // NONE for a NaN and for no token.
 __device__ __forceinline__ u32 token_of(u64 best) { return key_of(best) == NAN_KEY ? NONE : ~(u32)best; }
 
 __device__ __forceinline__ u64 better(u64 a, u64 b) { return a > b ? a : b; }
 
-__device__ __forceinline__ u64 best_of_warp(u64 mine) {
+// Of each group of LANES neighbours in a warp, a power of two.
+template <u32 LANES>
+__device__ __forceinline__ u64 best_of_lanes(u64 mine) {
 #pragma unroll
-    for (u32 lanes = 16; lanes > 0; lanes /= 2) mine = better(mine, __shfl_xor_sync(FULL_WARP, mine, lanes));
+    for (u32 lanes = LANES / 2; lanes > 0; lanes /= 2) mine = better(mine, __shfl_xor_sync(FULL_WARP, mine, lanes));
     return mine;
+}
+
+__device__ __forceinline__ u64 best_of_warp(u64 mine) { return best_of_lanes<32>(mine); }
+
+// The best of tokens `first` .. that are below `end`.
+__device__ __forceinline__ u64 best_ranked(const float logits[4], u32 first, u32 end) {
+    u64 best = 0;
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) best = better(best, first + i < end ? ranked(logits[i], first + i) : 0);
+    return best;
 }
 
 // The best of all threads, for all threads. `shared` has a place for each of the WARPS warps.

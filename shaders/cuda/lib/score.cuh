@@ -39,6 +39,17 @@ __device__ __forceinline__ u64 candidate_with_word(float logit, u32 token, const
     return token_with_key(order_key(score), token);
 }
 
+// What a draw ranks: the logits of tokens 4 * group .., with their noise.
+__device__ __forceinline__ float4 perturbed(float4 logits, u32 group, const Noise& noise) {
+    if (noise.is_silent) return logits;
+    const Four four = noise_words(noise, group);
+    const auto score = [&](float x, u32 word) {
+        return __fadd_rn(__fmul_rn(x, noise.inverse_temperature), gumbel(word));
+    };
+    return make_float4(score(logits.x, four.words[0]), score(logits.y, four.words[1]), score(logits.z, four.words[2]),
+                       score(logits.w, four.words[3]));
+}
+
 // One token. Four neighbours are cheaper together.
 __device__ __forceinline__ u64 candidate(float logit, u32 token, const Noise& noise) {
     u32 word = 0;

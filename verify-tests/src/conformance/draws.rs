@@ -84,6 +84,53 @@ pub fn perturbed_logits_equal_the_oracle(backend: &mut dyn Backend) -> Property 
     })
 }
 
+/// Head, perturbation and top-k in one pass: logits are the oracle's, and the ranking is exactly that of those logits, where
+/// they all tie and where they are no numbers, too.
+pub fn a_head_ranks_what_it_leaves(backend: &mut dyn Backend) -> Property {
+    const ZEROS: usize = 1;
+    const NANS: usize = 2;
+    for (seed, (vocab, k, perturb)) in
+        [(97, 5, false), (1000, 8, true), (2500, 64, true), (3001, 40, false), (64, 64, true)].into_iter().enumerate()
+    {
+        let model = TinyModel { sizes: Sizes { vocab, ..HOUSE_MODELS[seed] }, seed: seed as u64 };
+        let hot = Sampling { temperature: 0.8, seed: 3, ..Sampling::greedy() };
+        let member = |sampling| Member { sampling, ..Member::new(&[1, 2], Tree::chain(&[0; 4])) };
+        let batch = Batch { members: vec![member(hot), member(Sampling::greedy())] };
+        let (pass, rows, hidden) = (model.rank_pass(batch.rows(), k, perturb), batch.rows(), model.sizes.hidden);
+        let mut rng = Rng::new(seed as u64);
+        let mut states: Vec<f32> = (0..rows * hidden).map(|_| rng.normal() as f32).collect();
+        for request in 0..2 {
+            let row = |i: usize| (4 * request + i) * hidden..(4 * request + i + 1) * hidden;
+            states[row(ZEROS)].fill(0.0);
+            states[row(NANS)].fill(f32::NAN);
+        }
+        let mut oracle = Oracle::new();
+        let [got, want] = [&mut *backend, &mut oracle as &mut dyn Backend].map(|backend| {
+            let mut bed = Bed::new(backend, model.clone());
+            bed.prepare(&pass);
+            bed.write_floats("x", &states);
+            bed.run(&pass, &batch);
+            (bed.floats("logits", rows * vocab), bed.words("ids", rows * k), bed.floats("values", rows * k))
+        });
+        for row in 0..rows {
+            let [got_logits, want_logits] = [&got.0, &want.0].map(|logits| &logits[row * vocab..(row + 1) * vocab]);
+            let what = format!("vocabulary of {vocab}, {k} of row {row}");
+            if row % 4 != NANS {
+                Tolerance::OP.compare(&what, got_logits, want_logits)?;
+            }
+            let mut ranked: Vec<usize> = (0..vocab).collect();
+            let key = |i: usize| if got_logits[i].is_nan() { f32::NEG_INFINITY } else { got_logits[i] };
+            ranked.sort_by(|&a, &b| key(b).partial_cmp(&key(a)).expect("no NaN").then(a.cmp(&b)));
+            let ids: Vec<u32> = ranked[..k].iter().map(|&id| id as u32).collect();
+            let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
+            let values: Vec<f32> = ranked[..k].iter().map(|&id| got_logits[id]).collect();
+            same(&what, &got.1[row * k..(row + 1) * k], &ids)?;
+            same(&what, &bits(&got.2[row * k..(row + 1) * k]), &bits(&values))?;
+        }
+    }
+    Ok(())
+}
+
 /// Four thousand draws of one row of logits, over positions and sample indices, fit the distribution (chi-square, at
 /// six standard deviations), and neighbouring positions draw independently.
 pub fn draws_follow_their_distribution(backend: &mut dyn Backend) -> Property {

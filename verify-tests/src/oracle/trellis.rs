@@ -47,7 +47,9 @@ impl Step<'_> {
     }
 
     pub(super) fn trellis(&mut self, op: &Op) {
-        let &Op::Trellis { block, ids, scores, hidden, markov, confidence, trellis, .. } = op else { unreachable!() };
+        let &Op::Trellis { block, ids, scores, hidden, markov, confidence, trellis, order, .. } = op else {
+            unreachable!()
+        };
         let (k, width) = (self.width(ids), self.width(hidden));
         let rank = markov.map_or(0, |(w1, _)| self.width(w1));
         for request in 0..self.n_requests() {
@@ -83,10 +85,14 @@ impl Step<'_> {
                         (1.0 / (1.0 + (-logit * inverse_temperature).exp()), factor)
                     });
                     let (sure, factor) = sure.unwrap_or((1.0 / total, 1.0));
-                    for (j, weight) in weights.into_iter().enumerate() {
-                        let share = if total > 1.0 { factor * (1.0 - sure) / (total - 1.0) } else { 0.0 };
-                        let p = if j == best { sure } else { weight * share };
-                        self.set(trellis, ((request * block.depth() + depth) * k + i) * k + j, p);
+                    let share = if total > 1.0 { factor * (1.0 - sure) / (total - 1.0) } else { 0.0 };
+                    let p = |j: usize| if j == best { sure } else { weights[j] * share };
+                    let mut sorted: Vec<usize> = (0..k).collect();
+                    sorted.sort_by(|&a, &b| p(b).total_cmp(&p(a)));
+                    for (rank, j) in sorted.into_iter().enumerate() {
+                        let at = ((request * block.depth() + depth) * k + i) * k + rank;
+                        self.set(trellis, at, p(j));
+                        self.set_word(order, at, j as u32);
                     }
                 }
             }
@@ -94,7 +100,7 @@ impl Step<'_> {
     }
 
     pub(super) fn grow_trellis(&mut self, op: &Op) {
-        let Op::GrowTrellis { block, ids, trellis, state, costs, .. } = op else { unreachable!() };
+        let Op::GrowTrellis { block, ids, trellis, order, state, costs, .. } = op else { unreachable!() };
         let (k, nodes) = (self.width(*ids), costs.len());
         let mut first_row = 0;
         for request in 0..self.n_requests() {
@@ -103,10 +109,11 @@ impl Step<'_> {
             let mut tree = Vec::new();
             if batch.n_rows > 0 {
                 let max_depth = block.depth().min((self.word(*state, at) - batch.prefix) as usize - 2);
-                let p = |depth: usize, i: usize, j: usize| {
-                    self.get(*trellis, ((request * block.depth() + depth) * k + i) * k + j) as f32
+                let child = |depth: usize, i: usize, rank: usize| {
+                    let at = ((request * block.depth() + depth) * k + i) * k + rank;
+                    (self.word(*order, at) as usize, self.get(*trellis, at) as f32)
                 };
-                tree = likeliest(max_depth, k, nodes, p);
+                tree = likeliest(max_depth, k, nodes, child);
             }
             let (mut best, mut expected) = ((0, 0.0), 0.0);
             for (n, place) in tree.iter().enumerate() {
@@ -132,7 +139,6 @@ impl Step<'_> {
                 let row = Row { token, position, request: request as u32, node: n as u32, ancestors };
                 self.set_batch_row(first_row + n, row);
             }
-            self.set_word(*state, at + 1, tree.len() as u32);
             self.set_word(*state, at + 2, best.0 as u32);
             self.set_word(self.batch.requests, words + 1, first_row as u32);
             self.set_word(self.batch.requests, words + 2, best.0 as u32);
@@ -157,14 +163,19 @@ struct Place {
 }
 
 /// The likeliest paths, one node after the other: of all children of chosen nodes always the best that is left.
-fn likeliest(max_depth: usize, k: usize, nodes: usize, p: impl Fn(usize, usize, usize) -> f32) -> Vec<Place> {
+fn likeliest(
+    max_depth: usize,
+    k: usize,
+    nodes: usize,
+    child: impl Fn(usize, usize, usize) -> (usize, f32),
+) -> Vec<Place> {
     let mut tree = vec![Place { survival: 1.0, depth: 0, candidate: 0, parent: 0 }];
     while tree.len() < nodes {
         let mut best: Option<Place> = None;
         for (parent, above) in tree.iter().enumerate().filter(|(_, place)| place.depth < max_depth) {
-            for candidate in 0..k {
+            for (candidate, p) in (0..k).map(|rank| child(above.depth, above.candidate, rank)) {
                 let taken = |place: &Place| place.depth > 0 && place.parent == parent && place.candidate == candidate;
-                let survival = above.survival * p(above.depth, above.candidate, candidate);
+                let survival = above.survival * p;
                 let better = best.as_ref().is_none_or(|best| survival > best.survival);
                 if survival > 0.0 && better && !tree.iter().any(taken) {
                     best = Some(Place { survival, depth: above.depth + 1, candidate, parent });

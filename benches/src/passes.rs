@@ -1,0 +1,123 @@
+//! Passes that are timed by themselves, without a network: behind a prefix whose cache rows are zeros.
+
+use anyhow::Result;
+use treespark::backend::{Extent, PassId};
+use treespark::batch::Batch;
+use treespark::kv::{KvCache, PagePool};
+use treespark::memory::Memory;
+use treespark::sampling::Sampling;
+use treespark_benches::Samples;
+use treespark_kernel_gen::{BlockShape, DType, Fill, MAX_NODES, Pass, TreeSpec};
+use treespark_models::{Dims, Model, Speculator, SpeculatorConfig, block};
+
+use crate::device::Device;
+
+const PAGE_SIZE: usize = 16;
+
+/// Candidates of a row in a draft.
+pub const CANDIDATES: usize = 64;
+
+/// Adds rows to a batch, behind a prefix.
+pub type AddRows<'a> = dyn Fn(&mut Batch, &KvCache) + 'a;
+
+/// The rows of a speculator's block.
+pub fn add_block(block: BlockShape, sampling: &Sampling) -> impl Fn(&mut Batch, &KvCache) {
+    move |batch, kv| match block.fill {
+        Fill::Mask(mask) => batch.add_block(kv, &vec![mask; block.rows], sampling),
+        Fill::State => batch.add_readers(kv, block.rows, 0, 0, sampling),
+    }
+}
+
+pub struct Bench {
+    pub device: Device,
+    pub dims: Dims,
+    memory: Memory,
+    /// Numbers of a confidence head, for a device that grows trees.
+    confidence: Option<Vec<u32>>,
+    timing: Timing,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Timing {
+    /// Committed tokens.
+    pub depth: usize,
+    pub repeats: usize,
+}
+
+impl Bench {
+    /// Puts weights on a device, for passes of up to so many rows that have a head.
+    pub fn load(
+        mut device: Device,
+        model: &Model,
+        speculator: Option<(&Speculator, &SpeculatorConfig)>,
+        rows: usize,
+        timing: Timing,
+    ) -> Result<Bench> {
+        let context = timing.depth + MAX_NODES;
+        let pages = context.div_ceil(PAGE_SIZE);
+        let dims = Dims {
+            max_rows: MAX_NODES,
+            head_rows: rows,
+            max_requests: 1,
+            context,
+            page_size: PAGE_SIZE,
+            pages,
+            pages_per_request: pages,
+            top_k: 1,
+            cache_dtype: if model.dtype() == DType::F32 { DType::F32 } else { DType::BF16 },
+            tree: TreeSpec::Any(MAX_NODES),
+        };
+        let mut memory = Memory::default();
+        let beside = speculator.into_iter().flat_map(|(speculator, config)| speculator.weights(config, context));
+        for weight in model.weights(context).chain(beside) {
+            let (desc, parts) = weight?;
+            memory.load(device.backend(), desc, &parts)?;
+        }
+        let confidence = match speculator {
+            Some((speculator, config)) => speculator.confidence_numbers(config)?,
+            None => None,
+        };
+        let confidence = confidence.map(|numbers| numbers.into_iter().map(f32::to_bits).collect());
+        Ok(Bench { device, dims, memory, confidence, timing })
+    }
+
+    pub fn compile(&mut self, pass: &Pass) -> Result<PassId> {
+        let buffers = self.memory.bind(self.device.backend(), pass)?;
+        Ok(self.device.backend().compile(pass, &buffers)?)
+    }
+
+    /// Median milliseconds of passes one after the other: by the device's clock where it has one, else with the wait for
+    /// a word of their result.
+    pub fn time(&mut self, passes: &[PassId], add: &AddRows) -> Result<f64> {
+        let extent = self.write_batch(add)?;
+        if self.device.has_clock() {
+            return Ok(Samples::of(self.device.time(passes, self.timing.repeats)?).median() / 1e3);
+        }
+        let (backend, result) = (self.device.backend(), self.memory.get("rows"));
+        let samples = Samples::take(self.timing.repeats, || {
+            passes.iter().try_for_each(|&pass| backend.run(pass, extent))?;
+            backend.read(result, 0, 1).map(drop)
+        })?;
+        Ok(samples.median())
+    }
+
+    fn write_batch(&mut self, add: &AddRows) -> Result<Extent> {
+        let mut kv = KvCache::default();
+        kv.reserve(&mut PagePool::new(self.dims.pages, PAGE_SIZE), self.dims.context)?;
+        kv.commit(self.timing.depth);
+        let mut batch = Batch::new(self.dims.pages_per_request);
+        add(&mut batch, &kv);
+        let backend = self.device.backend();
+        for (name, words) in batch.words() {
+            backend.write(self.memory.get(name), 0, words)?;
+        }
+        // Of a round before, nothing was accepted; the limit is far.
+        let (limit, numbers) = ([self.dims.context as u32], self.confidence.as_deref().unwrap_or_default());
+        for (name, words) in [("accepted", &[0][..]), (block::STATE, &limit), (block::CONFIDENCE, numbers)] {
+            if let Some(buffer) = self.memory.find(name) {
+                backend.write(buffer, 0, words)?;
+            }
+        }
+        Ok(batch.extent())
+    }
+}
