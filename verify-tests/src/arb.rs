@@ -111,8 +111,28 @@ pub fn samplings() -> impl Strategy<Value = Sampling> {
         })
 }
 
-pub fn members(vocab: usize) -> impl Strategy<Value = Member> {
-    (prefix_lengths(), node_counts(), topologies(), any::<u64>(), samplings()).prop_map(
+/// How much is committed, and how large trees are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum Scale {
+    /// Little: many times faster.
+    Small,
+    /// Mostly little, now and then much.
+    Usual,
+    /// Trees beyond one ancestor word.
+    Large,
+}
+
+pub fn members(vocab: usize, scale: Scale) -> impl Strategy<Value = Member> {
+    let lengths = match scale {
+        Scale::Small => select(vec![0usize, 1, 3, 4, 5, 15, 16, 17]).boxed(),
+        Scale::Usual | Scale::Large => prefix_lengths().boxed(),
+    };
+    let counts = match scale {
+        Scale::Small => select(vec![1usize, 2, 3, 5, 7, 8, 9]).boxed(),
+        Scale::Usual => node_counts().boxed(),
+        Scale::Large => select(vec![31usize, 33, 63, 64, 65, 100, 128, 200, 256]).boxed(),
+    };
+    (lengths, counts, topologies(), any::<u64>(), samplings()).prop_map(
         move |(prefix, nodes, topology, seed, sampling)| Member {
             is_block: false,
             prefix: tokens(prefix, vocab, &mut Rng::new(seed ^ 1)),
@@ -124,8 +144,8 @@ pub fn members(vocab: usize) -> impl Strategy<Value = Member> {
 }
 
 /// Up to [`MAX_REQUESTS`] requests with trees of at most 320 rows together.
-pub fn batches(vocab: usize) -> impl Strategy<Value = Batch> {
-    prop::collection::vec(members(vocab), 1..=MAX_REQUESTS)
+pub fn batches(vocab: usize, scale: Scale) -> impl Strategy<Value = Batch> {
+    prop::collection::vec(members(vocab, scale), 1..=MAX_REQUESTS)
         .prop_map(|members| Batch { members })
         .prop_filter("too many rows", |batch| batch.rows() <= crate::tiny_model::MAX_ROWS)
 }
@@ -209,18 +229,24 @@ pub const WIDE_MODELS: [Sizes; 2] = [
 
 /// A case on one of the [`HOUSE_MODELS`].
 pub fn cases() -> impl Strategy<Value = Case> {
-    cases_of(select(HOUSE_MODELS.to_vec()))
+    cases_of(select(HOUSE_MODELS.to_vec()), Scale::Usual)
 }
 
 /// A case on any model.
 pub fn wild_cases() -> impl Strategy<Value = Case> {
-    cases_of(sizes())
+    cases_of(sizes(), Scale::Usual)
 }
 
-fn cases_of(sizes: impl Strategy<Value = Sizes>) -> impl Strategy<Value = Case> {
-    (sizes, any::<u64>()).prop_flat_map(|(sizes, seed)| {
+/// Cases of any model, or of one of the [`HOUSE_MODELS`], at a scale.
+pub fn some_cases(wild: bool, scale: Scale) -> BoxedStrategy<Case> {
+    let sizes = if wild { sizes().boxed() } else { select(HOUSE_MODELS.to_vec()).boxed() };
+    cases_of(sizes, scale).boxed()
+}
+
+fn cases_of(sizes: impl Strategy<Value = Sizes>, scale: Scale) -> impl Strategy<Value = Case> {
+    (sizes, any::<u64>()).prop_flat_map(move |(sizes, seed)| {
         let model = TinyModel { sizes, seed };
-        batches(sizes.vocab).prop_map(move |batch| Case { model: model.clone(), batch, seed })
+        batches(sizes.vocab, scale).prop_map(move |batch| Case { model: model.clone(), batch, seed })
     })
 }
 

@@ -41,6 +41,7 @@ use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
 use treespark::backend::Backend;
 
+use crate::arb::Case;
 use crate::bed::Outputs;
 
 /// Stamps the suite onto a backend: `conformance!(cpu, || Some(Box::new(CpuBackend::new(None))))` makes a module `cpu`
@@ -92,6 +93,31 @@ macro_rules! conformance {
         }
     };
 }
+
+/// A property of one case.
+pub type InCase = fn(&mut dyn Backend, Case) -> Property;
+
+/// The properties that hold for any case, for whoever makes up cases of their own: the fuzzer.
+pub const IN_ANY_CASE: [(&str, InCase); 18] = [
+    ("every op equals the oracle", ops::every_op_equals_the_oracle_in_case),
+    ("a whole round equals the oracle", ops::a_whole_round_equals_the_oracle_in_case),
+    ("a chain is causal attention", structure::a_chain_is_causal_attention_in_case),
+    ("a node sees exactly its root path", structure::a_node_sees_exactly_its_root_path_in_case),
+    ("node order changes nothing", structure::node_order_changes_nothing_in_case),
+    ("a tree may grow over several passes", structure::a_tree_may_grow_over_several_passes_in_case),
+    ("rows are independent of their batch", structure::rows_are_independent_of_their_batch_in_case),
+    ("a static tree equals any tree", structure::a_static_tree_equals_any_tree_in_case),
+    ("a request without rows is passed over", structure::a_request_without_rows_is_passed_over_in_case),
+    ("a second run equals the first", structure::a_second_run_equals_the_first_in_case),
+    ("unused memory never leaks", structure::unused_memory_never_leaks_in_case),
+    ("acceptance equals the oracle", commit::acceptance_equals_the_oracle_in_case),
+    ("commit moves the path and nothing else", commit::commit_moves_the_path_and_nothing_else_in_case),
+    ("commit leaves the cache of plain decoding", commit::commit_leaves_the_cache_of_plain_decoding_in_case),
+    ("a round emits what plain decoding draws", commit::a_round_emits_what_plain_decoding_draws_in_case),
+    ("draws equal the oracle", draws::draws_equal_the_oracle_in_case),
+    ("a NaN draws no token", draws::a_nan_draws_no_token_in_case),
+    ("perturbed logits equal the oracle", draws::perturbed_logits_equal_the_oracle_in_case),
+];
 
 /// What a property finds: nothing, or the smallest failing case and what is wrong with it.
 pub type Property = Result<(), String>;

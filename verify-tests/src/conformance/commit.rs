@@ -33,17 +33,19 @@ fn likely_draws(batch: &Batch, vocab: usize, rng: &mut Rng) -> Vec<u32> {
 
 /// Acceptance on given draws: the oracle walks the tree. For trees of any kind, and compiled for one tree.
 pub fn acceptance_equals_the_oracle(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 24, cases(), |backend, case| {
-        let draws = likely_draws(&case.batch, case.model.sizes.vocab, &mut case.rng());
-        let mut oracle = Oracle::new();
-        let want = accept(&mut oracle, &case, &case.batch, &draws, &ANY);
-        same("accepted", &accept(backend, &case, &case.batch, &draws, &ANY), &want)?;
-        let parents: Vec<u32> = case.batch.members[0].tree.parents.iter().map(|&p| p as u32).collect();
-        let shape = TreeShape::from_parents(&parents).map_err(|e| e.to_string())?;
-        let first = Batch { members: case.batch.members[..1].to_vec() };
-        let fixed = accept(backend, &case, &first, &draws[..first.rows()], &TreeSpec::Static(shape));
-        same("accepted, by a static tree", &fixed[0], &want[0])
-    })
+    for_cases(backend, 24, cases(), acceptance_equals_the_oracle_in_case)
+}
+
+pub fn acceptance_equals_the_oracle_in_case(backend: &mut dyn Backend, case: Case) -> Property {
+    let draws = likely_draws(&case.batch, case.model.sizes.vocab, &mut case.rng());
+    let mut oracle = Oracle::new();
+    let want = accept(&mut oracle, &case, &case.batch, &draws, &ANY);
+    same("accepted", &accept(backend, &case, &case.batch, &draws, &ANY), &want)?;
+    let parents: Vec<u32> = case.batch.members[0].tree.parents.iter().map(|&p| p as u32).collect();
+    let shape = TreeShape::from_parents(&parents).map_err(|e| e.to_string())?;
+    let first = Batch { members: case.batch.members[..1].to_vec() };
+    let fixed = accept(backend, &case, &first, &draws[..first.rows()], &TreeSpec::Static(shape));
+    same("accepted, by a static tree", &fixed[0], &want[0])
 }
 
 fn accept(backend: &mut dyn Backend, case: &Case, batch: &Batch, draws: &[u32], tree: &TreeSpec) -> Vec<Accepted> {
@@ -58,37 +60,41 @@ fn accept(backend: &mut dyn Backend, case: &Case, batch: &Batch, draws: &[u32], 
 /// A commit moves the accepted nodes' keys and values, bit for bit, next to the prefix. All other slots keep what they
 /// held.
 pub fn commit_moves_the_path_and_nothing_else(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 4, cases(), |backend, case| {
-        let mut bed = Bed::new(backend, case.model.clone());
-        let (before, accepted, after) = commit(&mut bed, &case);
-        for (i, member) in case.batch.members.iter().enumerate() {
-            let (prefix, path) = (member.prefix.len(), &accepted[i].path);
-            for (slot, values) in after[i].iter().enumerate() {
-                let from = slot.checked_sub(prefix).and_then(|n| path.get(n)).map_or(slot, |&n| prefix + n as usize);
-                let what = format!("request {i}, slot {slot} of path {path:?}");
-                same_bits(&what, values, &before[i][from])?;
-            }
+    for_cases(backend, 4, cases(), commit_moves_the_path_and_nothing_else_in_case)
+}
+
+pub fn commit_moves_the_path_and_nothing_else_in_case(backend: &mut dyn Backend, case: Case) -> Property {
+    let mut bed = Bed::new(backend, case.model.clone());
+    let (before, accepted, after) = commit(&mut bed, &case);
+    for (i, member) in case.batch.members.iter().enumerate() {
+        let (prefix, path) = (member.prefix.len(), &accepted[i].path);
+        for (slot, values) in after[i].iter().enumerate() {
+            let from = slot.checked_sub(prefix).and_then(|n| path.get(n)).map_or(slot, |&n| prefix + n as usize);
+            let what = format!("request {i}, slot {slot} of path {path:?}");
+            same_bits(&what, values, &before[i][from])?;
         }
-        Ok(())
-    })
+    }
+    Ok(())
 }
 
 /// After a commit the cache holds what decoding the accepted tokens one by one would have left.
 pub fn commit_leaves_the_cache_of_plain_decoding(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 4, cases(), |backend, case| {
-        let mut bed = Bed::new(backend, case.model.clone());
-        let agreement = bed.agreement();
-        let (_, accepted, after) = commit(&mut bed, &case);
-        drop(bed);
-        for (i, member) in case.batch.members.iter().enumerate() {
-            let tokens: Vec<u32> = accepted[i].path.iter().map(|&n| member.tree.tokens[n as usize]).collect();
-            for (slot, want) in plain_cache(backend, &case, member, &tokens).iter().enumerate() {
-                let what = format!("request {i}, slot {slot} of path {:?}", accepted[i].path);
-                agreement.slots(&what, &after[i][slot], want, case.model.sizes.cache)?;
-            }
+    for_cases(backend, 4, cases(), commit_leaves_the_cache_of_plain_decoding_in_case)
+}
+
+pub fn commit_leaves_the_cache_of_plain_decoding_in_case(backend: &mut dyn Backend, case: Case) -> Property {
+    let mut bed = Bed::new(backend, case.model.clone());
+    let agreement = bed.agreement();
+    let (_, accepted, after) = commit(&mut bed, &case);
+    drop(bed);
+    for (i, member) in case.batch.members.iter().enumerate() {
+        let tokens: Vec<u32> = accepted[i].path.iter().map(|&n| member.tree.tokens[n as usize]).collect();
+        for (slot, want) in plain_cache(backend, &case, member, &tokens).iter().enumerate() {
+            let what = format!("request {i}, slot {slot} of path {:?}", accepted[i].path);
+            agreement.slots(&what, &after[i][slot], want, case.model.sizes.cache)?;
         }
-        Ok(())
-    })
+    }
+    Ok(())
 }
 
 /// Verifies a case's batch and commits what likely draws accept: each request's slots before, its path, its slots after.
@@ -119,33 +125,35 @@ fn plain_cache(backend: &mut dyn Backend, case: &Case, member: &Member, tokens: 
 
 /// A whole round in one pass emits the tokens that plain decoding draws, as far as the tree goes, and commits them.
 pub fn a_round_emits_what_plain_decoding_draws(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 4, cases(), |backend, case| {
-        let mut rng = case.rng();
-        let mut members = Vec::new();
-        let mut expected = Vec::new();
-        for member in case.batch.members.iter().filter(|m| m.tree.nodes() <= 64) {
-            let plain = plain_rows(backend, &case, member, 1 + rng.below(6));
-            let draws: Vec<u32> = plain.iter().map(|row| row.draws[0]).collect();
-            let (tree, path) = graft(&member.tree, &draws[..draws.len() - 1], &mut rng);
-            members.push(Member { tree, ..member.clone() });
-            expected.push((plain, path));
-        }
-        if members.is_empty() {
-            return Ok(());
-        }
-        let batch = Batch { members };
-        let mut bed = Bed::new(backend, case.model.clone());
-        bed.prefill(&batch);
-        let pass = case.model.pass(MAX_ROWS, &ANY, Tail::Commit);
-        bed.run(&pass, &batch);
-        let round = bed.outputs(&batch);
-        for (i, (plain, path)) in expected.iter().enumerate() {
-            let accepted = bed.accepted(i);
-            emits(&round, batch.first_row(i), &accepted, plain)
-                .map_err(|problem| format!("request {i}: {problem}: round {accepted:?} along {path:?}"))?;
-        }
-        Ok(())
-    })
+    for_cases(backend, 4, cases(), a_round_emits_what_plain_decoding_draws_in_case)
+}
+
+pub fn a_round_emits_what_plain_decoding_draws_in_case(backend: &mut dyn Backend, case: Case) -> Property {
+    let mut rng = case.rng();
+    let mut members = Vec::new();
+    let mut expected = Vec::new();
+    for member in case.batch.members.iter().filter(|m| m.tree.nodes() <= 64) {
+        let plain = plain_rows(backend, &case, member, 1 + rng.below(6));
+        let draws: Vec<u32> = plain.iter().map(|row| row.draws[0]).collect();
+        let (tree, path) = graft(&member.tree, &draws[..draws.len() - 1], &mut rng);
+        members.push(Member { tree, ..member.clone() });
+        expected.push((plain, path));
+    }
+    if members.is_empty() {
+        return Ok(());
+    }
+    let batch = Batch { members };
+    let mut bed = Bed::new(backend, case.model.clone());
+    bed.prefill(&batch);
+    let pass = case.model.pass(MAX_ROWS, &ANY, Tail::Commit);
+    bed.run(&pass, &batch);
+    let round = bed.outputs(&batch);
+    for (i, (plain, path)) in expected.iter().enumerate() {
+        let accepted = bed.accepted(i);
+        emits(&round, batch.first_row(i), &accepted, plain)
+            .map_err(|problem| format!("request {i}: {problem}: round {accepted:?} along {path:?}"))?;
+    }
+    Ok(())
 }
 
 /// `Err` unless a round's request, whose rows begin at `first`, emits what plain decoding does, up to a first draw that

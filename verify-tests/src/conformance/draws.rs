@@ -1,6 +1,5 @@
 //! Properties of the draw: against the oracle, against the distribution that it must have, and at its edges.
 
-use proptest::prelude::*;
 use treespark::backend::Backend;
 use treespark_kernel_gen::Request;
 use treespark_kernel_gen::layout::NO_TOKEN;
@@ -47,41 +46,45 @@ fn draw(backend: &mut dyn Backend, model: &TinyModel, batch: &Batch, logits: &[f
 
 /// Any logits, any parameters: the oracle's draws, but for near-ties on the same logits.
 pub fn draws_equal_the_oracle(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 32, cases(), |backend, case: Case| {
-        let mut rng = case.rng();
-        // Coarse logits tie often; fine ones never.
-        let coarse = rng.below(2) == 0;
-        let logit = |rng: &mut Rng| 3.0 * rng.normal() as f32;
-        let logits: Vec<f32> = (0..case.batch.rows() * case.model.sizes.vocab)
-            .map(|_| if coarse { logit(&mut rng).round() } else { logit(&mut rng) })
-            .collect();
-        let mut oracle = Oracle::new();
-        let want = draw(&mut oracle, &case.model, &case.batch, &logits);
-        let got = draw(backend, &case.model, &case.batch, &logits);
-        excusable(&case.batch, &logits, &got, &want)
-    })
+    for_cases(backend, 32, cases(), draws_equal_the_oracle_in_case)
+}
+
+pub fn draws_equal_the_oracle_in_case(backend: &mut dyn Backend, case: Case) -> Property {
+    let mut rng = case.rng();
+    // Coarse logits tie often; fine ones never.
+    let coarse = rng.below(2) == 0;
+    let logit = |rng: &mut Rng| 3.0 * rng.normal() as f32;
+    let logits: Vec<f32> = (0..case.batch.rows() * case.model.sizes.vocab)
+        .map(|_| if coarse { logit(&mut rng).round() } else { logit(&mut rng) })
+        .collect();
+    let mut oracle = Oracle::new();
+    let want = draw(&mut oracle, &case.model, &case.batch, &logits);
+    let got = draw(backend, &case.model, &case.batch, &logits);
+    excusable(&case.batch, &logits, &got, &want)
 }
 
 /// Perturbed logits are what the oracle's draws rank.
 pub fn perturbed_logits_equal_the_oracle(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 8, cases(), |backend, case: Case| {
-        let mut rng = case.rng();
-        let (rows, vocab) = (case.batch.rows(), case.model.sizes.vocab);
-        let logits: Vec<f32> = (0..rows * vocab).map(|_| 3.0 * rng.normal() as f32).collect();
-        let mut oracle = Oracle::new();
-        let [got, want] = [backend, &mut oracle as &mut dyn Backend].map(|backend| {
-            let mut bed = Bed::new(backend, case.model.clone());
-            let pass = case.model.perturb_pass(rows);
-            bed.prepare(&pass);
-            bed.write_floats("logits", &logits);
-            bed.run(&pass, &case.batch);
-            bed.floats("logits", rows * vocab)
-        });
-        got.chunks(vocab)
-            .zip(want.chunks(vocab))
-            .enumerate()
-            .try_for_each(|(row, (got, want))| Tolerance::OP.compare(&format!("row {row}"), got, want))
-    })
+    for_cases(backend, 8, cases(), perturbed_logits_equal_the_oracle_in_case)
+}
+
+pub fn perturbed_logits_equal_the_oracle_in_case(backend: &mut dyn Backend, case: Case) -> Property {
+    let mut rng = case.rng();
+    let (rows, vocab) = (case.batch.rows(), case.model.sizes.vocab);
+    let logits: Vec<f32> = (0..rows * vocab).map(|_| 3.0 * rng.normal() as f32).collect();
+    let mut oracle = Oracle::new();
+    let [got, want] = [backend, &mut oracle as &mut dyn Backend].map(|backend| {
+        let mut bed = Bed::new(backend, case.model.clone());
+        let pass = case.model.perturb_pass(rows);
+        bed.prepare(&pass);
+        bed.write_floats("logits", &logits);
+        bed.run(&pass, &case.batch);
+        bed.floats("logits", rows * vocab)
+    });
+    got.chunks(vocab)
+        .zip(want.chunks(vocab))
+        .enumerate()
+        .try_for_each(|(row, (got, want))| Tolerance::OP.compare(&format!("row {row}"), got, want))
 }
 
 /// Head, perturbation and top-k in one pass: logits are the oracle's, and the ranking is exactly that of those logits, where
@@ -238,17 +241,18 @@ pub fn ties_go_to_the_lowest_id(backend: &mut dyn Backend) -> Property {
 
 /// One NaN anywhere in a row, and that row alone draws [`NO_TOKEN`]: greedy or not, whatever the filters.
 pub fn a_nan_draws_no_token(backend: &mut dyn Backend) -> Property {
-    let strategy = (cases(), any::<prop::sample::Index>(), any::<bool>());
-    for_cases(backend, 12, strategy, |backend, (case, place, negative)| {
-        let mut rng = case.rng();
-        let vocab = case.model.sizes.vocab;
-        let mut logits: Vec<f32> = (0..case.batch.rows() * vocab).map(|_| rng.normal() as f32).collect();
-        let at = place.index(logits.len());
-        logits[at] = if negative { -f32::NAN } else { f32::NAN };
-        let draws = draw(backend, &case.model, &case.batch, &logits);
-        (0..draws.len())
-            .try_for_each(|row| same(&format!("row {row} draws nothing"), draws[row] == NO_TOKEN, row == at / vocab))
-    })
+    for_cases(backend, 12, cases(), a_nan_draws_no_token_in_case)
+}
+
+pub fn a_nan_draws_no_token_in_case(backend: &mut dyn Backend, case: Case) -> Property {
+    let mut rng = case.rng();
+    let vocab = case.model.sizes.vocab;
+    let mut logits: Vec<f32> = (0..case.batch.rows() * vocab).map(|_| rng.normal() as f32).collect();
+    let at = rng.below(logits.len());
+    logits[at] = if rng.below(2) == 0 { -f32::NAN } else { f32::NAN };
+    let draws = draw(backend, &case.model, &case.batch, &logits);
+    (0..draws.len())
+        .try_for_each(|row| same(&format!("row {row} draws nothing"), draws[row] == NO_TOKEN, row == at / vocab))
 }
 
 /// Tokens tied at a threshold are all kept: half of the vocabulary ties at the top, each filter has room for less than

@@ -1,6 +1,5 @@
 //! Every op against the oracle: alone on equal inputs, and as a whole round.
 
-use proptest::strategy::Strategy;
 use treespark::backend::Backend;
 use treespark_kernel_gen::layout::NO_TOKEN;
 use treespark_kernel_gen::{BufferDesc, DType, MAX_NODES, Op, Pass, Role, TreeSpec};
@@ -19,8 +18,12 @@ const ANY: TreeSpec = TreeSpec::Any(MAX_NODES);
 /// Each op of a round runs alone, on the oracle's inputs, and must leave what the oracle leaves: its results within
 /// [`Tolerance`], all other memory untouched.
 pub fn every_op_equals_the_oracle(backend: &mut dyn Backend) -> Property {
-    for_cases(backend, 3, wild_cases(), |backend, case| op_by_op(backend, &case, Tail::Commit))?;
-    for_cases(backend, 4, cases(), |backend, case| op_by_op(backend, &case, Tail::Commit))
+    for_cases(backend, 3, wild_cases(), every_op_equals_the_oracle_in_case)?;
+    for_cases(backend, 4, cases(), every_op_equals_the_oracle_in_case)
+}
+
+pub fn every_op_equals_the_oracle_in_case(backend: &mut dyn Backend, case: Case) -> Property {
+    op_by_op(backend, &case, Tail::Commit)
 }
 
 /// Rows that see each other, whichever comes first: the block that a parallel drafter fills.
@@ -157,24 +160,23 @@ fn compare(tested: &mut Bed, right: &mut Bed, desc: &BufferDesc, case: &Case) ->
 
 /// Prefill and a whole verify pass: the logits of all rows, and the greedy draws up to near-ties.
 pub fn a_whole_round_equals_the_oracle(backend: &mut dyn Backend) -> Property {
-    let greedy = cases().prop_map(|mut case| {
-        case.batch.members.iter_mut().for_each(|m| m.sampling = Sampling::greedy());
-        case
-    });
-    for_cases(backend, 4, greedy, |backend, case| {
-        let mut oracle = Oracle::new();
-        let want = Bed::new(&mut oracle, case.model.clone()).verify(&case.batch, MAX_ROWS, &ANY);
-        let got = Bed::new(backend, case.model.clone()).verify(&case.batch, MAX_ROWS, &ANY);
-        finite(&got)?;
-        let tolerance = Tolerance::logits(backend.info().backend, &case.model.sizes);
-        for row in 0..case.batch.rows() {
-            tolerance.compare(&format!("logits of row {row}"), &got.logits[row], &want.logits[row])?;
-            let (drawn, logits) = (got.draws[row], &got.logits[row]);
-            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            if drawn == NO_TOKEN || logits[drawn as usize] < max {
-                return Err(format!("row {row} drew {drawn}, which is not its own argmax"));
-            }
+    for_cases(backend, 4, cases(), a_whole_round_equals_the_oracle_in_case)
+}
+
+pub fn a_whole_round_equals_the_oracle_in_case(backend: &mut dyn Backend, mut case: Case) -> Property {
+    case.batch.members.iter_mut().for_each(|member| member.sampling = Sampling::greedy());
+    let mut oracle = Oracle::new();
+    let want = Bed::new(&mut oracle, case.model.clone()).verify(&case.batch, MAX_ROWS, &ANY);
+    let got = Bed::new(backend, case.model.clone()).verify(&case.batch, MAX_ROWS, &ANY);
+    finite(&got)?;
+    let tolerance = Tolerance::logits(backend.info().backend, &case.model.sizes);
+    for row in 0..case.batch.rows() {
+        tolerance.compare(&format!("logits of row {row}"), &got.logits[row], &want.logits[row])?;
+        let (drawn, logits) = (got.draws[row], &got.logits[row]);
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        if drawn == NO_TOKEN || logits[drawn as usize] < max {
+            return Err(format!("row {row} drew {drawn}, which is not its own argmax"));
         }
-        Ok(())
-    })
+    }
+    Ok(())
 }

@@ -6,8 +6,8 @@
 //!
 //! In reading order: [`law`] (laws of a token, as fractions), [`model`] (random targets and drafters), [`tree`]; the
 //! rules [`matching`], [`chain`] (token by token), [`block`], [`without_replacement`], [`hybrid`]; [`noise`] (a
-//! drafter that knows what the target draws with); [`schedule`] (who drafts how much); [`replay`], [`proof`]; and
-//! [`mistakes`], which the proof must reject.
+//! drafter that knows what the target draws with); [`schedule`] (who drafts how much) and [`growth`] (trees in place
+//! of chains); [`replay`], [`proof`]; [`mistakes`], which the proof must reject; and [`catalogue`], all that is claimed.
 //!
 //! A rule gets its randomness as a function, [`Choose`]: the proof enumerates with it, and another caller may draw.
 
@@ -21,9 +21,11 @@ pub mod without_replacement;
 pub mod hybrid;
 pub mod noise;
 pub mod schedule;
+pub mod growth;
 pub mod replay;
 pub mod proof;
 pub mod mistakes;
+pub mod catalogue;
 
 pub use law::{Law, Rational};
 pub use model::Models;

@@ -12,16 +12,17 @@ use super::{Choose, Models};
 /// The number of every position, as one of equal cells that no probability of a model cuts.
 pub type Noise = Vec<usize>;
 
-pub fn draw(models: &Models, choose: &mut Choose) -> Noise {
+/// Of the first so many positions.
+pub fn draw(positions: usize, choose: &mut Choose) -> Noise {
     let uniform = vec![ratio(1, CELLS); CELLS];
-    (0..models.horizon()).map(|_| choose(&uniform)).collect()
+    (0..positions).map(|_| choose(&uniform)).collect()
 }
 
 /// Draws position by position from `from` on, with the noise of each.
 pub fn draws(noise: &[usize], from: usize) -> impl FnMut(&[Rational]) -> usize {
-    let mut cells = noise[from..].iter();
+    let mut cells = noise.iter().skip(from);
     move |law| {
-        let below = ratio(*cells.next().expect("a position within the horizon"), CELLS);
+        let below = ratio(*cells.next().expect("a position whose noise is known"), CELLS);
         let mut reached = ratio(0, 1);
         let covers = |probability: &Rational| {
             reached += probability;
@@ -31,10 +32,23 @@ pub fn draws(noise: &[usize], from: usize) -> impl FnMut(&[Rational]) -> usize {
     }
 }
 
+/// Draws with the noise of each position, and by choice where there is none: no drafter has seen it there.
+pub fn draws_on(noise: &[usize], choose: &mut Choose) -> impl FnMut(&[Rational]) -> usize {
+    let mut left = noise.len();
+    let mut draw = draws(noise, 0);
+    move |law| match left.checked_sub(1) {
+        Some(less) => {
+            left = less;
+            draw(law)
+        }
+        None => choose(law),
+    }
+}
+
 /// Goes on by plain decoding with the noise of the positions that follow, whatever a drafter has seen of it.
 pub fn complete(models: &Models, mut text: Vec<usize>, noise: &[usize]) -> Vec<usize> {
     let mut draw = draws(noise, text.len());
-    while text.len() < models.horizon() {
+    while text.len() < noise.len() {
         text.push(draw(models.target.after(&text)));
     }
     text

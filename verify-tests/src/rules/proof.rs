@@ -18,11 +18,28 @@ pub struct Verdict {
     pub tokens: Rational,
 }
 
+impl Verdict {
+    pub fn is_lossless(&self) -> bool {
+        self.distance == ratio(0, 1)
+    }
+}
+
 /// A round of requests that may depend on each other. `run` returns what it emitted for each.
-pub fn examine(requests: &[Models], run: impl FnMut(&mut Choose) -> Texts) -> Verdict {
-    let emitted = law_of(run);
-    let length = |texts: &Texts| ratio(texts.iter().map(Vec::len).sum(), 1);
-    let tokens = emitted.iter().map(|(texts, weight)| length(texts) * weight).sum();
+pub fn examine(requests: &[Models], mut run: impl FnMut(&mut Choose) -> Texts) -> Verdict {
+    examine_on(requests, |choose| {
+        let texts = run(choose);
+        (texts.iter().map(Vec::len).sum(), texts)
+    })
+}
+
+/// A round that `run` has gone on from by itself: it returns the texts, and how many tokens of them the round emitted.
+pub fn examine_on(requests: &[Models], run: impl FnMut(&mut Choose) -> (usize, Texts)) -> Verdict {
+    let mut emitted = BTreeMap::new();
+    let mut tokens = ratio(0, 1);
+    for ((count, texts), weight) in law_of(run) {
+        tokens += &weight * ratio(count, 1);
+        *emitted.entry(texts).or_insert(ratio(0, 1)) += weight;
+    }
     let nothing = BTreeMap::from([(vec![vec![]; requests.len()], ratio(1, 1))]);
     let distance = distance(&completed(requests, &emitted), &completed(requests, &nothing));
     Verdict { distance, tokens }
@@ -55,6 +72,14 @@ fn distance(a: &BTreeMap<Texts, Rational>, b: &BTreeMap<Texts, Rational>) -> Rat
         if a > b { a - b } else { b - a }
     };
     outcomes.into_iter().map(difference).sum::<Rational>() / ratio(2, 1)
+}
+
+pub fn largest(verdicts: &[Verdict]) -> &Rational {
+    verdicts.iter().map(|verdict| &verdict.distance).max().expect("some models")
+}
+
+pub fn mean_tokens(verdicts: &[Verdict]) -> Rational {
+    verdicts.iter().map(|verdict| &verdict.tokens).sum::<Rational>() / ratio(verdicts.len(), 1)
 }
 
 /// A fraction to three decimals, for a person.

@@ -75,8 +75,65 @@ impl Tree {
         }
     }
 
+    /// How many trees there are of distinct siblings, up to a depth.
+    pub fn count(vocab: usize, depth: usize) -> usize {
+        if depth == 0 { 1 } else { (1 + Tree::count(vocab, depth - 1)).pow(vocab as u32) }
+    }
+
+    /// The tree of a number below [`Tree::count`]. For each token a digit says which sub-tree follows, 0 that none does.
+    pub fn numbered(number: usize, vocab: usize, depth: usize) -> Tree {
+        let mut tree = Tree::root();
+        let mut pending = vec![(0, number)];
+        while let Some((node, mut number)) = pending.pop() {
+            let left = depth - tree.depth(node);
+            let base = if left == 0 { 1 } else { 1 + Tree::count(vocab, left - 1) };
+            for token in 0..vocab {
+                if !number.is_multiple_of(base) {
+                    pending.push((tree.push(node, token), number % base - 1));
+                }
+                number /= base;
+            }
+        }
+        tree
+    }
+
+    /// Adds what another has and this has not.
+    pub fn merge(&mut self, other: &Tree) {
+        let mut places = vec![0];
+        for node in 1..other.len() {
+            let (parent, token) = (places[other.parent(node)], other.token(node));
+            places.push(self.child_with(parent, token).unwrap_or_else(|| self.push(parent, token)));
+        }
+    }
+
     /// Everything there is to know of it, for a [`super::model::whim`].
     pub fn words(&self) -> impl Iterator<Item = usize> {
         self.parents.iter().chain(&self.tokens).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_tree_has_a_number() {
+        for (vocab, depth, count) in [(3, 0, 1), (3, 1, 8), (3, 2, 729), (2, 3, 676)] {
+            assert_eq!(Tree::count(vocab, depth), count);
+            let texts = |tree: Tree| (1..tree.len()).map(|node| tree.text(node)).collect::<BTreeSet<_>>();
+            let trees: BTreeSet<_> = (0..count).map(|number| texts(Tree::numbered(number, vocab, depth))).collect();
+            assert_eq!(trees.len(), count);
+            assert!(trees.iter().flatten().all(|text| text.len() <= depth));
+        }
+    }
+
+    #[test]
+    fn a_merged_tree_has_the_texts_of_both() {
+        let mut tree = Tree::chain(&[0, 1]);
+        tree.merge(&Tree::chain(&[0, 2]));
+        tree.merge(&Tree::chain(&[0, 1]));
+        assert_eq!((1..tree.len()).map(|node| tree.text(node)).collect::<Vec<_>>(), [vec![0], vec![0, 1], vec![0, 2]]);
     }
 }

@@ -63,6 +63,24 @@ pub fn levels(widths: &[usize]) -> impl Fn(&Tree, &[usize]) -> Option<usize> {
     |tree, open| open.iter().copied().find(|&node| tree.children(node).count() < widths[tree.depth(node)])
 }
 
+/// A `next` that draws a given shape, whatever its tokens, as far as the draft has some.
+pub fn shape(shape: &Tree) -> impl Fn(&Tree, &[usize]) -> Option<usize> {
+    |tree, open| {
+        let has_room = |&node: &usize| tree.children(node).count() < shape.children(place(shape, tree, node)).count();
+        open.iter().copied().find(has_room)
+    }
+}
+
+/// Where in a shape a drawn node stands: the first child that was drawn takes the place of the first, and so on.
+fn place(shape: &Tree, tree: &Tree, node: usize) -> usize {
+    if node == 0 {
+        return 0;
+    }
+    let parent = tree.parent(node);
+    let rank = tree.children(parent).position(|child| child == node).expect("its parent's child");
+    shape.children(place(shape, tree, parent)).nth(rank).expect("a place for every drawn node")
+}
+
 /// A `next` that grows up to `nodes` drafted nodes where the draft is likeliest to go (DySpec, Xiong et al., 2024).
 pub fn likeliest_next(models: &Models, nodes: usize) -> impl Fn(&Tree, &[usize]) -> Option<usize> {
     move |tree, open| {
@@ -82,7 +100,7 @@ pub fn reach(models: &Models, tree: &Tree, node: usize) -> Rational {
 }
 
 /// The law of a node's next child, if the draft has a token left.
-fn left(draft: &Model, tree: &Tree, node: usize) -> Option<Law> {
+pub fn left(draft: &Model, tree: &Tree, node: usize) -> Option<Law> {
     let law = draft.after(&tree.text(node)).clone();
     tree.children(node).try_fold(law, |law, child| law.without(tree.token(child)))
 }

@@ -1,0 +1,27 @@
+//! What is attacked.
+
+use anyhow::{Result, bail};
+use treespark::backend::Backend;
+use treespark::cpu::CpuBackend;
+use treespark_verify_tests::cases;
+
+/// The names that `--backend` takes, beside `all`.
+pub const NAMES: [&str; 4] = ["cpu", "wgpu", "cuda", "emulated"];
+
+/// Opens one. The reason why there is none has been printed.
+pub fn open(name: &str) -> Result<Box<dyn Backend>> {
+    let backend: Option<Box<dyn Backend>> = match name {
+        "cpu" => Some(Box::new(CpuBackend::new(Some(1)))),
+        #[cfg(feature = "wgpu")]
+        "wgpu" => cases::gpu(),
+        #[cfg(feature = "cuda")]
+        "cuda" => cases::nvidia(),
+        #[cfg(feature = "cuda")]
+        "emulated" => cases::cuda_on_cpu(0),
+        _ => bail!("no backend `{name}`: {} or all, as far as they were built in", NAMES.join(", ")),
+    };
+    match backend {
+        Some(backend) => Ok(backend),
+        None => bail!("{name} cannot be attacked here"),
+    }
+}

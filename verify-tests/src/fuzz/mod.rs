@@ -1,0 +1,9 @@
+//! The fuzzer's commands. Each returns whether all was right.
+
+mod backends;
+mod case;
+mod coverage;
+pub mod mutants;
+pub mod prove;
+pub mod replay;
+pub mod run;
