@@ -42,12 +42,16 @@ pub struct ChatTemplate {
 
 const NAME: &str = "chat_template";
 
+/// What one rendering may cost: an instruction is one, and so are 64 bytes of data. Ten thousand messages need a fraction.
+const FUEL: u64 = 1 << 22;
+
 impl ChatTemplate {
     /// Parses a template. A special token that the model does not have is the empty string, as in Python.
     pub fn new(source: &str, bos_token: Option<&str>, eos_token: Option<&str>) -> Result<ChatTemplate> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(failed)?;
         environment.set_syntax(syntax);
+        environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_global("bos_token", bos_token.unwrap_or_default().to_string());
         environment.add_global("eos_token", eos_token.unwrap_or_default().to_string());
@@ -201,6 +205,17 @@ mod tests {
             let message = render(source, &[]).unwrap_err().to_string();
             assert!(message.contains(expected), "{message}");
         }
+    }
+
+    #[test]
+    fn a_template_that_would_not_end_is_an_error() {
+        let forever = "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}";
+        for source in [forever, "{{ 'x' * 1000000000 }}"] {
+            let message = render(source, &[]).unwrap_err().to_string();
+            assert!(message.contains("fuel"), "{message}");
+        }
+        let messages = vec![Message::user("What is the time? ".repeat(8)); 10_000];
+        assert!(ChatTemplate::new(SMOLLM2, None, None).unwrap().render(&messages, true).is_ok());
     }
 
     #[test]

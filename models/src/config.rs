@@ -15,7 +15,9 @@ use crate::error::{Error, Result};
 pub const SUPPORTED: [&str; 3] = ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
 
 /// Keeps the bytes of every buffer that a config describes within a `usize`.
-const LARGEST_SIZE: u64 = 1 << 24;
+pub(crate) const LARGEST_SIZE: u64 = 1 << 24;
+/// Opening a model lists the tensors of all its layers: no line of text may ask for gigabytes of names.
+const MOST_LAYERS: u64 = 1 << 10;
 /// What `rope_theta` is where a config does not say: Llama 2's does not.
 const DEFAULT_THETA: f32 = 10000.0;
 
@@ -83,7 +85,7 @@ impl Config {
             architecture,
             hidden,
             ffn: keys.size("intermediate_size")?,
-            layers: keys.size("num_hidden_layers")?,
+            layers: keys.size_up_to("num_hidden_layers", MOST_LAYERS)?,
             heads,
             kv_heads: keys.size_or("num_key_value_heads", heads)?,
             head_dim: keys.size_or("head_dim", hidden / heads)?,
@@ -141,9 +143,13 @@ impl Keys<'_> {
     }
 
     fn size(&self, key: &str) -> Result<usize> {
+        self.size_up_to(key, LARGEST_SIZE)
+    }
+
+    fn size_up_to(&self, key: &str, largest: u64) -> Result<usize> {
         match self.json[key].as_u64() {
-            Some(n) if (1..=LARGEST_SIZE).contains(&n) => Ok(n as usize),
-            _ => Err(self.error(format!("{key} is {}, expected 1 to {LARGEST_SIZE}", self.json[key]))),
+            Some(n) if (1..=largest).contains(&n) => Ok(n as usize),
+            _ => Err(self.error(format!("{key} is {}, expected 1 to {largest}", self.json[key]))),
         }
     }
 
@@ -156,8 +162,9 @@ impl Keys<'_> {
     }
 
     fn number_in(&self, object: &Value, key: &str) -> Result<f32> {
-        match object[key].as_f64() {
-            Some(x) if x > 0.0 && x.is_finite() => Ok(x as f32),
+        // As an f32, a number may have become zero or infinite.
+        match object[key].as_f64().map(|x| x as f32) {
+            Some(x) if x > 0.0 && x.is_finite() => Ok(x),
             _ => Err(self.error(format!("{key} is {}, expected a positive number", object[key]))),
         }
     }
@@ -330,7 +337,10 @@ mod tests {
             ("layer_types", json!(["full_attention", "sliding_attention"]), "layer_types has \"sliding_attention\""),
             ("rope_theta", json!(-1.0), "rope_theta is -1"),
             ("vocab_size", json!(1u64 << 40), "vocab_size is 1099511627776, expected 1 to"),
+            ("num_hidden_layers", json!(1025), "num_hidden_layers is 1025, expected 1 to 1024"),
             ("rms_norm_eps", json!("tiny"), "rms_norm_eps is \"tiny\""),
+            ("rms_norm_eps", json!(1e-60), "rms_norm_eps is 1e-60, expected a positive number"),
+            ("rope_theta", json!(1e60), "rope_theta is 1e+60, expected a positive number"),
             ("rope_scaling", json!({"type": "dynamic", "factor": 2.0}), "rope_type is dynamic; supported"),
             ("rope_scaling", json!({"rope_type": "linear"}), "factor is null"),
             ("rope_parameters", json!({"rope_type": "yarn", "rope_theta": 1e4}), "rope_type is yarn"),

@@ -5,6 +5,7 @@
 //! to decoding all at once, wherever a character is split.
 
 use std::collections::{BTreeMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use tokenizers::decoders::DecoderWrapper;
@@ -48,13 +49,16 @@ impl Tokenizer {
             TokenizerSource::Json(path) => {
                 let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.clone(), source })?;
                 let named = |problem: String| Error::Tokenizer(format!("{}: {problem}", path.display()));
-                let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| named(error.to_string()))?;
+                let inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(named)?;
                 Tokenizer::new(inner)
             }
         }
     }
 
-    fn new(inner: tokenizers::Tokenizer) -> Result<Tokenizer> {
+    fn new(mut inner: tokenizers::Tokenizer) -> Result<Tokenizer> {
+        // A file may ask for texts cut or filled up to a length, any length: of use to who trains. A prompt is whole.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|error| Error::Tokenizer(error.to_string()))?;
         let alphabet = alphabet(inner.get_decoder())?;
         let tokens = inner.get_added_vocabulary().get_added_tokens_decoder();
         let added = tokens.iter().map(|(&id, token)| (id, token.content.clone())).collect();
@@ -66,8 +70,8 @@ impl Tokenizer {
     /// expects around a text (for some a bos token), except in front of a text that begins with it, as a rendered chat
     /// template may.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self.shared.inner.encode_fast(text, add_special);
-        let encoding = encoding.map_err(|error| Error::Tokenizer(format!("text cannot be encoded: {error}")))?;
+        let encoding = guarded(|| self.shared.inner.encode_fast(text, add_special));
+        let encoding = encoding.map_err(|problem| Error::Tokenizer(format!("text cannot be encoded: {problem}")))?;
         match *encoding.get_ids() {
             [first, second, ..] if add_special && first == second && self.is_special(first) => {
                 Ok(encoding.get_ids()[1..].to_vec())
@@ -195,6 +199,14 @@ fn incomplete_suffix(bytes: &[u8]) -> usize {
         Err(error) if error.valid_up_to() == 0 && error.error_len().is_none() => bytes.len() - at,
         _ => 0,
     })
+}
+
+/// The tokenizers library panics on some of the files that it should refuse, and with some that it accepts on a text.
+fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(_) => Err("the tokenizers library cannot cope with this tokenizer".into()),
+    }
 }
 
 fn alphabet(decoder: Option<&DecoderWrapper>) -> Result<Alphabet> {

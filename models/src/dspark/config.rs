@@ -10,7 +10,7 @@ use std::path::Path;
 use serde_json::Value;
 use treespark_kernel_gen::{BlockShape, Fill};
 
-use crate::config::Config;
+use crate::config::{Config, LARGEST_SIZE};
 use crate::error::{Error, Result};
 use crate::{Checkpoint, checkpoint};
 
@@ -127,7 +127,10 @@ impl Keys<'_> {
 
     fn size(&self, key: &str) -> Result<usize> {
         let value = self.get(key);
-        value.as_u64().map(|n| n as usize).ok_or_else(|| self.error(format!("{key} is {value}, expected a number")))
+        match value.as_u64() {
+            Some(n) if n <= LARGEST_SIZE => Ok(n as usize),
+            _ => Err(self.error(format!("{key} is {value}, expected 0 to {LARGEST_SIZE}"))),
+        }
     }
 
     fn size_or(&self, key: &str, default: usize) -> Result<usize> {
@@ -153,7 +156,7 @@ impl Keys<'_> {
 
     fn taps(&self) -> Result<Vec<usize>> {
         let value = self.get("target_layer_ids");
-        let tap = |id: &Value| id.as_i64().and_then(|id| usize::try_from(id + 1).ok());
+        let tap = |id: &Value| usize::try_from(id.as_i64()?.checked_add(1)?).ok();
         let taps = value.as_array().and_then(|ids| ids.iter().map(tap).collect::<Option<Vec<usize>>>());
         match taps {
             Some(taps) if !taps.is_empty() && taps.is_sorted_by(|a, b| a < b) => Ok(taps),
@@ -194,7 +197,8 @@ impl Keys<'_> {
         let last = config.taps[config.taps.len() - 1];
         if last >= target.layers {
             let what = format!("target_layer_ids names layer {}, and", last - 1);
-            let problem = format!("{what} the target's last layer that can be read is {}", target.layers - 2);
+            // Of a target of one layer, the embedding alone: -1.
+            let problem = format!("{what} the target's last layer that can be read is {}", target.layers as i64 - 2);
             return Err(self.error(problem));
         }
         if config.mask_token as usize >= target.vocab_size {
@@ -233,6 +237,10 @@ mod tests {
 
     /// What a config with these keys besides says to a target of six layers.
     fn read(keys: &[(&str, Value)]) -> Result<DsparkConfig> {
+        read_for(6, keys)
+    }
+
+    fn read_for(target_layers: usize, keys: &[(&str, Value)]) -> Result<DsparkConfig> {
         let mut json = backbone();
         keys.iter().for_each(|(key, value)| json[*key] = value.clone());
         let folder = tempfile::tempdir().unwrap();
@@ -243,7 +251,7 @@ mod tests {
         safetensors::serialize_to_file([("fc.weight", tensor)], None, &file).unwrap();
         let mut target = backbone();
         target["architectures"] = json!(["Qwen3ForCausalLM"]);
-        target["num_hidden_layers"] = json!(6);
+        target["num_hidden_layers"] = json!(target_layers);
         let target = Config::from_json(&target, DType::F32, Path::new("config.json")).unwrap();
         assert!(DsparkConfig::is_described_by(&json));
         DsparkConfig::from_checkpoint(&Checkpoint::open(folder.path()).unwrap(), &target)
@@ -296,5 +304,22 @@ mod tests {
         says("markov_head_type", json!("lstm"), "lstm; there are: vanilla, gated, rnn");
         says("draft_vocab_size", json!(50), "a reduced vocabulary");
         says("hc_mult", json!(4), "hyper-connections");
+    }
+
+    /// One more than the largest i64, a token only in its low 32 bits, a sum that wraps, a layer before the first.
+    #[test]
+    fn numbers_that_no_drafter_has_are_refused() {
+        let refused = |key: &str, value: Value| deepspec(key, value).unwrap_err().to_string();
+        assert!(refused("target_layer_ids", json!([1, i64::MAX])).contains("expected ascending layers"));
+        assert!(refused("mask_token_id", json!((1u64 << 32) + 7)).contains("is 4294967303, expected 0 to"));
+        assert!(refused("markov_rank", json!(u64::MAX)).contains("is 18446744073709551615, expected 0 to"));
+        let keys = [
+            ("architectures", json!(["Qwen3DSparkModel"])),
+            ("block_size", json!(7)),
+            ("mask_token_id", json!(99)),
+            ("target_layer_ids", json!([-1, 0])),
+        ];
+        let text = read_for(1, &keys).unwrap_err().to_string();
+        assert!(text.contains("names layer 0, and the target's last layer that can be read is -1"), "{text}");
     }
 }

@@ -66,9 +66,13 @@ fn tokenizer_json() -> Value {
 }
 
 fn from_json(json: &Value) -> Result<Tokenizer> {
+    from_text(&json.to_string())
+}
+
+fn from_text(text: &str) -> Result<Tokenizer> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tokenizer.json");
-    std::fs::write(&path, json.to_string()).unwrap();
+    std::fs::write(&path, text).unwrap();
     Tokenizer::open(&TokenizerSource::Json(path))
 }
 
@@ -164,6 +168,16 @@ fn ids_outside_the_vocabulary_are_no_text() {
 }
 
 #[test]
+fn a_prompt_is_neither_cut_nor_filled_up() {
+    let mut json = tokenizer_json();
+    json["truncation"] = json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
+    json["padding"] = json!({"strategy": {"Fixed": 1u64 << 40}, "direction": "Right", "pad_to_multiple_of": null,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"});
+    let (changed, plain) = (from_json(&json).unwrap(), from_json(&tokenizer_json()).unwrap());
+    assert_eq!(changed.encode("a longer text", true).unwrap(), plain.encode("a longer text", true).unwrap());
+}
+
+#[test]
 fn sentencepiece_spelling() {
     let pieces = ["<unk>", "<s>", "</s>", "<0xF0>", "<0x9F>", "<0x91>", "<0xA9>", "▁", "a", "▁a"];
     let ids: serde_json::Map<String, Value> =
@@ -201,6 +215,9 @@ fn what_is_not_supported_is_named() {
     let mut json = tokenizer_json();
     json["decoder"] = json!({"type": "WordPiece", "prefix": "##", "cleanup": true});
     assert!(from_json(&json).err().unwrap().to_string().contains("neither ByteLevel nor"));
+    // The library panics where a decoder is no JSON.
+    let torn = json.to_string().replace("\"decoder\":{", "\"decoder\":{?");
+    assert!(from_text(&torn).err().unwrap().to_string().contains("tokenizer.json: the tokenizers library cannot cope"));
     assert!(from_json(&json!({"model": 1})).err().unwrap().to_string().contains("tokenizer.json"));
 }
 

@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 use treespark::backend::Backend;
 use treespark::cpu::CpuBackend;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark_verify_tests::cases;
 
 /// The names that `--backend` takes, beside `all`.

@@ -24,7 +24,7 @@ pub struct CaseId {
 
 /// The smallest failing case that was found.
 pub struct Failure {
-    pub case: Option<Case>,
+    pub case: Option<Box<Case>>,
     pub problem: String,
 }
 
@@ -63,7 +63,7 @@ pub fn run(id: &CaseId, backend: &mut dyn Backend, shrinks: u32, seen: &mut dyn 
     let test = |case| property(&mut **backend.borrow_mut(), case).map_err(TestCaseError::fail);
     match runner.run_one(tree, test) {
         Ok(_) => Ok(()),
-        Err(TestError::Fail(reason, case)) => Err(Failure { case: Some(case), problem: reason.to_string() }),
+        Err(TestError::Fail(reason, case)) => Err(Failure { case: Some(Box::new(case)), problem: reason.to_string() }),
         Err(TestError::Abort(reason)) => Err(failure(reason.to_string())),
     }
 }

@@ -1,0 +1,2 @@
+#![no_main]
+treespark_parser_fuzz::target!(gguf_vocabulary);

@@ -1,0 +1,69 @@
+//! `treespark-fuzz` as a user runs it.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+fn fuzz(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_treespark-fuzz")).args(args).output().expect("it runs")
+}
+
+fn folder(name: &str) -> PathBuf {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+    fs::create_dir_all(&folder).expect("a folder for results");
+    folder
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+#[test]
+fn a_slice_of_random_cases_passes_on_the_cpu() {
+    let out = folder("fuzz-cpu");
+    let output = fuzz(&["run", "--cases", "120", "--seconds", "600", "--seed", "11", "--out", out.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("120 cases"), "{}", text(&output));
+}
+
+#[test]
+fn planted_bugs_are_found() {
+    for class in ["1", "3", "6", "14", "15"] {
+        let output = fuzz(&["mutants", "--class", class]);
+        assert_eq!(output.status.code(), Some(0), "class {class}: {}", text(&output));
+    }
+}
+
+#[test]
+fn a_case_is_made_again_from_its_file() {
+    let file = folder("fuzz-replay").join("case.json");
+    let case = r#"{"backend": "cpu", "seed": 5, "index": 7, "property": "a second run equals the first", "wild": true, "scale": "Small"}"#;
+    fs::write(&file, case).unwrap();
+    let output = fuzz(&["replay", file.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("request 0:") && text(&output).contains("nothing wrong"), "{}", text(&output));
+
+    fs::write(&file, case.replace("a second run", "a third run")).unwrap();
+    let output = fuzz(&["replay", file.to_str().unwrap()]);
+    assert!(
+        output.status.code() == Some(1) && text(&output).contains("no property is called `a third run"),
+        "{}",
+        text(&output)
+    );
+}
+
+#[test]
+fn what_cannot_be_run_is_said() {
+    let file = folder("fuzz-bad").join("case.json");
+    fs::write(&file, "{}").unwrap();
+    let cases: [(&[&str], &str); 4] = [
+        (&["run", "--backend", "tpu"], "no backend `tpu`"),
+        (&["run", "--only", "no such thing"], "no property is called so"),
+        (&["replay", "no-such-file.json"], "no-such-file.json"),
+        (&["replay", file.to_str().unwrap()], "holds no case"),
+    ];
+    for (args, says) in cases {
+        let output = fuzz(args);
+        assert!(output.status.code() == Some(2) && text(&output).contains(says), "{args:?}: {}", text(&output));
+    }
+}
