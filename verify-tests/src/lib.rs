@@ -4,7 +4,7 @@
 //! [`tiny_model`] (inputs), [`arb`] (their generators), [`bed`] (runs a pass of a tiny model on any backend),
 //! [`mod@conformance`] (the properties, stamped onto a backend by [`conformance!`]), [`logits`] and [`near_tie`] (are two
 //! differing tokens excusable?), [`cases`] (what the losslessness tests run over), [`rules`] (acceptance rules, proved by
-//! enumeration), [`mutant`] and [`plants`] (backends with known mistakes), [`mod@cuda_on_cpu`] (CUDA without a GPU).
+//! enumeration), [`mutant`] and [`plants`] (backends with known mistakes), [`foreign`] (others' kernels), [`mod@cuda_on_cpu`] (CUDA without a GPU).
 
 pub mod arb;
 pub mod batch;
@@ -12,6 +12,7 @@ pub mod bed;
 pub mod cases;
 pub mod conformance;
 pub mod cuda_on_cpu;
+pub mod foreign;
 pub mod logits;
 pub mod mutant;
 pub mod near_tie;

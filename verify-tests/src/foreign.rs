@@ -1,0 +1,250 @@
+//! Somebody else's kernels, fuzzed: tree attention and acceptance as plain data in and out. `ffi/` is this as a C interface.
+
+use std::fmt::Write as _;
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
+pub use treespark_kernel_gen::Row;
+use treespark_kernel_gen::{DType, MAX_NODES, Op, Pass, Role, TreeSpec};
+
+use crate::arb::{Case, Scale, Topology, some_cases, tree};
+use crate::bed::Bed;
+use crate::oracle::Oracle;
+use crate::rng::Rng;
+use crate::tiny_model::{Sizes, Tail, TinyModel};
+
+/// Attention of the rows of some trees, each over its prefix and its own ancestors.
+pub struct Attention {
+    pub sizes: Sizes,
+    pub rows: Vec<Row>,
+    /// Committed slots of each request.
+    pub prefix: Vec<u32>,
+    pub scale: f32,
+    /// `[rows, heads, head_dim]`
+    pub q: Vec<f32>,
+    /// `[pages, kv_heads, page_size, head_dim]`. What nothing has written is NaN.
+    pub keys: Vec<f32>,
+    pub values: Vec<f32>,
+    /// `[requests, pages_per_request]`: slot s of a request lies in page `pages[s / page_size]`.
+    pub pages: Vec<u32>,
+    /// What is right, `[rows, heads, head_dim]`.
+    pub out: Vec<f32>,
+}
+
+/// A verified tree: the draft's tokens, and what the target drew behind each node.
+pub struct Acceptance {
+    pub parents: Vec<u32>,
+    pub tokens: Vec<u32>,
+    pub draws: Vec<u32>,
+    /// Node ids from the root on, which are kept.
+    pub path: Vec<u32>,
+}
+
+impl Attention {
+    /// Random queries, keys and values for a case, and the oracle's answer.
+    pub fn of(case: &Case) -> Attention {
+        let sizes = Sizes { cache: DType::F32, layers: 1, ..case.model.sizes };
+        let model = TinyModel { sizes, seed: case.model.seed };
+        let whole = model.pass(case.batch.rows(), &TreeSpec::Any(MAX_NODES), Tail::Draw);
+        let op = whole.ops.iter().find(|op| matches!(op, Op::TreeAttention { .. })).expect("it attends");
+        let &Op::TreeAttention { scale, .. } = op else { unreachable!("just found") };
+        let mut alone = Pass { name: "attention".into(), ops: vec![op.clone()], ..whole.clone() };
+        alone.buffers.iter_mut().filter(|desc| desc.role == Role::Scratch).for_each(|desc| desc.role = Role::Output);
+        let mut oracle = Oracle::new();
+        let mut bed = Bed::new(&mut oracle, model);
+        bed.prepare(&alone);
+        bed.write_batch(&case.batch);
+        let (rows, pages) = (case.batch.rows(), bed.words("pages", alone.buffers[op.batch().pages.0].len()));
+        let mut rng = case.rng();
+        let mut numbers = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<f32>>();
+        let q = numbers(rows * sizes.heads() * sizes.head_dim);
+        let mut caches =
+            [0, 1].map(|_| vec![f32::NAN; sizes.pages() * sizes.kv_heads * sizes.page_size * sizes.head_dim]);
+        for (request, member) in case.batch.members.iter().enumerate() {
+            for slot in 0..member.slots() {
+                let page = pages[request * sizes.pages_per_request() + slot / sizes.page_size] as usize;
+                for head in 0..sizes.kv_heads {
+                    let at =
+                        ((page * sizes.kv_heads + head) * sizes.page_size + slot % sizes.page_size) * sizes.head_dim;
+                    caches
+                        .iter_mut()
+                        .for_each(|cache| cache[at..][..sizes.head_dim].copy_from_slice(&numbers(sizes.head_dim)));
+                }
+            }
+        }
+        bed.write_floats("q", &q);
+        let [keys, values] = caches;
+        bed.write_floats("k_cache", &keys);
+        bed.write_floats("v_cache", &values);
+        bed.run(&alone, &case.batch);
+        let out = bed.floats("attention", q.len());
+        let words = case.batch.row_words();
+        Attention {
+            sizes,
+            rows: (0..rows).map(|row| Row::read(&words, row)).collect(),
+            prefix: case.batch.members.iter().map(|member| member.prefix.len() as u32).collect(),
+            scale,
+            q,
+            keys,
+            values,
+            pages,
+            out,
+        }
+    }
+
+    /// Where an answer is wrong: the first row and head, and by how much.
+    pub fn problem(&self, out: &[f32], tolerance: f32) -> Option<String> {
+        let dim = self.sizes.head_dim;
+        for (at, (got, want)) in out.chunks(dim).zip(self.out.chunks(dim)).enumerate() {
+            let (row, head) = (&self.rows[at / self.sizes.heads()], at % self.sizes.heads());
+            let worst = got.iter().zip(want).map(|(got, want)| (got - want).abs()).fold(0.0, f32::max);
+            if worst > tolerance || got.iter().any(|x| x.is_nan()) {
+                let (request, node) = (row.request, row.node);
+                return Some(format!("request {request}, node {node}, head {head}: {got:?}, expected {want:?}"));
+            }
+        }
+        None
+    }
+}
+
+impl Acceptance {
+    /// A random tree whose draws mostly go on along it; siblings may hold equal tokens, and the first of them counts.
+    pub fn random(seed: u64) -> Acceptance {
+        const VOCAB: usize = 40;
+        let mut rng = Rng::new(seed);
+        let topologies = [Topology::Chain, Topology::Recursive, Topology::DepthFirst];
+        let nodes = if rng.below(4) > 0 { 1 + rng.below(16) } else { 1 + rng.below(MAX_NODES) };
+        let tree = tree(nodes, rng.pick(&topologies), VOCAB, rng.word());
+        let children = |node: usize| (1..nodes).filter(|&n| tree.parents[n] == node).collect::<Vec<usize>>();
+        let draws: Vec<u32> = (0..nodes)
+            .map(|node| match children(node) {
+                children if children.is_empty() || rng.below(6) == 0 => rng.below(VOCAB) as u32,
+                children => tree.tokens[rng.pick(&children)],
+            })
+            .collect();
+        let mut path = vec![0];
+        while let Some(next) =
+            children(path[path.len() - 1]).into_iter().find(|&n| tree.tokens[n] == draws[path[path.len() - 1]])
+        {
+            path.push(next);
+        }
+        let ids = |nodes: &[usize]| nodes.iter().map(|&node| node as u32).collect();
+        Acceptance { parents: ids(&tree.parents), tokens: tree.tokens.clone(), draws, path: ids(&path) }
+    }
+}
+
+/// Attacks somebody's attention with cases of a seed; the smallest failing case, told. `run` answers a case, or does not take it.
+pub fn attack_attention(
+    seed: u64,
+    cases: u64,
+    tolerance: f32,
+    run: &mut dyn FnMut(&Attention) -> Option<Vec<f32>>,
+) -> Result<(), String> {
+    let run = std::cell::RefCell::new(run);
+    let test = |case: Case| {
+        let attention = Attention::of(&case);
+        let problem = (*run.borrow_mut())(&attention).and_then(|out| attention.problem(&out, tolerance));
+        problem.map_or(Ok(()), |problem| Err(TestCaseError::fail(problem)))
+    };
+    for index in 0..cases {
+        let mut bytes = [0; 32];
+        bytes[..8].copy_from_slice(&seed.to_le_bytes());
+        bytes[8..16].copy_from_slice(&index.to_le_bytes());
+        let config = Config { failure_persistence: None, max_shrink_iters: 200, ..Config::default() };
+        let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
+        let scale = if index % 8 == 7 { Scale::Usual } else { Scale::Small };
+        let tree = some_cases(true, scale).new_tree(&mut runner).map_err(|reason| reason.to_string())?;
+        if let Err(error) = runner.run_one(tree, test) {
+            let mut text = format!("case {index} of seed {seed}: ");
+            match error {
+                TestError::Fail(reason, case) => {
+                    let _ = writeln!(text, "{reason}\nthe smallest case that fails:\n{:?}", case.model.sizes);
+                    for (request, member) in case.batch.members.iter().enumerate() {
+                        let (prefix, parents) = (member.prefix.len(), &member.tree.parents);
+                        let _ = writeln!(
+                            text,
+                            "request {request}: {prefix} committed slots, parents of the nodes {parents:?}"
+                        );
+                    }
+                }
+                TestError::Abort(reason) => text += &reason.to_string(),
+            }
+            return Err(text);
+        }
+    }
+    Ok(())
+}
+
+/// The same for acceptance: `run` answers with the path.
+pub fn attack_acceptance(
+    seed: u64,
+    cases: u64,
+    run: &mut dyn FnMut(&Acceptance) -> Option<Vec<u32>>,
+) -> Result<(), String> {
+    for index in 0..cases {
+        let case = Acceptance::random(Rng::new(seed ^ index.rotate_left(32)).word());
+        let Some(path) = run(&case) else { continue };
+        if path != case.path {
+            let Acceptance { parents, tokens, draws, path: want } = &case;
+            let tree = format!("parents {parents:?}, tokens {tokens:?}, draws {draws:?}");
+            return Err(format!("case {index} of seed {seed}: path {path:?}, expected {want:?}: {tree}"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Attention as anyone would write it, with a mask that may forget the node itself.
+    fn plain(a: &Attention, sees_itself: bool) -> Vec<f32> {
+        let (s, mut out) = (a.sizes, Vec::new());
+        for (index, row) in a.rows.iter().enumerate() {
+            let prefix = a.prefix[row.request as usize] as usize;
+            let nodes = row.path().filter(|&node| sees_itself || node != row.node as usize || node == 0);
+            let slots: Vec<usize> = (0..prefix).chain(nodes.map(|node| prefix + node)).collect();
+            for head in 0..s.heads() {
+                let place = |slot: usize| {
+                    let page = a.pages[row.request as usize * s.pages_per_request() + slot / s.page_size] as usize;
+                    ((page * s.kv_heads + head / s.group) * s.page_size + slot % s.page_size) * s.head_dim
+                };
+                let q = &a.q[(index * s.heads() + head) * s.head_dim..][..s.head_dim];
+                let dot = |slot: usize| q.iter().zip(&a.keys[place(slot)..]).map(|(q, k)| q * k).sum::<f32>() * a.scale;
+                let weights: Vec<f32> = slots.iter().map(|&slot| dot(slot).exp()).collect();
+                let total: f32 = weights.iter().sum();
+                for d in 0..s.head_dim {
+                    let sum: f32 = slots.iter().zip(&weights).map(|(&slot, w)| w * a.values[place(slot) + d]).sum();
+                    out.push(sum / total);
+                }
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn right_attention_passes_and_a_mask_off_by_one_is_caught() {
+        assert_eq!(attack_attention(1, 24, 1e-3, &mut |a| Some(plain(a, true))), Ok(()));
+        let found = attack_attention(1, 24, 1e-3, &mut |a| Some(plain(a, false))).unwrap_err();
+        assert!(found.contains("node 1") && found.contains("parents of the nodes [0, 0]"), "{found}");
+    }
+
+    #[test]
+    fn right_acceptance_passes_and_the_last_sibling_is_caught() {
+        let walk = |case: &Acceptance, last: bool| {
+            let mut path = vec![0u32];
+            loop {
+                let at = path[path.len() - 1];
+                let is_next =
+                    |&n: &u32| case.parents[n as usize] == at && case.tokens[n as usize] == case.draws[at as usize];
+                let mut next = (1..case.parents.len() as u32).filter(is_next);
+                match if last { next.next_back() } else { next.next() } {
+                    Some(node) => path.push(node),
+                    None => return Some(path),
+                }
+            }
+        };
+        assert_eq!(attack_acceptance(3, 400, &mut |case| walk(case, false)), Ok(()));
+        assert!(attack_acceptance(3, 400, &mut |case| walk(case, true)).unwrap_err().contains("expected"));
+    }
+}
