@@ -1,4 +1,4 @@
-//! C interface of [`foreign`](treespark_verify_tests::foreign); `include/treespark_fuzz.h` describes it.
+//! C interface of `treespark_verify_tests::foreign`; `include/treespark_fuzz.h` describes it.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
