@@ -1,8 +1,11 @@
 //! Generators of inputs: proptest strategies over a few small sizes and a seed, so that a failure shrinks to few nodes,
 //! short prefixes and few requests.
 
+use std::cell::RefCell;
+
 use proptest::prelude::*;
 use proptest::sample::select;
+use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 use treespark_kernel_gen::DType;
 
 use crate::batch::{Batch, Member, Sampling, Tree};
@@ -241,6 +244,38 @@ pub fn wild_cases() -> impl Strategy<Value = Case> {
 pub fn some_cases(wild: bool, scale: Scale) -> BoxedStrategy<Case> {
     let sizes = if wild { sizes().boxed() } else { select(HOUSE_MODELS.to_vec()).boxed() };
     cases_of(sizes, scale).boxed()
+}
+
+/// A case that a property fails on, the smallest found, or none where it could not be made.
+#[derive(Debug)]
+pub struct Failure {
+    pub case: Option<Box<Case>>,
+    pub problem: String,
+}
+
+/// Makes case `index` of a seed and tries a property on it; a failing one shrinks, by so many steps at most. `seen` gets the
+/// case as it was made.
+pub fn attempt(
+    [seed, index]: [u64; 2],
+    strategy: BoxedStrategy<Case>,
+    shrinks: u32,
+    seen: &mut dyn FnMut(&Case),
+    property: &mut dyn FnMut(Case) -> Result<(), String>,
+) -> Result<(), Failure> {
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    bytes[8..16].copy_from_slice(&index.to_le_bytes());
+    let config = Config { failure_persistence: None, max_shrink_iters: shrinks, ..Config::default() };
+    let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
+    let none = |reason: String| Failure { case: None, problem: reason };
+    let tree = strategy.new_tree(&mut runner).map_err(|reason| none(format!("no case was made: {reason}")))?;
+    seen(&tree.current());
+    let property = RefCell::new(property);
+    match runner.run_one(tree, |case| (*property.borrow_mut())(case).map_err(TestCaseError::fail)) {
+        Ok(_) => Ok(()),
+        Err(TestError::Fail(reason, case)) => Err(Failure { case: Some(Box::new(case)), problem: reason.to_string() }),
+        Err(TestError::Abort(reason)) => Err(none(reason.to_string())),
+    }
 }
 
 fn cases_of(sizes: impl Strategy<Value = Sizes>, scale: Scale) -> impl Strategy<Value = Case> {

@@ -1,17 +1,16 @@
 //! Somebody else's kernels, fuzzed: tree attention and acceptance as plain data in and out. `ffi/` is this as a C interface.
 
-use std::fmt::Write as _;
-
-use proptest::prelude::*;
-use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 pub use treespark_kernel_gen::Row;
 use treespark_kernel_gen::{DType, MAX_NODES, Op, Pass, Role, TreeSpec};
 
-use crate::arb::{Case, Scale, Topology, some_cases, tree};
+use crate::arb::{Case, Failure, Scale, Topology, attempt, some_cases, tree};
 use crate::bed::Bed;
 use crate::oracle::Oracle;
 use crate::rng::Rng;
 use crate::tiny_model::{Sizes, Tail, TinyModel};
+
+/// Steps towards a smaller case.
+const SHRINKS: u32 = 200;
 
 /// Attention of the rows of some trees, each over its prefix and its own ancestors.
 pub struct Attention {
@@ -140,34 +139,20 @@ pub fn attack_attention(
     tolerance: f32,
     run: &mut dyn FnMut(&Attention) -> Option<Vec<f32>>,
 ) -> Result<(), String> {
-    let run = std::cell::RefCell::new(run);
-    let test = |case: Case| {
-        let attention = Attention::of(&case);
-        let problem = (*run.borrow_mut())(&attention).and_then(|out| attention.problem(&out, tolerance));
-        problem.map_or(Ok(()), |problem| Err(TestCaseError::fail(problem)))
-    };
     for index in 0..cases {
-        let mut bytes = [0; 32];
-        bytes[..8].copy_from_slice(&seed.to_le_bytes());
-        bytes[8..16].copy_from_slice(&index.to_le_bytes());
-        let config = Config { failure_persistence: None, max_shrink_iters: 200, ..Config::default() };
-        let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
         let scale = if index % 8 == 7 { Scale::Usual } else { Scale::Small };
-        let tree = some_cases(true, scale).new_tree(&mut runner).map_err(|reason| reason.to_string())?;
-        if let Err(error) = runner.run_one(tree, test) {
-            let mut text = format!("case {index} of seed {seed}: ");
-            match error {
-                TestError::Fail(reason, case) => {
-                    let _ = writeln!(text, "{reason}\nthe smallest case that fails:\n{:?}", case.model.sizes);
-                    for (request, member) in case.batch.members.iter().enumerate() {
-                        let (prefix, parents) = (member.prefix.len(), &member.tree.parents);
-                        let _ = writeln!(
-                            text,
-                            "request {request}: {prefix} committed slots, parents of the nodes {parents:?}"
-                        );
-                    }
+        let found = attempt([seed, index], some_cases(true, scale), SHRINKS, &mut |_| {}, &mut |case| {
+            let attention = Attention::of(&case);
+            run(&attention).and_then(|out| attention.problem(&out, tolerance)).map_or(Ok(()), Err)
+        });
+        if let Err(Failure { case, problem }) = found {
+            let mut text = format!("case {index} of seed {seed}: {problem}\n");
+            if let Some(case) = case {
+                text += &format!("the smallest case that fails:\n{:?}\n", case.model.sizes);
+                for (request, member) in case.batch.members.iter().enumerate() {
+                    let (prefix, parents) = (member.prefix.len(), &member.tree.parents);
+                    text += &format!("request {request}: {prefix} committed slots, parents of the nodes {parents:?}\n");
                 }
-                TestError::Abort(reason) => text += &reason.to_string(),
             }
             return Err(text);
         }

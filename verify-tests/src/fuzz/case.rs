@@ -1,12 +1,10 @@
 //! A random case: everything about it follows from a seed, its index and the kind of backend.
 
-use proptest::prelude::*;
-use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 use serde::{Deserialize, Serialize};
 use treespark::backend::Backend;
 use treespark_kernel_gen::TreeShape;
 use treespark_kernel_gen::draw::draw;
-use treespark_verify_tests::arb::{Case, Scale, some_cases};
+use treespark_verify_tests::arb::{Case, Failure, Scale, attempt, some_cases};
 use treespark_verify_tests::conformance::{IN_ANY_CASE, InCase};
 use treespark_verify_tests::rng::Rng;
 
@@ -20,12 +18,6 @@ pub struct CaseId {
     /// Any sizes, and not those of a few models: kernels of their own.
     pub wild: bool,
     pub scale: Scale,
-}
-
-/// The smallest failing case that was found.
-pub struct Failure {
-    pub case: Option<Box<Case>>,
-    pub problem: String,
 }
 
 /// What case `index` is about: one of these properties, in turn.
@@ -45,27 +37,12 @@ pub fn plan(backend: &str, seed: u64, index: u64, properties: &[(&'static str, I
 
 /// Runs it; a failing one shrinks, by so many steps at most. `seen` gets the case as it was made.
 pub fn run(id: &CaseId, backend: &mut dyn Backend, shrinks: u32, seen: &mut dyn FnMut(&Case)) -> Result<(), Failure> {
-    let failure = |problem: String| Failure { case: None, problem };
     let (_, property) = IN_ANY_CASE
         .into_iter()
         .find(|(name, _)| *name == id.property)
-        .ok_or_else(|| failure(format!("no property is called `{}`", id.property)))?;
-    let mut bytes = [0; 32];
-    bytes[..8].copy_from_slice(&id.seed.to_le_bytes());
-    bytes[8..16].copy_from_slice(&id.index.to_le_bytes());
-    let config = Config { failure_persistence: None, max_shrink_iters: shrinks, ..Config::default() };
-    let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
-    let tree = some_cases(id.wild, id.scale)
-        .new_tree(&mut runner)
-        .map_err(|reason| failure(format!("no case was made: {reason}")))?;
-    seen(&tree.current());
-    let backend = std::cell::RefCell::new(backend);
-    let test = |case| property(&mut **backend.borrow_mut(), case).map_err(TestCaseError::fail);
-    match runner.run_one(tree, test) {
-        Ok(_) => Ok(()),
-        Err(TestError::Fail(reason, case)) => Err(Failure { case: Some(Box::new(case)), problem: reason.to_string() }),
-        Err(TestError::Abort(reason)) => Err(failure(reason.to_string())),
-    }
+        .ok_or_else(|| Failure { case: None, problem: format!("no property is called `{}`", id.property) })?;
+    let strategy = some_cases(id.wild, id.scale);
+    attempt([id.seed, id.index], strategy, shrinks, seen, &mut |case| property(&mut *backend, case))
 }
 
 /// For people: sizes, and every request with its tree.

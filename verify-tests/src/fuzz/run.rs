@@ -10,10 +10,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use treespark_verify_tests::arb::Failure;
 use treespark_verify_tests::conformance::{IN_ANY_CASE, InCase};
 
 use super::backends::{self, NAMES};
-use super::case::{self, CaseId, Failure};
+use super::case::{self, CaseId};
 use super::coverage::Coverage;
 
 /// Steps towards a smaller case.
