@@ -100,7 +100,7 @@ pub fn run(args: &Args) -> Result<()> {
 fn measure(args: &Args, model: &Model, stop: &[u32], calibrated: bool, prompts: &[Vec<u32>]) -> Result<Reliability> {
     let speculator = Speculator::open(&args.drafter, model.config())?;
     let mut backend = devices::open(&args.backend)?;
-    let limits = Limits { context: CONTEXT, max_nodes: args.nodes, top_k: 1 };
+    let limits = Limits::new(CONTEXT, args.nodes);
     let network = Network::load_with_speculator(backend.as_mut(), model, Some(&speculator), limits, &mut |_, _| {})?;
     let drafter = BlockDrafter::load(&speculator)?;
     let drafter = if calibrated { drafter } else { drafter.without_calibration() };

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use treespark_kernel_gen::DType;
 use treespark_models::config::{Rope, RopeScaling};
 use treespark_models::dspark::MarkovKind;
-use treespark_models::{Config, DsparkConfig, Model, Speculator, hub};
+use treespark_models::{Config, DsparkConfig, Model, Speculator, SpeculatorConfig, hub};
 
 pub const RANDOM: &str = "random:";
 
@@ -28,7 +28,7 @@ pub fn open_speculator(name: &str, target: &Config) -> Result<Speculator> {
                 "{name} reads five layers of a target of eight at least, not {}",
                 target.layers
             );
-            Ok(Speculator::random(dspark(target), 1))
+            Ok(Speculator::random(SpeculatorConfig::Dspark(dspark(target)), target, 1))
         }
         Some(other) => bail!("no drafter's sizes are known by the name '{other}'; there is: dspark"),
     }
@@ -111,8 +111,6 @@ fn dspark(target: &Config) -> DsparkConfig {
 
 #[cfg(test)]
 mod tests {
-    use treespark_models::SpeculatorConfig;
-
     use super::*;
 
     #[test]
@@ -156,7 +154,7 @@ mod tests {
     #[test]
     fn random_drafters_have_all_tensors() {
         let target = Config { vocab_size: 1000, ..config("smollm2-135m").unwrap() };
-        let speculator = Speculator::random(dspark(&target), 3);
+        let speculator = Speculator::random(SpeculatorConfig::Dspark(dspark(&target)), &target, 3);
         let config = speculator.config_on_device();
         for weight in speculator.weights(&config, 8) {
             let (desc, parts) = weight.unwrap();

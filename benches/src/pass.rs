@@ -20,7 +20,7 @@ pub fn run(args: &PassArgs) -> Result<()> {
     let bandwidth = if device.has_clock() { Some(device.copy_bandwidth()?) } else { None };
     let max_nodes = args.rows.iter().copied().max().context("no rows were asked for")?;
     let context = args.depth + MAX_NODES;
-    let limits = Limits { context, max_nodes, top_k: 1 };
+    let limits = Limits::new(context, max_nodes);
     let mut network = Network::load(device.backend(), &model, limits, &mut |_, _| {})?;
     eprintln!("{}", circumstances(&device.name()));
     if let (Some(driver), Some(bandwidth)) = (device.driver(), bandwidth) {

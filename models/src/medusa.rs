@@ -36,6 +36,19 @@ pub struct MedusaConfig {
 }
 
 impl MedusaConfig {
+    /// Heads for a target, with matrices of their own or with its head.
+    pub fn of_target(target: &Config, heads: usize, has_matrices: bool) -> MedusaConfig {
+        MedusaConfig {
+            heads,
+            hidden: target.hidden,
+            vocab: target.vocab_size,
+            eps: target.rms_eps,
+            weight_dtype: target.weight_dtype,
+            tensors: "",
+            has_matrices,
+        }
+    }
+
     pub fn is_described_by(json: &Value) -> bool {
         json["medusa_num_heads"].is_u64()
     }
@@ -78,15 +91,8 @@ impl MedusaConfig {
         {
             return Err(mismatch("vocabulary", vocab, target.vocab_size));
         }
-        Ok(MedusaConfig {
-            heads,
-            hidden: target.hidden,
-            vocab: target.vocab_size,
-            eps: target.rms_eps,
-            weight_dtype: checkpoint.dtype(),
-            tensors,
-            has_matrices: checkpoint.has(&matrix),
-        })
+        let config = MedusaConfig::of_target(target, heads, checkpoint.has(&matrix));
+        Ok(MedusaConfig { weight_dtype: checkpoint.dtype(), tensors, ..config })
     }
 
     pub fn block_shape(&self) -> BlockShape {

@@ -133,12 +133,12 @@ impl Speculator {
         Ok(Speculator { config, origin: Origin::Checkpoint(Box::new(checkpoint)) })
     }
 
-    /// A DSpark or DFlash drafter of these sizes that knows nothing. For whoever measures speed.
-    pub fn random(config: DsparkConfig, seed: u64) -> Speculator {
+    /// A drafter of these sizes that knows nothing, for a target. For whoever measures speed, or looks for mistakes.
+    pub fn random(config: SpeculatorConfig, target: &Config, seed: u64) -> Speculator {
         let (weights, heads) = (config.weights(1), config.head_tensors());
         let tensors = weights.iter().flat_map(|weight| weight.source.tensors()).chain(&heads);
-        let tensors = RandomTensors::new(tensors.map(|(_, shape)| &shape[..]), &config.backbone, seed);
-        Speculator { config: SpeculatorConfig::Dspark(config), origin: Origin::Random(tensors) }
+        let tensors = RandomTensors::new(tensors.map(|(_, shape)| &shape[..]), target, seed);
+        Speculator { config, origin: Origin::Random(tensors) }
     }
 
     pub fn config(&self) -> &SpeculatorConfig {

@@ -174,7 +174,7 @@ impl Llm {
         }
 
         let mut backend = devices::open(&options.backend)?;
-        let limits = Limits { context, max_nodes: options.tree.as_ref().map_or(chosen, TreeShape::len), top_k: 1 };
+        let limits = Limits::new(context, options.tree.as_ref().map_or(chosen, TreeShape::len));
         let mut weights = |done, total| progress(LoadProgress::Weights { done, total });
         let beside = speculator.as_ref();
         let mut target = Network::load_with_speculator(backend.as_mut(), &model, beside, limits, &mut weights)?;
@@ -193,6 +193,16 @@ impl Llm {
         engine.prepare()?;
         let (template, stop_tokens) = (model.chat_template()?, model.stop_tokens(&tokenizer));
         Ok(Llm { engine, tokenizer, template, stop_tokens })
+    }
+
+    /// Over parts that are there already. Chats need a template; a generation ends at one of the stop tokens.
+    pub fn from_parts(
+        engine: Engine,
+        tokenizer: Tokenizer,
+        template: Option<ChatTemplate>,
+        stop_tokens: Vec<u32>,
+    ) -> Llm {
+        Llm { engine, tokenizer, template, stop_tokens }
     }
 
     fn resolve(name: &str, progress: &mut dyn FnMut(LoadProgress)) -> Result<PathBuf> {

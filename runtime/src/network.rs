@@ -23,9 +23,6 @@ use crate::sampling::Sampling;
 use crate::sequence::Sequence;
 use crate::tree::{ACCEPTED_WORDS, Accepted, TokenTree};
 
-/// Slots of a cache page.
-const PAGE_SIZE: usize = 16;
-
 /// What a pass computes beside the layers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Kind {
@@ -58,6 +55,14 @@ pub struct Limits {
     pub max_nodes: usize,
     /// Children that a draft pass proposes a node.
     pub top_k: usize,
+    /// Slots of a cache page: 4, 16 or 64.
+    pub page_size: usize,
+}
+
+impl Limits {
+    pub const fn new(context: usize, max_nodes: usize) -> Limits {
+        Limits { context, max_nodes, top_k: 1, page_size: 16 }
+    }
 }
 
 pub struct Network {
@@ -106,13 +111,13 @@ impl Network {
         });
         let speculator_rows = speculator_config.as_ref().map_or(0, |config| config.block().rows);
         // Room for one more tree behind a full context: its rows are written before the end is known.
-        let pages = (limits.context + MAX_NODES).div_ceil(PAGE_SIZE);
+        let pages = (limits.context + MAX_NODES).div_ceil(limits.page_size);
         let dims = Dims {
             max_rows: MAX_NODES,
             head_rows: compiled_rows(limits.max_nodes.max(speculator_rows)),
             max_requests: 1,
             context: limits.context + MAX_NODES,
-            page_size: PAGE_SIZE,
+            page_size: limits.page_size,
             pages,
             pages_per_request: pages,
             top_k: limits.top_k,
@@ -144,7 +149,7 @@ impl Network {
             confidence,
             memory,
             passes: HashMap::new(),
-            pool: PagePool::new(pages, PAGE_SIZE),
+            pool: PagePool::new(pages, limits.page_size),
             pass_weight_bytes: 0,
             drafted: None,
             cost: backend.info().cost,

@@ -2,13 +2,15 @@
 //! short prefixes and few requests.
 
 use std::cell::RefCell;
+use std::fmt::Debug;
+use treespark::Sampling;
 
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 use treespark_kernel_gen::DType;
 
-use crate::batch::{Batch, Member, Sampling, Tree};
+use crate::batch::{Batch, Member, Tree};
 use crate::rng::Rng;
 use crate::tiny_model::{MAX_REQUESTS, Sizes, TinyModel};
 
@@ -123,16 +125,22 @@ pub enum Scale {
     Usual,
     /// Trees beyond one ancestor word.
     Large,
+    /// Thousands of committed tokens, now and then beside hardly any. Not for whole models.
+    Long,
 }
 
 pub fn members(vocab: usize, scale: Scale) -> impl Strategy<Value = Member> {
     let lengths = match scale {
         Scale::Small => select(vec![0usize, 1, 3, 4, 5, 15, 16, 17]).boxed(),
         Scale::Usual | Scale::Large => prefix_lengths().boxed(),
+        Scale::Long => {
+            let edges = select(vec![511usize, 512, 513, 1023, 1024, 2047, 2048, 2049, 3000, 3900]);
+            prop_oneof![2 => edges, 1 => 150usize..3900, 1 => 0usize..20].boxed()
+        }
     };
     let counts = match scale {
         Scale::Small => select(vec![1usize, 2, 3, 5, 7, 8, 9]).boxed(),
-        Scale::Usual => node_counts().boxed(),
+        Scale::Usual | Scale::Long => node_counts().boxed(),
         Scale::Large => select(vec![31usize, 33, 63, 64, 65, 100, 128, 200, 256]).boxed(),
     };
     (lengths, counts, topologies(), any::<u64>(), samplings()).prop_map(
@@ -246,22 +254,22 @@ pub fn some_cases(wild: bool, scale: Scale) -> BoxedStrategy<Case> {
     cases_of(sizes, scale).boxed()
 }
 
-/// A case that a property fails on, the smallest found, or none where it could not be made.
+/// What a property fails on, the smallest found, or none where it could not be made.
 #[derive(Debug)]
-pub struct Failure {
-    pub case: Option<Box<Case>>,
+pub struct Failure<T> {
+    pub case: Option<Box<T>>,
     pub problem: String,
 }
 
 /// Makes case `index` of a seed and tries a property on it; a failing one shrinks, by so many steps at most. `seen` gets the
 /// case as it was made.
-pub fn attempt(
+pub fn attempt<T: Debug>(
     [seed, index]: [u64; 2],
-    strategy: BoxedStrategy<Case>,
+    strategy: BoxedStrategy<T>,
     shrinks: u32,
-    seen: &mut dyn FnMut(&Case),
-    property: &mut dyn FnMut(Case) -> Result<(), String>,
-) -> Result<(), Failure> {
+    seen: &mut dyn FnMut(&T),
+    property: &mut dyn FnMut(T) -> Result<(), String>,
+) -> Result<(), Failure<T>> {
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
     bytes[8..16].copy_from_slice(&index.to_le_bytes());

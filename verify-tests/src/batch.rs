@@ -1,6 +1,7 @@
 //! A ragged batch as a test states it, and the words it becomes. Depths and ancestors come from `parents` by walking
 //! up, one node at a time.
 
+use treespark::Sampling;
 use treespark_kernel_gen::{ANCESTOR_WORDS, Request, Row};
 
 use crate::near_tie::DrawContext;
@@ -62,24 +63,6 @@ impl Tree {
     }
 }
 
-/// How a request draws. [`Sampling::greedy`] is the plain case.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Sampling {
-    pub sample: u32,
-    pub seed: u64,
-    pub temperature: f32,
-    pub top_k: u32,
-    pub top_p: f32,
-    pub min_p: f32,
-    pub repetition_penalty: f32,
-}
-
-impl Sampling {
-    pub fn greedy() -> Sampling {
-        Sampling { sample: 0, seed: 0, temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
-    }
-}
-
 /// One request of a batch: the committed prefix (its tokens; they are in the cache already), the tree on top of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Member {
@@ -94,7 +77,7 @@ pub struct Member {
 
 impl Member {
     pub fn new(prefix: &[u32], tree: Tree) -> Member {
-        Member { prefix: prefix.to_vec(), tree, done: 0, is_block: false, sampling: Sampling::greedy() }
+        Member { prefix: prefix.to_vec(), tree, done: 0, is_block: false, sampling: Sampling::default() }
     }
 
     /// The words of what a row sees of the nodes.

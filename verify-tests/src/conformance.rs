@@ -42,6 +42,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRu
 use treespark::backend::Backend;
 
 use crate::arb::Case;
+use crate::attention;
 use crate::bed::Outputs;
 
 /// Stamps the suite onto a backend: `conformance!(cpu, || Some(Box::new(CpuBackend::new(None))))` makes a module `cpu`
@@ -97,8 +98,12 @@ macro_rules! conformance {
 /// A property of one case.
 pub type InCase = fn(&mut dyn Backend, Case) -> Property;
 
+/// The one that takes prefixes of any length.
+pub const ATTENTION: &str = "attention equals the oracle";
+
 /// The properties that hold for any case, for whoever makes up cases of their own: the fuzzer.
-pub const IN_ANY_CASE: [(&str, InCase); 18] = [
+pub const IN_ANY_CASE: [(&str, InCase); 19] = [
+    (ATTENTION, attention::attention_equals_the_oracle_in_case),
     ("every op equals the oracle", ops::every_op_equals_the_oracle_in_case),
     ("a whole round equals the oracle", ops::a_whole_round_equals_the_oracle_in_case),
     ("a chain is causal attention", structure::a_chain_is_causal_attention_in_case),

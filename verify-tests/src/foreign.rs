@@ -1,34 +1,15 @@
 //! Somebody else's kernels, fuzzed: tree attention and acceptance as plain data in and out. `ffi/` is this as a C interface.
 
 pub use treespark_kernel_gen::Row;
-use treespark_kernel_gen::{DType, MAX_NODES, Op, Pass, Role, TreeSpec};
+use treespark_kernel_gen::{DType, MAX_NODES};
 
 use crate::arb::{Case, Failure, Scale, Topology, attempt, some_cases, tree};
-use crate::bed::Bed;
-use crate::oracle::Oracle;
+pub use crate::attention::Attention;
 use crate::rng::Rng;
-use crate::tiny_model::{Sizes, Tail, TinyModel};
+use crate::tiny_model::{Sizes, TinyModel};
 
 /// Steps towards a smaller case.
 const SHRINKS: u32 = 200;
-
-/// Attention of the rows of some trees, each over its prefix and its own ancestors.
-pub struct Attention {
-    pub sizes: Sizes,
-    pub rows: Vec<Row>,
-    /// Committed slots of each request.
-    pub prefix: Vec<u32>,
-    pub scale: f32,
-    /// `[rows, heads, head_dim]`
-    pub q: Vec<f32>,
-    /// `[pages, kv_heads, page_size, head_dim]`. What nothing has written is NaN.
-    pub keys: Vec<f32>,
-    pub values: Vec<f32>,
-    /// `[requests, pages_per_request]`: slot s of a request lies in page `pages[s / page_size]`.
-    pub pages: Vec<u32>,
-    /// What is right, `[rows, heads, head_dim]`.
-    pub out: Vec<f32>,
-}
 
 /// A verified tree: the draft's tokens, and what the target drew behind each node.
 pub struct Acceptance {
@@ -37,73 +18,6 @@ pub struct Acceptance {
     pub draws: Vec<u32>,
     /// Node ids from the root on, which are kept.
     pub path: Vec<u32>,
-}
-
-impl Attention {
-    /// Random queries, keys and values for a case, and the oracle's answer.
-    pub fn of(case: &Case) -> Attention {
-        let sizes = Sizes { cache: DType::F32, layers: 1, ..case.model.sizes };
-        let model = TinyModel { sizes, seed: case.model.seed };
-        let whole = model.pass(case.batch.rows(), &TreeSpec::Any(MAX_NODES), Tail::Draw);
-        let op = whole.ops.iter().find(|op| matches!(op, Op::TreeAttention { .. })).expect("it attends");
-        let &Op::TreeAttention { scale, .. } = op else { unreachable!("just found") };
-        let mut alone = Pass { name: "attention".into(), ops: vec![op.clone()], ..whole.clone() };
-        alone.buffers.iter_mut().filter(|desc| desc.role == Role::Scratch).for_each(|desc| desc.role = Role::Output);
-        let mut oracle = Oracle::new();
-        let mut bed = Bed::new(&mut oracle, model);
-        bed.prepare(&alone);
-        bed.write_batch(&case.batch);
-        let (rows, pages) = (case.batch.rows(), bed.words("pages", alone.buffers[op.batch().pages.0].len()));
-        let mut rng = case.rng();
-        let mut numbers = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<f32>>();
-        let q = numbers(rows * sizes.heads() * sizes.head_dim);
-        let mut caches =
-            [0, 1].map(|_| vec![f32::NAN; sizes.pages() * sizes.kv_heads * sizes.page_size * sizes.head_dim]);
-        for (request, member) in case.batch.members.iter().enumerate() {
-            for slot in 0..member.slots() {
-                let page = pages[request * sizes.pages_per_request() + slot / sizes.page_size] as usize;
-                for head in 0..sizes.kv_heads {
-                    let at =
-                        ((page * sizes.kv_heads + head) * sizes.page_size + slot % sizes.page_size) * sizes.head_dim;
-                    caches
-                        .iter_mut()
-                        .for_each(|cache| cache[at..][..sizes.head_dim].copy_from_slice(&numbers(sizes.head_dim)));
-                }
-            }
-        }
-        bed.write_floats("q", &q);
-        let [keys, values] = caches;
-        bed.write_floats("k_cache", &keys);
-        bed.write_floats("v_cache", &values);
-        bed.run(&alone, &case.batch);
-        let out = bed.floats("attention", q.len());
-        let words = case.batch.row_words();
-        Attention {
-            sizes,
-            rows: (0..rows).map(|row| Row::read(&words, row)).collect(),
-            prefix: case.batch.members.iter().map(|member| member.prefix.len() as u32).collect(),
-            scale,
-            q,
-            keys,
-            values,
-            pages,
-            out,
-        }
-    }
-
-    /// Where an answer is wrong: the first row and head, and by how much.
-    pub fn problem(&self, out: &[f32], tolerance: f32) -> Option<String> {
-        let dim = self.sizes.head_dim;
-        for (at, (got, want)) in out.chunks(dim).zip(self.out.chunks(dim)).enumerate() {
-            let (row, head) = (&self.rows[at / self.sizes.heads()], at % self.sizes.heads());
-            let worst = got.iter().zip(want).map(|(got, want)| (got - want).abs()).fold(0.0, f32::max);
-            if worst > tolerance || got.iter().any(|x| x.is_nan()) {
-                let (request, node) = (row.request, row.node);
-                return Some(format!("request {request}, node {node}, head {head}: {got:?}, expected {want:?}"));
-            }
-        }
-        None
-    }
 }
 
 impl Acceptance {
@@ -132,6 +46,12 @@ impl Acceptance {
     }
 }
 
+/// Others' kernels get numbers as they are.
+fn in_f32(case: &Case) -> Case {
+    let sizes = Sizes { cache: DType::F32, ..case.model.sizes };
+    Case { model: TinyModel { sizes, ..case.model }, ..case.clone() }
+}
+
 /// Attacks somebody's attention with cases of a seed; the smallest failing case, told. `run` answers a case, or does not take it.
 pub fn attack_attention(
     seed: u64,
@@ -142,7 +62,7 @@ pub fn attack_attention(
     for index in 0..cases {
         let scale = if index % 8 == 7 { Scale::Usual } else { Scale::Small };
         let found = attempt([seed, index], some_cases(true, scale), SHRINKS, &mut |_| {}, &mut |case| {
-            let attention = Attention::of(&case);
+            let attention = Attention::of(&in_f32(&case));
             run(&attention).and_then(|out| attention.problem(&out, tolerance)).map_or(Ok(()), Err)
         });
         if let Err(Failure { case, problem }) = found {
@@ -191,7 +111,7 @@ mod tests {
             let slots: Vec<usize> = (0..prefix).chain(nodes.map(|node| prefix + node)).collect();
             for head in 0..s.heads() {
                 let place = |slot: usize| {
-                    let page = a.pages[row.request as usize * s.pages_per_request() + slot / s.page_size] as usize;
+                    let page = a.pages[row.request as usize * a.pages_per_request + slot / s.page_size] as usize;
                     ((page * s.kv_heads + head / s.group) * s.page_size + slot % s.page_size) * s.head_dim
                 };
                 let q = &a.q[(index * s.heads() + head) * s.head_dim..][..s.head_dim];

@@ -7,12 +7,17 @@
 //! enumeration), [`mutant`] and [`plants`] (backends with known mistakes), [`foreign`] (others' kernels), [`mod@cuda_on_cpu`] (CUDA without a GPU).
 
 pub mod arb;
+pub mod attention;
 pub mod batch;
 pub mod bed;
 pub mod cases;
 pub mod conformance;
 pub mod cuda_on_cpu;
+pub mod decoding;
 pub mod foreign;
+pub mod frequencies;
+pub mod goodness;
+pub mod half_right;
 pub mod logits;
 pub mod mutant;
 pub mod near_tie;
@@ -20,4 +25,5 @@ pub mod oracle;
 pub mod plants;
 pub mod rng;
 pub mod rules;
+pub mod shared;
 pub mod tiny_model;

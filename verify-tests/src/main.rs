@@ -17,6 +17,8 @@ const EXAMPLES: &str = "Examples:
   treespark-fuzz prove
   treespark-fuzz run --backend cpu --seconds 60
   treespark-fuzz run --backend all --seconds 600 --seed 7
+  treespark-fuzz rounds --seconds 60
+  treespark-fuzz stats --backend cuda --workers 8
   treespark-fuzz mutants
   treespark-fuzz replay treespark-fuzz-cpu-7-1234.json
 
@@ -27,7 +29,13 @@ enum Command {
     /// Acceptance rules are lossless, by exact enumeration; known mistakes are not
     Prove(fuzz::prove::Args),
     /// Random models, trees and batches on a backend, against the f64 oracle
+    #[command(after_help = fuzz::run::HELP)]
     Run(fuzz::run::Args),
+    /// Whole generations of random models, speculative against plain
+    #[command(after_help = fuzz::run::ROUNDS_HELP)]
+    Rounds(fuzz::run::Args),
+    /// The law of a million rounds' tokens against the target's
+    Stats(fuzz::stats::Args),
     /// Plants known bugs and looks for them
     Mutants(fuzz::mutants::Args),
     /// Runs a case again that `run` wrote
@@ -38,6 +46,8 @@ fn main() -> ExitCode {
     let outcome = match Args::parse().command {
         Command::Prove(args) => fuzz::prove::run(&args),
         Command::Run(args) => fuzz::run::run(&args),
+        Command::Rounds(args) => fuzz::run::rounds(&args),
+        Command::Stats(args) => fuzz::stats::run(&args),
         Command::Mutants(args) => fuzz::mutants::run(&args),
         Command::Replay(args) => fuzz::replay::run(&args),
     };

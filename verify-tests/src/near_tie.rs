@@ -167,7 +167,7 @@ impl<'a> Filters<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::{Batch, Member, Sampling, Tree};
+    use crate::batch::{Batch, Member, Tree};
 
     fn context(sampling: Sampling) -> DrawContext {
         let member = Member { sampling, ..Member::new(&[], Tree::chain(&[0])) };
@@ -182,19 +182,19 @@ mod tests {
     #[test]
     fn greedy_near_ties_are_told_from_real_differences() {
         let tie: [&[f32]; 2] = [&[1.0, 2.0001, 2.0], &[1.0, 2.0, 2.0001]];
-        assert_eq!(verdict([1, 2], tie, Sampling::greedy()), Verdict::NearTie);
-        assert_eq!(verdict([1, 0], tie, Sampling::greedy()), Verdict::WrongDraw);
+        assert_eq!(verdict([1, 2], tie, Sampling::default()), Verdict::NearTie);
+        assert_eq!(verdict([1, 0], tie, Sampling::default()), Verdict::WrongDraw);
         let apart: [&[f32]; 2] = [&[1.0, 2.1, 2.0], &[1.0, 2.0, 2.1]];
-        assert_eq!(verdict([1, 2], apart, Sampling::greedy()), Verdict::LogitsDiffer);
+        assert_eq!(verdict([1, 2], apart, Sampling::default()), Verdict::LogitsDiffer);
         let clear: [&[f32]; 2] = [&[1.0, 2.1, 2.0], &[1.0, 2.1, 2.0]];
-        assert_eq!(verdict([1, 2], clear, Sampling::greedy()), Verdict::WrongDraw);
+        assert_eq!(verdict([1, 2], clear, Sampling::default()), Verdict::WrongDraw);
         let broken: [&[f32]; 2] = [&[1.0, f32::NAN, 2.0], &[1.0, 2.0, 2.0]];
-        assert_eq!(verdict([1, 2], broken, Sampling::greedy()), Verdict::LogitsDiffer);
+        assert_eq!(verdict([1, 2], broken, Sampling::default()), Verdict::LogitsDiffer);
     }
 
     #[test]
     fn a_token_at_a_filter_threshold_is_a_near_tie() {
-        let keep_two = Sampling { temperature: 1.0, top_k: 2, ..Sampling::greedy() };
+        let keep_two = Sampling { temperature: 1.0, top_k: 2, ..Sampling::default() };
         let rows: [&[f32]; 2] = [&[3.0, 1.0002, 1.0, -20.0], &[3.0, 1.0, 1.0002, -20.0]];
         let ctx = context(keep_two.clone());
         let scored = scores(&rows[0].iter().map(|&x| f64::from(x)).collect::<Vec<_>>(), &ctx.request, 3, |_| false);
@@ -208,7 +208,7 @@ mod tests {
     /// The mass above a token jumps where two tokens tie, so either side of a tie may be right about top-p.
     #[test]
     fn a_tie_decides_what_top_p_keeps() {
-        let narrow = Sampling { temperature: 1.0, top_p: 0.4, ..Sampling::greedy() };
+        let narrow = Sampling { temperature: 1.0, top_p: 0.4, ..Sampling::default() };
         let ctx = context(narrow);
         let scored = scores(&[2.0, 2.0 - 1e-9, -9.0], &ctx.request, 3, |_| false);
         assert!(scored[0].kept && !scored[1].kept);
@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn the_first_difference_is_reported_with_both_logits() {
-        let rows = |_| ([vec![0.5, 1.5], vec![0.5, 1.5]], context(Sampling::greedy()));
+        let rows = |_| ([vec![0.5, 1.5], vec![0.5, 1.5]], context(Sampling::default()));
         assert!(first_divergence([&[1, 0, 1], &[1, 0]], 1e-3, rows).is_none());
         let found = first_divergence([&[1, 0, 1], &[1, 1, 0]], 1e-3, rows).expect("they differ");
         assert_eq!((found.at, found.tokens, found.logits[0]), (1, [0, 1], [0.5, 1.5]));

@@ -20,7 +20,7 @@ use treespark_kernel_gen::{Buf, BufferDesc, DType, MAX_NODES, Op, Pass, Request,
 use treespark_models::Tensor;
 
 pub use philox::{gumbel, philox4x32};
-pub use sampling::{Scored, draw, scores};
+pub use sampling::{Scored, draw, law, scores};
 
 /// A buffer: words, or numbers in f64 that are encoded only when the host reads them.
 #[derive(Debug)]

@@ -16,7 +16,7 @@ use treespark_verify_tests::oracle::Oracle;
 
 const TOLERANCE: f32 = 1e-4;
 const CONTEXT: usize = 128;
-const LIMITS: Limits = Limits { context: CONTEXT, max_nodes: 16, top_k: 1 };
+const LIMITS: Limits = Limits::new(CONTEXT, 16);
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/deepspec").join(name)

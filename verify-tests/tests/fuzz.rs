@@ -27,6 +27,26 @@ fn a_slice_of_random_cases_passes_on_the_cpu() {
 }
 
 #[test]
+fn a_slice_of_whole_generations_passes_on_the_cpu() {
+    let out = folder("fuzz-rounds");
+    let output = fuzz(&["rounds", "--cases", "90", "--seconds", "600", "--seed", "5", "--out", out.to_str().unwrap()]);
+    let text = text(&output);
+    assert!(output.status.code() == Some(0) && text.contains("90 cases"), "{text}");
+    // Of every end some, and of drafts that were accepted many.
+    assert!(["Length", "Context", "StopToken", "StopString"].iter().all(|end| text.contains(end)), "{text}");
+}
+
+#[test]
+fn a_slice_of_the_statistics_passes_on_the_cpu() {
+    let out = folder("fuzz-stats");
+    let output = fuzz(&["stats", "--answers", "600", "--out", out.to_str().unwrap()]);
+    assert!(output.status.code() == Some(0) && text(&output).contains("nothing is rejected"), "{}", text(&output));
+    let report: serde_json::Value = serde_json::from_str(&fs::read_to_string(out.join("stats.json")).unwrap()).unwrap();
+    assert!(report["rounds"].as_u64() > Some(6000) && report["tests"].as_array().unwrap().len() > 6, "{report}");
+    assert!(fs::read_to_string(out.join("stats.svg")).unwrap().contains("</svg>"));
+}
+
+#[test]
 fn planted_bugs_are_found() {
     for class in ["1", "3", "6", "14", "15"] {
         let output = fuzz(&["mutants", "--class", class]);
@@ -42,6 +62,12 @@ fn a_case_is_made_again_from_its_file() {
     let output = fuzz(&["replay", file.to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
     assert!(text(&output).contains("request 0:") && text(&output).contains("nothing wrong"), "{}", text(&output));
+
+    let rounds = case.replace("a second run equals the first", "speculative decoding equals plain, drafter: medusa");
+    fs::write(&file, rounds).unwrap();
+    let output = fuzz(&["replay", file.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("Medusa") && text(&output).contains("nothing wrong"), "{}", text(&output));
 
     fs::write(&file, case.replace("a second run", "a third run")).unwrap();
     let output = fuzz(&["replay", file.to_str().unwrap()]);

@@ -7,16 +7,17 @@ use treespark::backend::{Backend, PassCost};
 use treespark::cpu::CpuBackend;
 use treespark::draft::model::{MAX_CHILDREN, ModelDrafter};
 use treespark::draft::ngram::NgramDrafter;
-use treespark::draft::{Draft, Drafter, NoDrafter, Plan};
+use treespark::draft::{Drafter, NoDrafter};
 use treespark::network::{Limits, Network};
 use treespark::scheduler::Scheduler;
-use treespark::tree::Accepted;
 use treespark::{Engine, Sampling, Sequence, Statistics};
 #[cfg(feature = "wgpu")]
 use treespark_kernel_gen::DType;
 use treespark_kernel_gen::TreeShape;
 use treespark_models::Model;
 use treespark_verify_tests::cases::{SHAPES, samplings, tiny_models};
+use treespark_verify_tests::half_right::HalfRight;
+use treespark_verify_tests::rng::Rng;
 #[cfg(feature = "wgpu")]
 use treespark_verify_tests::{
     logits::logits,
@@ -25,62 +26,6 @@ use treespark_verify_tests::{
 
 const CONTEXT: usize = 160;
 const NEW_TOKENS: usize = 60;
-
-/// A drafter that knows what plain decoding produced and proposes it in part, among wrong branches.
-struct HalfRight {
-    truth: Vec<u32>,
-    vocab: u32,
-    random: u64,
-}
-
-impl HalfRight {
-    fn random(&mut self, below: u32) -> u32 {
-        self.random = self.random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        ((self.random >> 33) % u64::from(below)) as u32
-    }
-}
-
-impl Drafter for HalfRight {
-    fn name(&self) -> &'static str {
-        "half right"
-    }
-
-    fn propose(
-        &mut self,
-        _: &mut dyn Backend,
-        _: &mut Network,
-        seq: &mut Sequence,
-        plan: &Plan,
-    ) -> treespark::Result<Draft> {
-        let shape = plan.shape.clone().expect("tested with given shapes");
-        let (context, mut draft) = (seq.tokens(), Draft::root(seq.last()));
-        let mut right = vec![true]; // whether the path to a node is the truth's
-        let mut taken = vec![false]; // whether a node already has the right child
-        for node in 1..shape.len() {
-            let parent = shape.parent(node);
-            let last_chance = shape.children(parent).last() == Some(node);
-            let next = self.truth.get(context.len() + shape.depth(parent)).copied();
-            let hit = right[parent] && !taken[parent] && self.random(10) < if last_chance { 8 } else { 4 };
-            let token = match next {
-                Some(token) if hit => token,
-                _ => self.random(self.vocab),
-            };
-            taken[parent] |= hit;
-            right.push(hit && next.is_some());
-            taken.push(false);
-            draft.push(parent, token, 0.5)?;
-        }
-        Ok(draft)
-    }
-
-    fn observe(&mut self, _: &mut dyn Backend, _: &Draft, _: &Accepted) -> treespark::Result<()> {
-        Ok(())
-    }
-
-    fn start(&mut self, _: &mut dyn Backend, _: &[u32]) -> treespark::Result<()> {
-        Ok(())
-    }
-}
 
 type OpenBackend = fn() -> Box<dyn Backend>;
 
@@ -91,7 +36,7 @@ struct Setup<'a> {
 
 impl Setup<'_> {
     fn limits(shape: Option<&TreeShape>) -> Limits {
-        Limits { context: CONTEXT, max_nodes: shape.map_or(64, TreeShape::len), top_k: 1 }
+        Limits::new(CONTEXT, shape.map_or(64, TreeShape::len))
     }
 
     fn run(
@@ -126,7 +71,7 @@ fn check_all(open: OpenBackend, shapes: &[&str], each: usize) {
     for path in tiny_models() {
         let model = Model::open(&path).unwrap();
         let setup = Setup { model: &model, open };
-        let vocab = model.config().vocab_size as u32;
+        let vocab = model.config().vocab_size;
         let (mut rounds, mut tokens) = (0, 0);
         for (turn, (name, sampling)) in samplings().into_iter().enumerate() {
             let (plain, _) = setup.run(|_| Box::new(NoDrafter), None, &sampling);
@@ -137,7 +82,7 @@ fn check_all(open: OpenBackend, shapes: &[&str], each: usize) {
                     assert_eq!(got, plain, "{}: {drafter}, tree {text}, {name}", path.display());
                     (stats.rounds, stats.new_tokens)
                 };
-                let half = HalfRight { truth: plain.clone(), vocab, random: i as u64 };
+                let half = HalfRight { truths: vec![plain.clone()], vocab, rng: Rng::new(i as u64) };
                 let (r, t) = check("half right", setup.run(|_| Box::new(half), Some(&shape), &sampling));
                 (rounds, tokens) = (rounds + r, tokens + t);
                 check("ngram", setup.run(|_| Box::new(NgramDrafter::default()), Some(&shape), &sampling));

@@ -62,7 +62,7 @@ struct Done {
 /// An engine on the emulation. With a shape the host drafts.
 fn engine(model: &Model, drafter: Box<dyn Drafter>, shape: Option<TreeShape>) -> Option<Engine> {
     let mut backend = cuda_on_cpu(0)?;
-    let limits = Limits { context: CONTEXT, max_nodes: 16, top_k: 1 };
+    let limits = Limits::new(CONTEXT, 16);
     let target = Network::load(backend.as_mut(), model, limits, &mut |_, _| {}).unwrap();
     let scheduler = Scheduler::new(shape, 16, PassCost(&[(1, 1.0), (2, 1.001)]));
     Some(Engine::new(backend, target, drafter, scheduler, CONTEXT))
@@ -235,7 +235,7 @@ fn with_draft_model(model: &Model, shape: Option<&TreeShape>, drafts: bool) -> O
     let waits = Rc::new(Cell::new(0));
     let mut backend: Box<dyn Backend> = Box::new(Watched { inner: cuda_on_cpu(0)?, drafts, waits: waits.clone() });
     let max_nodes = shape.map_or(16, TreeShape::len);
-    let limits = Limits { context: CONTEXT, max_nodes, top_k: 1 };
+    let limits = Limits::new(CONTEXT, max_nodes);
     let target = Network::load(backend.as_mut(), model, limits, &mut |_, _| {}).unwrap();
     let vocab = model.config().vocab_size;
     let drafter = ModelDrafter::load(backend.as_mut(), model, vocab, limits, &mut |_, _| {}).unwrap();

@@ -2,7 +2,7 @@
 //! ([`Network::grow`]).
 //!
 //! The draft's own cache mirrors the committed text. Before a round it may lack the last few tokens (the bonus token,
-//! and an accepted leaf, which the draft never ran); they are run first.
+//! and an accepted leaf, which the draft never ran), or hold those of another sequence: what is missing is run first.
 
 use treespark_kernel_gen::TreeShape;
 use treespark_models::Model;
@@ -28,6 +28,8 @@ const PRIORS: [f32; MAX_CHILDREN] =
 pub struct ModelDrafter {
     network: Network,
     kv: KvCache,
+    /// The tokens that are in the cache.
+    cached: Vec<u32>,
     rates: HitRates,
     default_shape: TreeShape,
 }
@@ -49,9 +51,20 @@ impl ModelDrafter {
         Ok(ModelDrafter {
             network: Network::load(backend, model, limits, progress)?,
             kv: KvCache::default(),
+            cached: Vec::new(),
             rates: HitRates::new(&PRIORS),
             default_shape: DEFAULT_SHAPE.parse().map_err(Error::Shape)?,
         })
+    }
+
+    /// Runs what the cache lacks of a text, and forgets what is not part of it.
+    fn read(&mut self, backend: &mut dyn Backend, text: &[u32]) -> Result<()> {
+        let common = self.cached.iter().zip(text).take_while(|(cached, token)| cached == token).count();
+        self.kv.rewind(common);
+        self.cached.truncate(common);
+        self.network.extend(backend, &mut self.kv, &text[common..], &mut |_| {})?;
+        self.cached.extend_from_slice(&text[common..]);
+        Ok(())
     }
 }
 
@@ -67,8 +80,7 @@ impl Drafter for ModelDrafter {
         seq: &mut Sequence,
         plan: &Plan,
     ) -> Result<Draft> {
-        let missing = &seq.tokens()[self.kv.len()..seq.tokens().len() - 1];
-        self.network.extend(backend, &mut self.kv, missing, &mut |_| {})?;
+        self.read(backend, &seq.tokens()[..seq.tokens().len() - 1])?;
         let shape = fitting(plan.shape.as_ref().unwrap_or(&self.default_shape), plan, self.network.top_k());
         let tree = self.network.grow(backend, &mut self.kv, seq.last(), &shape)?;
         let mut survival = vec![1.0];
@@ -83,12 +95,17 @@ impl Drafter for ModelDrafter {
         self.rates.learn(&draft.tree, &shape.ranks(), &accepted.tokens);
         // The last level was never run: it has no cache rows.
         let path = &accepted.path[..accepted.path.len().min(shape.max_depth())];
-        if path.is_empty() { Ok(()) } else { self.network.commit(backend, &mut self.kv, path) }
+        if !path.is_empty() {
+            self.network.commit(backend, &mut self.kv, path)?;
+            self.cached.extend(path.iter().map(|&node| draft.tree.token(node)));
+        }
+        Ok(())
     }
 
     fn start(&mut self, backend: &mut dyn Backend, prompt: &[u32]) -> Result<()> {
         self.network.release(&mut self.kv);
-        self.network.extend(backend, &mut self.kv, &prompt[..prompt.len() - 1], &mut |_| {})
+        self.cached.clear();
+        self.read(backend, &prompt[..prompt.len() - 1])
     }
 
     fn prepare(&mut self, backend: &mut dyn Backend) -> Result<()> {

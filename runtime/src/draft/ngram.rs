@@ -32,8 +32,8 @@ const MATCH_CLASSES: usize = 6;
 pub struct NgramDrafter {
     /// Where each token was followed by something: index of that something, ascending.
     follows: HashMap<u32, Vec<usize>>,
-    /// Tokens that are in the index.
-    indexed: usize,
+    /// The text that is in the index.
+    indexed: Vec<u32>,
     rates: HitRates,
     /// Class of every node of the last proposal.
     classes: Vec<usize>,
@@ -41,7 +41,12 @@ pub struct NgramDrafter {
 
 impl Default for NgramDrafter {
     fn default() -> NgramDrafter {
-        NgramDrafter { follows: HashMap::new(), indexed: 0, rates: HitRates::new(&PRIORS), classes: Vec::new() }
+        NgramDrafter {
+            follows: HashMap::new(),
+            indexed: Vec::new(),
+            rates: HitRates::new(&PRIORS),
+            classes: Vec::new(),
+        }
     }
 }
 
@@ -85,11 +90,20 @@ impl NgramDrafter {
         Ok(draft)
     }
 
+    /// Adds what is new. Of another sequence, whose turn it may be, all is.
     fn index(&mut self, context: &[u32]) {
-        for at in self.indexed.max(1)..context.len() {
+        if !context.starts_with(&self.indexed) {
+            self.forget();
+        }
+        for at in self.indexed.len().max(1)..context.len() {
             self.follows.entry(context[at - 1]).or_default().push(at);
         }
-        self.indexed = context.len();
+        self.indexed.extend_from_slice(&context[self.indexed.len()..]);
+    }
+
+    fn forget(&mut self) {
+        self.follows.clear();
+        self.indexed.clear();
     }
 
     /// Earlier occurrences of the context's end: (match length, index of what followed), longest and latest first.
@@ -192,8 +206,7 @@ impl Drafter for NgramDrafter {
     }
 
     fn start(&mut self, _: &mut dyn Backend, _: &[u32]) -> Result<()> {
-        self.follows.clear();
-        self.indexed = 0;
+        self.forget();
         Ok(())
     }
 

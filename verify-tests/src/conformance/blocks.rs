@@ -1,5 +1,6 @@
 //! Trees that the device grows from a parallel drafter's block.
 
+use treespark::Sampling;
 use treespark::backend::Backend;
 use treespark_kernel_gen::layout::{accepted_words, report_words};
 use treespark_kernel_gen::{BlockShape, Fill, MAX_NODES, Pass, Role};
@@ -7,7 +8,7 @@ use treespark_kernel_gen::{BlockShape, Fill, MAX_NODES, Pass, Role};
 use super::agreement::Tolerance;
 use super::{Property, same};
 use crate::arb::HOUSE_MODELS;
-use crate::batch::{Batch, Member, Sampling, Tree};
+use crate::batch::{Batch, Member, Tree};
 use crate::bed::Bed;
 use crate::oracle::Oracle;
 use crate::rng::Rng;
@@ -92,7 +93,7 @@ fn drafts(backend: &mut dyn Backend, seed: u64, sizes: Sizes) -> Property {
         state[request * report_words(nodes)] = (prefix + n + left) as u32;
         state[request * report_words(nodes) + 4] = rng.below(vocab) as u32;
         let temperature = [0.0, 0.6, 1.0][rng.below(3)];
-        let sampling = Sampling { temperature, ..Sampling::greedy() };
+        let sampling = Sampling { temperature, ..Sampling::default() };
         members.push(Member { sampling, ..Member::new(&vec![3; prefix], Tree::chain(&[0])) });
     }
     let batch = Batch { members };

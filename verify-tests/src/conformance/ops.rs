@@ -1,5 +1,6 @@
 //! Every op against the oracle: alone on equal inputs, and as a whole round.
 
+use treespark::Sampling;
 use treespark::backend::Backend;
 use treespark_kernel_gen::layout::NO_TOKEN;
 use treespark_kernel_gen::{BufferDesc, DType, MAX_NODES, Op, Pass, Role, TreeSpec};
@@ -8,7 +9,7 @@ use super::agreement::Tolerance;
 use super::draws::excusable;
 use super::{Property, finite, for_cases, same};
 use crate::arb::{Case, HOUSE_MODELS, Topology, WIDE_MODELS, cases, tree, wild_cases};
-use crate::batch::{Batch, Member, Sampling};
+use crate::batch::{Batch, Member};
 use crate::bed::Bed;
 use crate::oracle::Oracle;
 use crate::tiny_model::{MAX_ROWS, Tail, TinyModel, compiled_rows};
@@ -164,7 +165,7 @@ pub fn a_whole_round_equals_the_oracle(backend: &mut dyn Backend) -> Property {
 }
 
 pub fn a_whole_round_equals_the_oracle_in_case(backend: &mut dyn Backend, mut case: Case) -> Property {
-    case.batch.members.iter_mut().for_each(|member| member.sampling = Sampling::greedy());
+    case.batch.members.iter_mut().for_each(|member| member.sampling = Sampling::default());
     let mut oracle = Oracle::new();
     let want = Bed::new(&mut oracle, case.model.clone()).verify(&case.batch, MAX_ROWS, &ANY);
     let got = Bed::new(backend, case.model.clone()).verify(&case.batch, MAX_ROWS, &ANY);

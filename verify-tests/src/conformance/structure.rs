@@ -1,12 +1,13 @@
 //! Properties of a forward pass that need no oracle: two runs on one backend agree, bit for bit where it promises that.
 
+use treespark::Sampling;
 use treespark::backend::Backend;
 use treespark_kernel_gen::{MAX_NODES, TreeShape, TreeSpec};
 
 use super::agreement::{equal_row, same_row};
 use super::{Property, finite, for_cases};
 use crate::arb::{Case, WIDE_MODELS, cases};
-use crate::batch::{Batch, Member, Sampling, Tree};
+use crate::batch::{Batch, Member, Tree};
 use crate::bed::Bed;
 use crate::rng::Rng;
 use crate::tiny_model::{MAX_ROWS, TinyModel};
@@ -95,7 +96,7 @@ pub fn a_tree_may_grow_over_several_passes(backend: &mut dyn Backend) -> Propert
 
 pub fn a_tree_may_grow_over_several_passes_in_case(backend: &mut dyn Backend, case: Case) -> Property {
     // Without a penalty: a draw takes the tokens of a path from the rows of its own pass.
-    let member = Member { sampling: Sampling::greedy(), ..case.batch.members[0].clone() };
+    let member = Member { sampling: Sampling::default(), ..case.batch.members[0].clone() };
     let whole = Batch { members: vec![member.clone()] };
     let at_once = Bed::new(backend, case.model.clone()).verify(&whole, MAX_ROWS, &ANY);
     let mut rng = case.rng();

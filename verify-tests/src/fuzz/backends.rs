@@ -5,12 +5,13 @@ use treespark::backend::Backend;
 use treespark::cpu::CpuBackend;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark_verify_tests::cases;
+use treespark_verify_tests::shared::Shared;
 
 /// The names that `--backend` takes, beside `all`.
 pub const NAMES: [&str; 4] = ["cpu", "wgpu", "cuda", "emulated"];
 
 /// Opens one. The reason why there is none has been printed.
-pub fn open(name: &str) -> Result<Box<dyn Backend>> {
+pub fn open(name: &str) -> Result<Shared> {
     let backend: Option<Box<dyn Backend>> = match name {
         "cpu" => Some(Box::new(CpuBackend::new(Some(1)))),
         #[cfg(feature = "wgpu")]
@@ -22,7 +23,7 @@ pub fn open(name: &str) -> Result<Box<dyn Backend>> {
         _ => bail!("no backend `{name}`: {} or all, as far as they were built in", NAMES.join(", ")),
     };
     match backend {
-        Some(backend) => Ok(backend),
+        Some(backend) => Ok(Shared::new(backend)),
         None => bail!("{name} cannot be attacked here"),
     }
 }

@@ -1,12 +1,14 @@
 //! A random case: everything about it follows from a seed, its index and the kind of backend.
 
 use serde::{Deserialize, Serialize};
-use treespark::backend::Backend;
 use treespark_kernel_gen::TreeShape;
 use treespark_kernel_gen::draw::draw;
-use treespark_verify_tests::arb::{Case, Failure, Scale, attempt, some_cases};
-use treespark_verify_tests::conformance::{IN_ANY_CASE, InCase};
+use treespark_verify_tests::arb::{self, Case, Scale, attempt, some_cases};
+use treespark_verify_tests::conformance::{ATTENTION, IN_ANY_CASE};
+use treespark_verify_tests::decoding::arb::decodings;
+use treespark_verify_tests::decoding::{Decoding, GUESSERS, Seen};
 use treespark_verify_tests::rng::Rng;
+use treespark_verify_tests::shared::Shared;
 
 /// What a failure file holds: enough to make the case again.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -20,29 +22,71 @@ pub struct CaseId {
     pub scale: Scale,
 }
 
+/// The smallest case found that fails, for people, and what is wrong with it.
+pub struct Failure {
+    pub case: Option<String>,
+    pub problem: String,
+}
+
+/// What whoever counts is told.
+pub enum Sight<'a> {
+    Case(&'a Case),
+    Decoding(&'a Decoding),
+    /// What a decoding came to, shrunken ones included.
+    Decoded(&'a Seen),
+}
+
+/// What a case of passes may be about: [`IN_ANY_CASE`].
+pub fn of_passes() -> Vec<String> {
+    IN_ANY_CASE.map(|(name, _)| name.to_string()).to_vec()
+}
+
+const OF_ROUNDS: &str = "speculative decoding equals plain, drafter: ";
+
+/// What a case of whole generations may be about: one of the [`GUESSERS`].
+pub fn of_rounds() -> Vec<String> {
+    GUESSERS.map(|name| format!("{OF_ROUNDS}{name}")).to_vec()
+}
+
 /// What case `index` is about: one of these properties, in turn.
-pub fn plan(backend: &str, seed: u64, index: u64, properties: &[(&'static str, InCase)]) -> CaseId {
+pub fn plan(backend: &str, seed: u64, index: u64, properties: &[String]) -> CaseId {
     let mut rng = Rng::new(seed.rotate_left(32) ^ index);
-    let (property, _) = properties[index as usize % properties.len()];
+    let property = properties[index as usize % properties.len()].clone();
     // A GPU has a compiler to wait for.
     let wild = if backend == "cpu" { rng.below(4) > 0 } else { rng.below(64) == 0 };
     // The oracle takes most of the time, and most of it for the few large cases.
     let scale = match rng.below(16) {
         0 => Scale::Usual,
         1 => Scale::Large,
+        2 | 3 if property == ATTENTION => Scale::Long,
         _ => Scale::Small,
     };
-    CaseId { backend: backend.to_string(), seed, index, property: property.to_string(), wild, scale }
+    CaseId { backend: backend.to_string(), seed, index, property, wild, scale }
 }
 
-/// Runs it; a failing one shrinks, by so many steps at most. `seen` gets the case as it was made.
-pub fn run(id: &CaseId, backend: &mut dyn Backend, shrinks: u32, seen: &mut dyn FnMut(&Case)) -> Result<(), Failure> {
-    let (_, property) = IN_ANY_CASE
-        .into_iter()
-        .find(|(name, _)| *name == id.property)
-        .ok_or_else(|| Failure { case: None, problem: format!("no property is called `{}`", id.property) })?;
+/// Runs it; a failing one shrinks, by so many steps at most. `seen` is told of the case as it was made.
+pub fn run(id: &CaseId, backend: &mut Shared, shrinks: u32, seen: &mut dyn FnMut(Sight)) -> Result<(), Failure> {
+    let key = [id.seed, id.index];
+    if let Some(guesser) = id.property.strip_prefix(OF_ROUNDS).filter(|name| GUESSERS.contains(name)) {
+        let mut sights = Vec::new();
+        let result =
+            attempt(key, decodings(id.wild, guesser), shrinks, &mut |made| seen(Sight::Decoding(made)), &mut |made| {
+                sights.push(made.check(backend)?);
+                Ok(())
+            });
+        sights.iter().for_each(|sight| seen(Sight::Decoded(sight)));
+        return result.map_err(|failure| told(failure, Decoding::describe));
+    }
+    let Some((_, property)) = IN_ANY_CASE.into_iter().find(|(name, _)| *name == id.property) else {
+        return Err(Failure { case: None, problem: format!("no property is called `{}`", id.property) });
+    };
     let strategy = some_cases(id.wild, id.scale);
-    attempt([id.seed, id.index], strategy, shrinks, seen, &mut |case| property(&mut *backend, case))
+    attempt(key, strategy, shrinks, &mut |made| seen(Sight::Case(made)), &mut |made| property(backend, made))
+        .map_err(|failure| told(failure, describe))
+}
+
+fn told<T>(failure: arb::Failure<T>, describe: fn(&T) -> String) -> Failure {
+    Failure { case: failure.case.map(|case| describe(&case)), problem: failure.problem }
 }
 
 /// For people: sizes, and every request with its tree.

@@ -2,11 +2,16 @@
 
 use std::collections::BTreeMap;
 
+use treespark::Sampling;
 use treespark_verify_tests::arb::Case;
+use treespark_verify_tests::decoding::{Decoding, Seen};
+use treespark_verify_tests::tiny_model::Sizes;
+
+use super::case::Sight;
 
 /// Upper ends of classes of sizes.
 const NODES: [usize; 6] = [1, 8, 16, 33, 65, 256];
-const PREFIXES: [usize; 6] = [0, 1, 16, 64, 128, 416];
+const PREFIXES: [usize; 8] = [0, 1, 16, 64, 128, 416, 1024, 4096];
 
 #[derive(Debug, Default)]
 pub struct Coverage {
@@ -15,14 +20,25 @@ pub struct Coverage {
 }
 
 impl Coverage {
-    pub fn add(&mut self, property: &str, case: &Case) {
-        let s = case.model.sizes;
+    pub fn add(&mut self, property: &str, sight: Sight) {
+        match sight {
+            Sight::Case(case) => self.add_case(property, case),
+            Sight::Decoding(decoding) => self.add_decoding(property, decoding),
+            Sight::Decoded(seen) => self.add_seen(seen),
+        }
+    }
+
+    fn add_sizes(&mut self, property: &str, s: &Sizes) {
         self.count("property", property.to_string());
         self.count("head size", s.head_dim.to_string());
         self.count("query heads a key head", s.group.to_string());
         self.count("weights", format!("{:?}", s.weights));
-        self.count("cache", format!("{:?}", s.cache));
         self.count("page", s.page_size.to_string());
+    }
+
+    fn add_case(&mut self, property: &str, case: &Case) {
+        self.add_sizes(property, &case.model.sizes);
+        self.count("cache", format!("{:?}", case.model.sizes.cache));
         self.count("requests", case.batch.members.len().to_string());
         for member in &case.batch.members {
             self.count("nodes up to", class(member.tree.nodes(), &NODES));
@@ -35,19 +51,48 @@ impl Coverage {
                 _ => "bushy",
             };
             self.count("shape", shape.to_string());
-            let drawn = if member.sampling.temperature == 0.0 { "greedy" } else { "sampled" };
-            self.count("draws", drawn.to_string());
+            self.count("draws", drawn(&member.sampling));
+        }
+    }
+
+    fn add_decoding(&mut self, property: &str, decoding: &Decoding) {
+        self.add_sizes(property, &decoding.sizes);
+        self.count("requests", decoding.asks.len().to_string());
+        self.count("in turns", decoding.in_turns.to_string());
+        let chosen = || format!("chosen, up to {}", decoding.max_nodes);
+        let shape =
+            decoding.shape.as_ref().map_or_else(chosen, |shape| format!("given, up to {}", class(shape.len(), &NODES)));
+        self.count("trees of nodes", shape);
+        for ask in &decoding.asks {
+            self.count("draws", drawn(&ask.sampling));
+            self.count("penalty", (ask.sampling.repetition_penalty != 1.0).to_string());
+        }
+    }
+
+    fn add_seen(&mut self, seen: &Seen) {
+        seen.ends.iter().for_each(|end| self.count("ends", format!("{end:?}")));
+        for (what, n) in [
+            ("rounds", seen.rounds),
+            ("drafts accepted", seen.accepted),
+            ("near-ties", seen.near_ties),
+            ("without a page", seen.exhausted),
+        ] {
+            self.count_many("seen", what.to_string(), n as u64);
         }
     }
 
     fn count(&mut self, kind: &'static str, class: String) {
-        *self.kinds.entry(kind).or_default().entry(class).or_default() += 1;
+        self.count_many(kind, class, 1);
+    }
+
+    fn count_many(&mut self, kind: &'static str, class: String, n: u64) {
+        *self.kinds.entry(kind).or_default().entry(class).or_default() += n;
     }
 
     pub fn merge(&mut self, other: Coverage) {
         for (kind, classes) in other.kinds {
             for (class, n) in classes {
-                *self.kinds.entry(kind).or_default().entry(class).or_default() += n;
+                self.count_many(kind, class, n);
             }
         }
     }
@@ -67,6 +112,10 @@ impl Coverage {
         }
         text
     }
+}
+
+fn drawn(sampling: &Sampling) -> String {
+    if sampling.temperature == 0.0 { "greedy".into() } else { "sampled".into() }
 }
 
 fn class(size: usize, ends: &[usize]) -> String {

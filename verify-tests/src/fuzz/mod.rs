@@ -4,6 +4,8 @@ mod backends;
 mod case;
 mod coverage;
 pub mod mutants;
+pub mod plot;
 pub mod prove;
 pub mod replay;
 pub mod run;
+pub mod stats;

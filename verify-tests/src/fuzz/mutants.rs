@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use treespark::cpu::CpuBackend;
-use treespark_verify_tests::conformance::IN_ANY_CASE;
 use treespark_verify_tests::mutant::Mutant;
 use treespark_verify_tests::plants::{NOT_PLANTED, PLANTS, Plant};
+use treespark_verify_tests::shared::Shared;
 
 use super::case::{self, CaseId};
 
@@ -59,11 +59,12 @@ pub fn run(args: &Args) -> Result<bool> {
 }
 
 fn hunt(plant: &Plant, seed: u64, limit: Duration) -> Option<CaseId> {
-    let start = Instant::now();
+    let (start, properties) = (Instant::now(), case::of_passes());
     let mut index = 0;
     while start.elapsed() < limit {
-        let id = case::plan("cpu", seed, index, &IN_ANY_CASE);
-        let mut backend = Mutant::new(Box::new(CpuBackend::new(Some(1))), plant.mistake);
+        let id = case::plan("cpu", seed, index, &properties);
+        let mutant = Mutant::new(Box::new(CpuBackend::new(Some(1))), plant.mistake);
+        let mut backend = Shared::new(Box::new(mutant));
         if case::run(&id, &mut backend, 0, &mut |_| {}).is_err() {
             return Some(id);
         }

@@ -10,18 +10,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use treespark_verify_tests::arb::Failure;
-use treespark_verify_tests::conformance::{IN_ANY_CASE, InCase};
 
 use super::backends::{self, NAMES};
-use super::case::{self, CaseId};
+use super::case::{self, CaseId, Failure};
 use super::coverage::Coverage;
 
 /// Steps towards a smaller case.
 pub const SHRINKS: u32 = 400;
+/// Passes pile up in a backend: after so many cases a new one takes its place.
+const CASES_OF_A_BACKEND: u64 = 500;
 
 #[derive(clap::Args)]
-#[command(after_help = HELP)]
 pub struct Args {
     /// cpu, wgpu, cuda, emulated (CUDA's kernels on the CPU), or all that are here
     #[arg(short, long, default_value = "cpu")]
@@ -38,9 +37,12 @@ pub struct Args {
     /// The index of the first case
     #[arg(long, default_value_t = 0)]
     first: u64,
-    /// Only properties whose name contains this
+    /// Only properties (`run`) or drafters (`rounds`) whose name contains this
     #[arg(long, default_value = "")]
     only: String,
+    /// Cases at a time; on the CPU as many as it has cores, elsewhere 1
+    #[arg(short, long)]
+    workers: Option<usize>,
     /// Ends at the first failure
     #[arg(long)]
     stop: bool,
@@ -49,7 +51,7 @@ pub struct Args {
     out: PathBuf,
 }
 
-const HELP: &str = "A case is a random model (heads, groups, sizes, types, page size), up to three requests (prefix, tree, sampling), and one \
+pub const HELP: &str = "A case is a random model (heads, groups, sizes, types, page size), up to three requests (prefix, tree, sampling), and one \
 of the properties that hold for any of them. Memory that nothing has written holds NaN. A failing case shrinks; the smallest one is printed \
 with its trees, and a file is written that `replay` runs again.
 
@@ -58,9 +60,28 @@ Examples:
   treespark-fuzz run --backend wgpu --only 'every op'
   treespark-fuzz run --backend all --seed 7 --out found";
 
+pub const ROUNDS_HELP: &str = "A case is a random model, a drafter for it (repeats, one that knows half of the answer, a draft model, Medusa heads, \
+DFlash, DSpark), a tree or the drafter's own choice, a page size, and up to three questions (prompt, sampling, penalties, most tokens, a stop \
+token or a stop string inside of what plain decoding says), one after the other or in turns, with fewer pages than they need. Tokens, text and \
+end must be those of plain decoding, and these those of the f64 oracle; where a backend does not promise equal bits, up to a near-tie.
+
+Examples:
+  treespark-fuzz rounds --seconds 600
+  treespark-fuzz rounds --backend cuda --only dspark";
+
+/// Attacks passes, by the properties that hold for any case.
 pub fn run(args: &Args) -> Result<bool> {
-    let properties: Vec<_> = IN_ANY_CASE.into_iter().filter(|(name, _)| name.contains(&args.only)).collect();
-    ensure!(!properties.is_empty(), "no property is called so: {}", IN_ANY_CASE.map(|(name, _)| name).join("; "));
+    attack(args, case::of_passes())
+}
+
+/// Attacks whole generations.
+pub fn rounds(args: &Args) -> Result<bool> {
+    attack(args, case::of_rounds())
+}
+
+fn attack(args: &Args, all: Vec<String>) -> Result<bool> {
+    let properties: Vec<String> = all.iter().filter(|name| name.contains(&args.only)).cloned().collect();
+    ensure!(!properties.is_empty(), "no property is called so: {}", all.join("; "));
     fs::create_dir_all(&args.out).with_context(|| format!("{}", args.out.display()))?;
     let ended = std::sync::Arc::new(AtomicBool::new(false));
     let end = ended.clone();
@@ -87,7 +108,7 @@ pub fn run(args: &Args) -> Result<bool> {
 struct Attack<'a> {
     args: &'a Args,
     name: &'a str,
-    properties: &'a [(&'static str, InCase)],
+    properties: &'a [String],
     ended: &'a AtomicBool,
 }
 
@@ -111,7 +132,8 @@ impl Attack<'_> {
             found: Mutex::new(0),
             coverage: Mutex::new(Coverage::default()),
         };
-        let workers = if self.name == "cpu" { thread::available_parallelism().map_or(1, usize::from) } else { 1 };
+        let cores = || thread::available_parallelism().map_or(1, usize::from);
+        let workers = args.workers.unwrap_or_else(|| if self.name == "cpu" { cores() } else { 1 });
         println!("{}: {} properties, seed {}, {workers} workers", self.name, self.properties.len(), args.seed);
         thread::scope(|scope| -> Result<()> {
             let handles: Vec<_> = (0..workers).map(|_| scope.spawn(|| self.work(&shared))).collect();
@@ -140,8 +162,11 @@ impl Attack<'_> {
             if self.args.cases.is_some_and(|cases| index >= self.args.first + cases) {
                 break;
             }
+            if index % CASES_OF_A_BACKEND == CASES_OF_A_BACKEND - 1 {
+                backend = backends::open(self.name)?;
+            }
             let id = case::plan(self.name, self.args.seed, index, self.properties);
-            let result = case::run(&id, backend.as_mut(), SHRINKS, &mut |case| coverage.add(&id.property, case));
+            let result = case::run(&id, &mut backend, SHRINKS, &mut |sight| coverage.add(&id.property, sight));
             shared.done.fetch_add(1, Ordering::Relaxed);
             if let Err(failure) = result {
                 *shared.found.lock().expect("no worker panics") += 1;
@@ -175,6 +200,6 @@ pub fn print(id: &CaseId, failure: &Failure) {
     println!("\nFAILED on {}: {} (seed {}, case {})", id.backend, id.property, id.seed, id.index);
     println!("{}", failure.problem);
     if let Some(case) = &failure.case {
-        print!("the smallest case that fails:\n{}", case::describe(case));
+        print!("the smallest case that fails:\n{case}");
     }
 }

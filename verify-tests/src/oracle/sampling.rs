@@ -57,6 +57,13 @@ pub fn scores(logits: &[f64], request: &Request, position: u32, penalised: impl 
         .collect()
 }
 
+/// The probability of each token: that of the kept ones, as fractions of their sum.
+pub fn law(scored: &[Scored]) -> Vec<f64> {
+    let masses: Vec<f64> = scored.iter().map(|s| if s.kept { s.relative } else { 0.0 }).collect();
+    let total: f64 = masses.iter().sum();
+    masses.iter().map(|mass| mass / total).collect()
+}
+
 /// The kept token with the largest score, ties to the lowest id.
 pub fn draw(logits: &[f64], request: &Request, position: u32, penalised: impl Fn(u32) -> bool) -> u32 {
     if logits.iter().any(|x| x.is_nan()) {

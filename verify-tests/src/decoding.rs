@@ -1,0 +1,501 @@
+//! Whole generations of random tiny models: speculative decoding against plain, plain against the oracle.
+//!
+//! A [`Decoding`] says everything: the model, who drafts, the tree, the cache and what is asked. [`Decoding::check`] decodes it
+//! plainly, then with drafts, and wants equal tokens, equal text and the same end. Where a backend promises less than equal
+//! bits, a first difference must be a near-tie.
+
+pub mod arb;
+
+use std::fmt::Write;
+
+use treespark::backend::{Backend, PassCost};
+use treespark::draft::block::BlockDrafter;
+use treespark::draft::model::ModelDrafter;
+use treespark::draft::ngram::NgramDrafter;
+use treespark::draft::{Drafter, NoDrafter};
+use treespark::network::{Limits, Network};
+use treespark::scheduler::Scheduler;
+use treespark::{Engine, Error, FinishReason, GenerateOptions, Llm, Sampling, Sequence, Statistics};
+use treespark_kernel_gen::{DType, TreeShape};
+use treespark_models::checkpoint::{GgufVocabulary, TokenizerSource};
+use treespark_models::config::{Rope, RopeScaling};
+use treespark_models::dspark::MarkovKind;
+use treespark_models::medusa::MedusaConfig;
+use treespark_models::{Config, DsparkConfig, Model, Speculator, SpeculatorConfig, Tokenizer};
+
+use crate::conformance::agreement::{Agreement, Tolerance};
+use crate::conformance::same;
+use crate::half_right::HalfRight;
+use crate::logits::logits;
+use crate::near_tie::{Verdict, classify, draw_context};
+use crate::oracle::Oracle;
+use crate::rng::Rng;
+use crate::shared::Shared;
+use crate::tiny_model::Sizes;
+
+/// A random tiny model, who drafts for it, and what is asked.
+#[derive(Debug, Clone)]
+pub struct Decoding {
+    /// Pages of the cache, too.
+    pub sizes: Sizes,
+    pub seed: u64,
+    pub guesser: Guesser,
+    /// The tree of every round, or the drafter's own choice.
+    pub shape: Option<TreeShape>,
+    pub max_nodes: usize,
+    /// Tokens of a sequence.
+    pub context: usize,
+    pub asks: Vec<Ask>,
+    /// All at once, a round each in turn, from one pool of pages that may be too small for them.
+    pub in_turns: bool,
+}
+
+/// Who drafts.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Guesser {
+    Ngram,
+    /// Knows the answer and tells it in part.
+    HalfRight,
+    /// A draft model: the target itself, or another one of its sizes.
+    Model {
+        itself: bool,
+    },
+    Dspark {
+        layers: usize,
+        block: usize,
+        /// Row 0 is dropped: z-lab's dialect.
+        first: usize,
+        markov: Option<(MarkovKind, usize)>,
+        confidence: Option<bool>,
+        /// An embedding table and a head of its own.
+        own: bool,
+    },
+    Medusa {
+        heads: usize,
+        /// Matrices of its own.
+        own: bool,
+    },
+}
+
+#[derive(Debug, Clone)]
+pub struct Ask {
+    pub prompt: Vec<u32>,
+    pub sampling: Sampling,
+    pub max_new_tokens: usize,
+    pub stop: Stop,
+}
+
+/// What ends an answer, told by what plain decoding says without it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    Nothing,
+    /// The token at this place.
+    Token(usize),
+    /// The text of so many tokens from this place on.
+    Text(usize, usize),
+}
+
+/// What an answer is.
+#[derive(Debug, Clone, PartialEq)]
+struct Answer {
+    tokens: Vec<u32>,
+    text: String,
+    why: FinishReason,
+}
+
+/// What was seen on the way.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    pub rounds: usize,
+    /// Draft tokens that were accepted.
+    pub accepted: usize,
+    /// Answers that differ, excusably.
+    pub near_ties: usize,
+    /// Rounds that found no page.
+    pub exhausted: usize,
+    /// How answers ended.
+    pub ends: Vec<FinishReason>,
+}
+
+/// Names of drafters.
+pub const GUESSERS: [&str; 6] = ["ngram", "half right", "model", "medusa", "dflash", "dspark"];
+
+impl Guesser {
+    /// One of the [`GUESSERS`].
+    pub fn name(&self) -> &'static str {
+        match self {
+            Guesser::Ngram => "ngram",
+            Guesser::HalfRight => "half right",
+            Guesser::Model { .. } => "model",
+            Guesser::Dspark { markov: None, .. } => "dflash",
+            Guesser::Dspark { .. } => "dspark",
+            Guesser::Medusa { .. } => "medusa",
+        }
+    }
+
+    fn speculator(&self, target: &Config) -> Option<SpeculatorConfig> {
+        match *self {
+            Guesser::Dspark { layers, block, first, markov, confidence, own } => {
+                let config = DsparkConfig {
+                    backbone: Config { layers, tied: false, ..target.clone() },
+                    block,
+                    first,
+                    mask_token: target.vocab_size as u32 - 1,
+                    taps: (0..target.layers).collect(),
+                    markov,
+                    confidence,
+                    has_embedding: own,
+                    has_head: own,
+                    heads_on_device: false,
+                };
+                Some(SpeculatorConfig::Dspark(config))
+            }
+            Guesser::Medusa { heads, own } => {
+                Some(SpeculatorConfig::Medusa(MedusaConfig::of_target(target, heads, own)))
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Decoding {
+    /// What is wrong with speculative decoding of this on a backend, if anything.
+    pub fn check(&self, backend: &Shared) -> Result<Seen, String> {
+        let model = self.model();
+        let plain = self.plain(&model, backend.share())?;
+        let mut seen = Seen::default();
+        seen.near_ties += usize::from(!self.as_the_oracle(&model, backend, &plain[0])?);
+        if self.in_turns {
+            self.check_turns(&model, backend, &plain, &mut seen)?;
+        } else {
+            self.check_texts(&model, backend, &plain, &mut seen)?;
+        }
+        Ok(seen)
+    }
+
+    pub fn model(&self) -> Model {
+        Model::random(self.config(), self.seed)
+    }
+
+    fn config(&self) -> Config {
+        let s = self.sizes;
+        Config {
+            architecture: "LlamaForCausalLM",
+            hidden: s.hidden,
+            ffn: s.ffn,
+            layers: s.layers,
+            heads: s.heads(),
+            kv_heads: s.kv_heads,
+            head_dim: s.head_dim,
+            vocab_size: s.vocab,
+            max_position_embeddings: self.context,
+            rms_eps: 1e-5,
+            rope: Rope { theta: 1e4, scaling: RopeScaling::None },
+            qkv_bias: s.bias,
+            qk_norm: s.qk_norm,
+            tied: self.seed.is_multiple_of(2),
+            weight_dtype: s.weights,
+            eos: Vec::new(),
+        }
+    }
+
+    /// Sizes with the cache that the runtime chooses.
+    fn sizes(&self) -> Sizes {
+        Sizes { cache: if self.sizes.weights == DType::F32 { DType::F32 } else { DType::BF16 }, ..self.sizes }
+    }
+
+    fn limits(&self) -> Limits {
+        let max_nodes = self.shape.as_ref().map_or(self.max_nodes, TreeShape::len);
+        Limits { page_size: self.sizes.page_size, ..Limits::new(self.context, max_nodes) }
+    }
+
+    fn plain_engine(&self, model: &Model, mut backend: Box<dyn Backend>) -> Result<Engine, String> {
+        let target = Network::load(backend.as_mut(), model, self.limits(), &mut |_, _| {}).map_err(told)?;
+        let scheduler = Scheduler::new(None, 1, PassCost::FREE_ROWS);
+        Ok(Engine::new(backend, target, Box::new(NoDrafter), scheduler, self.context))
+    }
+
+    /// An engine with its drafter; one that is half right needs the truths.
+    pub fn engine(
+        &self,
+        model: &Model,
+        mut backend: Box<dyn Backend>,
+        truths: Vec<Vec<u32>>,
+    ) -> Result<Engine, String> {
+        let (config, limits) = (model.config(), self.limits());
+        let speculator =
+            self.guesser.speculator(config).map(|drafter| Speculator::random(drafter, config, self.seed ^ 1));
+        let quiet = &mut |_, _| {};
+        let target =
+            Network::load_with_speculator(backend.as_mut(), model, speculator.as_ref(), limits, quiet).map_err(told)?;
+        let drafter: Box<dyn Drafter> = match (&self.guesser, &speculator) {
+            (_, Some(speculator)) => Box::new(BlockDrafter::load(speculator).map_err(told)?),
+            (Guesser::HalfRight, _) => {
+                Box::new(HalfRight { truths, vocab: config.vocab_size, rng: Rng::new(self.seed) })
+            }
+            (Guesser::Model { itself }, _) => {
+                let draft = Model::random(config.clone(), if *itself { self.seed } else { self.seed ^ 2 });
+                let vocab = config.vocab_size;
+                Box::new(ModelDrafter::load(backend.as_mut(), &draft, vocab, limits, quiet).map_err(told)?)
+            }
+            _ => Box::new(NgramDrafter::default()),
+        };
+        // Rows as good as free, so that drafts are large.
+        let scheduler = Scheduler::new(self.shape.clone(), self.max_nodes, PassCost(&[(1, 1.0), (2, 1.001)]));
+        Ok(Engine::new(backend, target, drafter, scheduler, self.context))
+    }
+
+    pub fn sequence(&self, ask: &Ask, stop_tokens: Vec<u32>) -> Sequence {
+        let Ask { prompt, sampling, max_new_tokens, .. } = ask;
+        let vocab = self.sizes.vocab;
+        Sequence::new(prompt.clone(), sampling.clone(), *max_new_tokens, stop_tokens, self.context, vocab)
+    }
+
+    /// What plain decoding answers where nothing stops it, prompts included.
+    fn plain(&self, model: &Model, backend: Box<dyn Backend>) -> Result<Vec<Sequence>, String> {
+        let mut engine = self.plain_engine(model, backend)?;
+        let mut answer = |ask: &Ask| {
+            let mut seq = self.sequence(ask, vec![]);
+            engine.generate(&mut seq, &mut Statistics::default()).map_err(told)?;
+            Ok(seq)
+        };
+        self.asks.iter().map(&mut answer).collect()
+    }
+
+    /// The first answer against that of the f64 oracle, of which every round is driven by the host.
+    fn as_the_oracle(&self, model: &Model, backend: &Shared, plain: &Sequence) -> Result<bool, String> {
+        let mut engine = self.plain_engine(model, Box::new(Oracle::new()))?.drafting_on_the_host();
+        let mut seq = self.sequence(&self.asks[0], vec![]);
+        engine.generate(&mut seq, &mut Statistics::default()).map_err(told)?;
+        let agreement = Agreement::Within(Tolerance::logits(backend.info().backend, &self.sizes()));
+        let what = "plain decoding against the oracle";
+        self.same_tokens(what, agreement, &self.asks[0], backend, [plain.tokens(), seq.tokens()])
+    }
+
+    /// One after the other, as text.
+    fn check_texts(&self, model: &Model, backend: &Shared, plain: &[Sequence], seen: &mut Seen) -> Result<(), String> {
+        let truths = plain.iter().map(|seq| seq.tokens().to_vec()).collect();
+        let mut engine = Some(self.engine(model, backend.share(), truths)?);
+        for (index, (ask, plain)) in self.asks.iter().zip(plain).enumerate() {
+            let tokenizer = tokenizer(self.sizes.vocab);
+            let (stop_tokens, stop) = stops(ask.stop, plain.generated(), &tokenizer);
+            let want = expected(plain, &stop_tokens, &stop, &tokenizer);
+            // Stop tokens are a model's: they change with the question here.
+            let engine_now = match engine.take() {
+                Some(engine) => engine,
+                None => self.engine(model, backend.share(), vec![plain.tokens().to_vec()])?,
+            };
+            let mut llm = Llm::from_parts(engine_now, tokenizer, None, stop_tokens);
+            let options = GenerateOptions {
+                sampling: ask.sampling.clone(),
+                max_new_tokens: ask.max_new_tokens,
+                stop: stop.into_iter().collect(),
+            };
+            let mut generation = llm.generate(ask.prompt.clone(), &options).map_err(told)?;
+            let mut text = String::new();
+            for step in generation.by_ref() {
+                let step = step.map_err(told)?;
+                seen.rounds += 1;
+                seen.accepted += step.round.accepted.draft_len();
+                text += &step.text;
+            }
+            let why = generation.finish_reason().ok_or("a generation ended without a reason")?;
+            let tokens = generation.tokens().to_vec();
+            seen.ends.push(why);
+            let whole = |tokens: &[u32]| [&ask.prompt, tokens].concat();
+            let agreement = Agreement::of(backend.info().backend, &self.sizes());
+            let both = [whole(&tokens), whole(&want.tokens)];
+            let what = format!("answer {index}");
+            if self.same_tokens(&what, agreement, ask, backend, [&both[0], &both[1]])? {
+                same(&what, Answer { tokens, text, why }, want)?;
+            } else {
+                seen.near_ties += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// A round each, in turn. Who finds no page waits; if all wait, the one that is furthest is given up.
+    fn check_turns(&self, model: &Model, backend: &Shared, plain: &[Sequence], seen: &mut Seen) -> Result<(), String> {
+        let truths = plain.iter().map(|seq| seq.tokens().to_vec()).collect();
+        let mut engine = self.engine(model, backend.share(), truths)?;
+        let mut stats = Statistics::default();
+        let mut sequences: Vec<Sequence> = self.asks.iter().map(|ask| self.sequence(ask, vec![])).collect();
+        let mut is_begun = vec![false; sequences.len()];
+        while sequences.iter().any(|seq| seq.finished().is_none()) {
+            let mut went_on = false;
+            for (seq, begun) in sequences.iter_mut().zip(&mut is_begun).filter(|(seq, _)| seq.finished().is_none()) {
+                let result = match *begun {
+                    false => engine.prefill(seq, &mut stats, &mut |_| {}).map(|()| *begun = true),
+                    true => engine.round(seq, &mut stats).map(|round| seen.accepted += round.accepted.draft_len()),
+                };
+                match result {
+                    Ok(()) => went_on = true,
+                    Err(Error::ContextFull { .. }) => seen.exhausted += 1,
+                    Err(error) => return Err(told(error)),
+                }
+                if seq.finished().is_some() {
+                    engine.release(seq);
+                }
+            }
+            if !went_on {
+                let waiting = sequences.iter_mut().filter(|seq| seq.finished().is_none());
+                let furthest = waiting.max_by_key(|seq| seq.tokens().len()).ok_or("nobody waits")?;
+                furthest.finish(FinishReason::Cancelled);
+                engine.release(furthest);
+            }
+        }
+        seen.rounds += stats.rounds;
+        for (index, (seq, plain)) in sequences.iter().zip(plain).enumerate() {
+            let why = seq.finished().ok_or("a sequence without an end")?;
+            seen.ends.push(why);
+            let (what, agreement) = (format!("sequence {index}"), Agreement::of(backend.info().backend, &self.sizes()));
+            let both = [seq.tokens(), plain.tokens()];
+            match self.same_tokens(&what, agreement, &self.asks[index], backend, both)? {
+                true if why == FinishReason::Cancelled => {}
+                true => same(&what, (seq.tokens(), Some(why)), (plain.tokens(), plain.finished()))?,
+                false => seen.near_ties += 1,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether two texts are equal as far as both go; an error where they differ inexcusably.
+    fn same_tokens(
+        &self,
+        what: &str,
+        agreement: Agreement,
+        ask: &Ask,
+        backend: &Shared,
+        [got, want]: [&[u32]; 2],
+    ) -> Result<bool, String> {
+        let Some(at) = got.iter().zip(want).position(|(a, b)| a != b) else { return Ok(true) };
+        let differ = format!("{what}: token {at} is {}, not {}: {got:?} against {want:?}", got[at], want[at]);
+        let Agreement::Within(tolerance) = agreement else { return Err(differ) };
+        let text = [want[..at].to_vec()];
+        let model = self.model();
+        let row = |mut backend: Box<dyn Backend>| {
+            let mut rows = logits(backend.as_mut(), &model, self.sizes().cache, &text).remove(0);
+            rows.pop().expect("a prompt has a token")
+        };
+        let rows = [row(backend.share()), row(Box::new(Oracle::new()))];
+        let largest = rows[1].iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        let temperature = if ask.sampling.temperature > 0.0 { f64::from(ask.sampling.temperature) } else { 1.0 };
+        let penalty = f64::from(ask.sampling.repetition_penalty);
+        // The penalty divides logits or multiplies them.
+        let scale = penalty.max(1.0 / penalty) / temperature;
+        let tolerance = tolerance.relative * f64::from(largest) * scale;
+        let context = draw_context(&ask.sampling, &want[..at]);
+        let divergence = classify(at, [got[at], want[at]], [&rows[0], &rows[1]], &context, tolerance);
+        match divergence.verdict {
+            Verdict::NearTie => Ok(false),
+            _ => Err(format!("{differ}\n{divergence}")),
+        }
+    }
+
+    /// For people.
+    pub fn describe(&self) -> String {
+        let mut text = format!("{:?}\nseed {}, context {}, {:?}", self.sizes, self.seed, self.context, self.guesser);
+        match &self.shape {
+            Some(shape) => _ = write!(text, ", tree {shape}"),
+            None => _ = write!(text, ", up to {} nodes", self.max_nodes),
+        }
+        text += if self.in_turns { ", in turns\n" } else { "\n" };
+        for Ask { prompt, sampling, max_new_tokens, stop } in &self.asks {
+            _ = writeln!(text, "{prompt:?}, up to {max_new_tokens} tokens, stop {stop:?}, {sampling:?}");
+        }
+        text
+    }
+}
+
+fn told(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+/// A vocabulary of a few letters, in which some tokens are equal, some are half a character and some begin others.
+fn tokenizer(vocab: usize) -> Tokenizer {
+    // In GPT-2's alphabet Ġ is a space, Ċ the end of a line, Ã¤ the two bytes of an umlaut.
+    const SPELLINGS: [&str; 12] = ["a", "b", "ab", "Ġ", "ba", "Ã", "¤", "Ã¤", "Ċ", "ĠaÃ", "bb", "¤b"];
+    let tokens = (0..vocab).map(|id| format!("{}{}", SPELLINGS[id % 12], "c".repeat(id / 12))).collect();
+    let vocabulary = GgufVocabulary {
+        model: "gpt2".into(),
+        pre: Some("gpt-2".into()),
+        token_types: vec![1; vocab],
+        tokens,
+        ..GgufVocabulary::default()
+    };
+    Tokenizer::open(&TokenizerSource::Gguf(vocabulary)).expect("a vocabulary of its own")
+}
+
+/// Stop tokens and a stop string, from what plain decoding says.
+fn stops(stop: Stop, plain: &[u32], tokenizer: &Tokenizer) -> (Vec<u32>, Option<String>) {
+    match (stop, plain.len()) {
+        (Stop::Nothing, _) | (_, 0) => (vec![], None),
+        (Stop::Token(at), len) => (vec![plain[at % len]], None),
+        (Stop::Text(at, tokens), len) => {
+            let from = at % len;
+            let text = tokenizer.decode(&plain[from..(from + tokens).min(len)]);
+            let text = text.trim_matches('\u{fffd}');
+            (vec![], (!text.is_empty() && !text.contains('\u{fffd}')).then(|| text.to_string()))
+        }
+    }
+}
+
+/// What an answer must be: plain decoding's, cut where it stops.
+fn expected(plain: &Sequence, stop_tokens: &[u32], stop: &Option<String>, tokenizer: &Tokenizer) -> Answer {
+    let (tokens, mut bytes) = (plain.generated(), Vec::new());
+    for (i, token) in tokens.iter().enumerate() {
+        if stop_tokens.contains(token) {
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            return Answer { tokens: tokens[..=i].to_vec(), text, why: FinishReason::StopToken };
+        }
+        bytes.extend(tokenizer.token_bytes(*token));
+        let text = String::from_utf8_lossy(&bytes);
+        if let Some(at) = stop.as_ref().and_then(|stop| text.find(stop.as_str())) {
+            return Answer { tokens: tokens[..=i].to_vec(), text: text[..at].into(), why: FinishReason::StopString };
+        }
+    }
+    let why = plain.finished().expect("plain decoding has ended");
+    Answer { tokens: tokens.to_vec(), text: String::from_utf8_lossy(&bytes).into_owned(), why }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::strategy::{Strategy, ValueTree};
+    use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+    use treespark::cpu::CpuBackend;
+    use treespark_kernel_gen::Op;
+
+    use super::*;
+    use crate::mutant::{Mistake, Mutant};
+
+    /// How many of some decodings are wrong on a backend with a mistake.
+    fn found(guesser: &str, mistake: Mistake) -> usize {
+        let config = Config { failure_persistence: None, ..Config::default() };
+        let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+        let wrong = (0..24).filter(|_| {
+            let decoding = arb::decodings(true, guesser).new_tree(&mut runner).unwrap().current();
+            let backend = Mutant::new(Box::new(CpuBackend::new(Some(1))), mistake);
+            decoding.check(&Shared::new(Box::new(backend))).is_err()
+        });
+        wrong.count()
+    }
+
+    #[test]
+    fn rounds_that_go_wrong_are_found() {
+        assert_eq!(found("half right", Mistake::Request(|_| {})), 0);
+        // Accepted rows stay where they are.
+        assert!(found("half right", Mistake::Op(|op| !matches!(op, Op::Commit { .. }))) > 2);
+        // Positions by slot and not by depth: a chain does not show it.
+        let by_slot = |row: &mut treespark_kernel_gen::Row| {
+            row.position = row.position - (row.path().count() as u32 - 1) + row.node;
+        };
+        assert!(found("model", Mistake::Row(by_slot)) > 2);
+    }
+
+    #[test]
+    fn a_vocabulary_has_halves_of_characters() {
+        let tokenizer = tokenizer(40);
+        assert_eq!(tokenizer.decode(&[0, 3, 5, 6, 9]), "a ä a\u{fffd}");
+    }
+}
