@@ -44,7 +44,9 @@ impl Engine {
     ) -> Engine {
         let plan = scheduler.plan(0);
         let on_device = backend.drafts() && plan.shape.is_none();
-        let nodes_on_device = drafter.nodes_on_device().filter(|_| on_device).map(|nodes| nodes.min(plan.max_nodes));
+        let nodes = drafter.nodes_on_device().filter(|_| on_device).map(|nodes| nodes.min(plan.max_nodes));
+        // There is nothing to grow from a block where a tree is its root.
+        let nodes_on_device = nodes.filter(|&nodes| nodes > 1 || !target.grows_blocks());
         Engine { backend, target, drafter, scheduler, context, nodes_on_device }
     }
 

@@ -10,7 +10,7 @@ use treespark_models::Model;
 use crate::decoding::{Ask, Decoding, Guesser, Stop};
 use crate::goodness::{Fit, fit};
 use crate::logits::logits;
-use crate::near_tie::draw_context;
+use crate::near_tie::{draw_context, is_at_an_edge};
 use crate::oracle::{Oracle, law, scores};
 use crate::shared::Shared;
 use crate::tiny_model::Sizes;
@@ -41,8 +41,12 @@ pub struct Sampler<'a> {
     pub statistics: Statistics,
 }
 
+/// A filter's edge within which f32 may fall to either side: the law behind a beginning is then not known.
+const EDGE: f64 = 1e-4;
+
 impl Trial {
-    pub fn new(guesser: Guesser, sampling: Sampling) -> Trial {
+    /// Weights and cache of this type.
+    pub fn new(guesser: Guesser, sampling: Sampling, dtype: DType) -> Trial {
         let sizes = Sizes {
             vocab: VOCAB,
             hidden: 64,
@@ -53,8 +57,8 @@ impl Trial {
             ffn: 128,
             bias: false,
             qk_norm: false,
-            weights: DType::BF16,
-            cache: DType::BF16,
+            weights: dtype,
+            cache: dtype,
             page_size: 16,
         };
         let ask = Ask { prompt: vec![3, 14, 7], sampling, max_new_tokens: ANSWER, stop: Stop::Nothing };
@@ -85,21 +89,22 @@ impl Trial {
         Ok(Sampler { trial: self, engine, frequencies: Frequencies::default(), statistics: Statistics::default() })
     }
 
-    /// The target's law behind a beginning of an answer.
-    fn law(&self, oracle: &mut Oracle, beginning: &[u32]) -> Vec<f64> {
+    /// The target's law behind a beginning of an answer, if it is known.
+    fn law(&self, oracle: &mut Oracle, beginning: &[u32]) -> Option<Vec<f64>> {
         let ask = &self.decoding.asks[0];
         let text = [&ask.prompt, beginning].concat();
-        let mut rows = logits(oracle, &self.model, DType::BF16, std::slice::from_ref(&text)).remove(0);
+        let mut rows = logits(oracle, &self.model, self.decoding.sizes.cache, std::slice::from_ref(&text)).remove(0);
         let row: Vec<f64> = rows.pop().expect("a prompt has a token").into_iter().map(f64::from).collect();
         let context = draw_context(&ask.sampling, &text);
-        law(&scores(&row, &context.request, context.position, |token| context.seen.contains(&token)))
+        let scored = scores(&row, &context.request, context.position, |token| context.seen.contains(&token));
+        (!is_at_an_edge(&scored, &context.request, EDGE)).then(|| law(&scored))
     }
 
     /// The fit of every beginning that occurred often enough.
     pub fn fits(&self, frequencies: &Frequencies) -> Vec<(Vec<u32>, Fit)> {
         let mut oracle = Oracle::new();
         let fits = frequencies.counts.iter().filter_map(|(beginning, counts)| {
-            Some((beginning.clone(), fit(counts, &self.law(&mut oracle, beginning))?))
+            Some((beginning.clone(), fit(counts, &self.law(&mut oracle, beginning)?)?))
         });
         fits.collect()
     }
@@ -145,7 +150,7 @@ mod tests {
 
     fn least_p(mistake: Mistake) -> f64 {
         let guesser = Guesser::Dspark { layers: 1, block: 4, first: 0, markov: None, confidence: None, own: false };
-        let trial = Trial::new(guesser, Sampling { temperature: 1.0, ..Sampling::default() });
+        let trial = Trial::new(guesser, Sampling { temperature: 1.0, ..Sampling::default() }, DType::BF16);
         let backend = Shared::new(Box::new(Mutant::new(Box::new(CpuBackend::new(Some(1))), mistake)));
         let mut sampler = trial.sampler(&backend).unwrap();
         (0..SAMPLES).for_each(|index| sampler.sample(index).unwrap());

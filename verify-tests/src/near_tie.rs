@@ -121,6 +121,13 @@ pub fn is_plausible(token: u32, scored: &[Scored], request: &Request, tolerance:
     lenient.keep(own.scaled) && rivals.all(|s| own.score >= s.score - tolerance)
 }
 
+/// Whether some token is kept or dropped by the filters as it happens: moving every scaled logit by less than the tolerance
+/// could change it.
+pub fn is_at_an_edge(scored: &[Scored], request: &Request, tolerance: f64) -> bool {
+    let (lenient, strict) = (Filters::new(scored, request, tolerance), Filters::new(scored, request, -tolerance));
+    scored.iter().any(|s| lenient.keep(s.scaled) != strict.keep(s.scaled))
+}
+
 /// The filters of a draw as they would be at their most lenient (`shift` > 0) or strictest (`shift` < 0), if every
 /// scaled logit may move by `|shift|`: a token is above another if it is above by more than the shift.
 struct Filters<'a> {

@@ -13,10 +13,13 @@ use crate::rng::Rng;
 /// Any sizes, or those of a few models, for which a backend compiles few kernels; of a drafter by its name.
 pub fn decodings(wild: bool, guesser: &str) -> BoxedStrategy<Decoding> {
     let sizes = if wild { arb::sizes().boxed() } else { select(HOUSE_MODELS.to_vec()).boxed() };
-    (sizes, any::<u64>(), guessers(guesser), select(vec![16usize, 40, 96, 160]))
+    // Of these, too, a backend has kernels of their own.
+    let (contexts, nodes) =
+        if wild { (vec![16usize, 40, 96, 160], vec![1usize, 4, 16, 64]) } else { (vec![40, 160], vec![4, 64]) };
+    (sizes, any::<u64>(), guessers(guesser, wild), select(contexts))
         .prop_flat_map(move |(sizes, seed, guesser, context)| {
             let asks = prop::collection::vec(asks(sizes.vocab, context), 1..=3);
-            let trees = (shapes(wild), select(vec![1usize, 4, 16, 64]));
+            let trees = (shapes(wild), select(nodes.clone()));
             (asks, trees, any::<bool>()).prop_map(move |(asks, (shape, max_nodes), in_turns)| Decoding {
                 sizes,
                 seed,
@@ -32,24 +35,26 @@ pub fn decodings(wild: bool, guesser: &str) -> BoxedStrategy<Decoding> {
 }
 
 /// Drafters of one of the [`super::GUESSERS`].
-fn guessers(name: &str) -> BoxedStrategy<Guesser> {
+fn guessers(name: &str, wild: bool) -> BoxedStrategy<Guesser> {
     match name {
         "ngram" => Just(Guesser::Ngram).boxed(),
         "half right" => Just(Guesser::HalfRight).boxed(),
         "model" => any::<bool>().prop_map(|itself| Guesser::Model { itself }).boxed(),
-        "medusa" => (1usize..=4, any::<bool>()).prop_map(|(heads, own)| Guesser::Medusa { heads, own }).boxed(),
-        "dflash" => dspark(vec![None]).boxed(),
+        "medusa" if wild => (1usize..=4, any::<bool>()).prop_map(|(heads, own)| Guesser::Medusa { heads, own }).boxed(),
+        "medusa" => any::<bool>().prop_map(|own| Guesser::Medusa { heads: 3, own }).boxed(),
+        "dflash" => dspark(vec![None], wild).boxed(),
         "dspark" => {
             use MarkovKind::*;
-            dspark([(Vanilla, 8), (Vanilla, 16), (Gated, 8), (Rnn, 5)].map(Some).to_vec()).boxed()
+            dspark([(Vanilla, 8), (Vanilla, 16), (Gated, 8), (Rnn, 5)].map(Some).to_vec(), wild).boxed()
         }
         _ => panic!("no drafter is called {name}"),
     }
 }
 
-fn dspark(markov: Vec<Option<(MarkovKind, usize)>>) -> impl Strategy<Value = Guesser> {
+fn dspark(markov: Vec<Option<(MarkovKind, usize)>>, wild: bool) -> impl Strategy<Value = Guesser> {
     let confidence = select(vec![None, Some(false), Some(true)]);
-    (1usize..=2, 0usize..=1, 1usize..=5, select(markov), confidence, any::<bool>()).prop_map(
+    let (layers, depths) = if wild { (1..=2, 1..=5) } else { (1..=1usize, 4..=4usize) };
+    (layers, 0usize..=1, depths, select(markov), confidence, any::<bool>()).prop_map(
         |(layers, first, depth, markov, confidence, own)| Guesser::Dspark {
             layers,
             block: first + depth,

@@ -53,7 +53,7 @@ pub fn plan(backend: &str, seed: u64, index: u64, properties: &[String]) -> Case
     let mut rng = Rng::new(seed.rotate_left(32) ^ index);
     let property = properties[index as usize % properties.len()].clone();
     // A GPU has a compiler to wait for.
-    let wild = if backend == "cpu" { rng.below(4) > 0 } else { rng.below(64) == 0 };
+    let wild = if backend == "cpu" { rng.below(4) > 0 } else { rng.below(256) == 0 };
     // The oracle takes most of the time, and most of it for the few large cases.
     let scale = match rng.below(16) {
         0 => Scale::Usual,
