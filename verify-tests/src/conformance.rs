@@ -11,7 +11,7 @@
 //! | ancestor bits off by one, by slot, only of the first word | `a_node_sees_exactly_its_root_path`, `edge_sizes` |
 //! | a mask by slot order, a lower triangle | `node_order_changes_nothing`, `arb::topologies` |
 //! | a page's end inside the tree; prefixes of -1, 0, 1 slots beyond a page | `arb::prefix_lengths`, `edge_sizes` |
-//! | no prefix, one node, full trees, requests without rows | `edge_sizes`, `a_request_without_rows_is_passed_over` |
+//! | no prefix, one node, full trees, requests without rows | `edge_sizes`, `a_request_without_rows_*` |
 //! | groups that are no power of two; packed rows 16, 64, 128, one more or less | `arb::HOUSE_MODELS`, `edge_sizes` |
 //! | rows of two requests in one tile | `rows_are_independent_of_their_batch` |
 //! | empty or fully masked parts (NaN), very different lengths in a batch | `edge_sizes` (1, 300 and 17 slots) |
@@ -67,6 +67,7 @@ macro_rules! conformance {
             structure::unused_memory_never_leaks
             commit::acceptance_equals_the_oracle
             commit::commit_moves_the_path_and_nothing_else
+            commit::a_request_without_rows_commits_nothing
             commit::commit_leaves_the_cache_of_plain_decoding
             commit::a_round_emits_what_plain_decoding_draws
             draws::draws_equal_the_oracle
@@ -98,7 +99,7 @@ macro_rules! conformance {
 pub type InCase = fn(&mut dyn Backend, Case) -> Property;
 
 /// The properties that hold for any case, for whoever makes up cases of their own: the fuzzer.
-pub const IN_ANY_CASE: [(&str, InCase); 18] = [
+pub const IN_ANY_CASE: [(&str, InCase); 19] = [
     ("every op equals the oracle", ops::every_op_equals_the_oracle_in_case),
     ("a whole round equals the oracle", ops::a_whole_round_equals_the_oracle_in_case),
     ("a chain is causal attention", structure::a_chain_is_causal_attention_in_case),
@@ -112,6 +113,7 @@ pub const IN_ANY_CASE: [(&str, InCase); 18] = [
     ("unused memory never leaks", structure::unused_memory_never_leaks_in_case),
     ("acceptance equals the oracle", commit::acceptance_equals_the_oracle_in_case),
     ("commit moves the path and nothing else", commit::commit_moves_the_path_and_nothing_else_in_case),
+    ("a request without rows commits nothing", commit::a_request_without_rows_commits_nothing_in_case),
     ("commit leaves the cache of plain decoding", commit::commit_leaves_the_cache_of_plain_decoding_in_case),
     ("a round emits what plain decoding draws", commit::a_round_emits_what_plain_decoding_draws_in_case),
     ("draws equal the oracle", draws::draws_equal_the_oracle_in_case),
