@@ -10,7 +10,7 @@ use treespark_kernel_gen::DType;
 
 use crate::batch::{Batch, Member, Sampling, Tree};
 use crate::rng::Rng;
-use crate::tiny_model::{MAX_REQUESTS, Sizes, TinyModel};
+use crate::tiny_model::{MAX_REQUESTS, SLOTS, Sizes, TinyModel};
 
 /// A model and a batch for it.
 #[derive(Debug, Clone)]
@@ -185,6 +185,7 @@ pub fn sizes() -> impl Strategy<Value = Sizes> {
                     weights,
                     cache,
                     page_size,
+                    slots: SLOTS,
                 }
             },
         )
@@ -196,28 +197,28 @@ pub fn sizes() -> impl Strategy<Value = Sizes> {
 pub const HOUSE_MODELS: [Sizes; 8] = [
     // Llama-like, grouped by 3 as SmolLM2 is.
     Sizes { vocab: 97, hidden: 64, layers: 2, kv_heads: 1, group: 3, head_dim: 32, ffn: 96, bias: false, qk_norm: false,
-            weights: DType::BF16, cache: DType::F16, page_size: 16 },
+            weights: DType::BF16, cache: DType::F16, page_size: 16, slots: SLOTS },
     // Qwen2-like: biases, groups of 7.
     Sizes { vocab: 64, hidden: 48, layers: 2, kv_heads: 1, group: 7, head_dim: 16, ffn: 40, bias: true, qk_norm: false,
-            weights: DType::F16, cache: DType::BF16, page_size: 4 },
+            weights: DType::F16, cache: DType::BF16, page_size: 4, slots: SLOTS },
     // Qwen3-like: norms of queries and keys, groups of 2.
     Sizes { vocab: 40, hidden: 64, layers: 2, kv_heads: 2, group: 2, head_dim: 64, ffn: 64, bias: false, qk_norm: true,
-            weights: DType::F32, cache: DType::F32, page_size: 16 },
+            weights: DType::F32, cache: DType::F32, page_size: 16, slots: SLOTS },
     // No grouping, everything on.
     Sizes { vocab: 97, hidden: 40, layers: 1, kv_heads: 2, group: 1, head_dim: 16, ffn: 24, bias: true, qk_norm: true,
-            weights: DType::BF16, cache: DType::F32, page_size: 4 },
+            weights: DType::BF16, cache: DType::F32, page_size: 4, slots: SLOTS },
     // For tensor cores, which take heads of 64 and 128 in 16 bits: SmolLM2-like.
     Sizes { vocab: 97, hidden: 64, layers: 2, kv_heads: 2, group: 3, head_dim: 64, ffn: 128,
-            bias: false, qk_norm: false, weights: DType::BF16, cache: DType::BF16, page_size: 16 },
+            bias: false, qk_norm: false, weights: DType::BF16, cache: DType::BF16, page_size: 16, slots: SLOTS },
     // Llama-3-like.
     Sizes { vocab: 128, hidden: 128, layers: 1, kv_heads: 1, group: 4, head_dim: 128, ffn: 64,
-            bias: false, qk_norm: true, weights: DType::F16, cache: DType::F16, page_size: 64 },
+            bias: false, qk_norm: true, weights: DType::F16, cache: DType::F16, page_size: 64, slots: SLOTS },
     // Qwen2.5-0.5B-like.
     Sizes { vocab: 40, hidden: 64, layers: 1, kv_heads: 1, group: 7, head_dim: 64, ffn: 64, bias: true, qk_norm: false,
-            weights: DType::BF16, cache: DType::F16, page_size: 16 },
+            weights: DType::BF16, cache: DType::F16, page_size: 16, slots: SLOTS },
     // No grouping, large pages.
     Sizes { vocab: 64, hidden: 64, layers: 2, kv_heads: 2, group: 1, head_dim: 128, ffn: 40,
-            bias: false, qk_norm: false, weights: DType::F32, cache: DType::BF16, page_size: 64 },
+            bias: false, qk_norm: false, weights: DType::F32, cache: DType::BF16, page_size: 64, slots: SLOTS },
 ];
 
 /// Matrices that are large for a GPU of one multiprocessor: their kernels stream them. Attention of an f32 cache gives the
@@ -225,9 +226,9 @@ pub const HOUSE_MODELS: [Sizes; 8] = [
 #[rustfmt::skip]
 pub const WIDE_MODELS: [Sizes; 2] = [
     Sizes { vocab: 160, hidden: 512, layers: 1, kv_heads: 2, group: 2, head_dim: 64, ffn: 320, bias: false, qk_norm: true,
-            weights: DType::BF16, cache: DType::F32, page_size: 16 },
+            weights: DType::BF16, cache: DType::F32, page_size: 16, slots: SLOTS },
     Sizes { vocab: 160, hidden: 512, layers: 1, kv_heads: 2, group: 2, head_dim: 64, ffn: 320, bias: true, qk_norm: false,
-            weights: DType::F16, cache: DType::F32, page_size: 16 },
+            weights: DType::F16, cache: DType::F32, page_size: 16, slots: SLOTS },
 ];
 
 /// A case on one of the [`HOUSE_MODELS`].

@@ -14,7 +14,7 @@ use crate::batch::{Batch, Member, Tree};
 use crate::conformance::agreement::Agreement;
 use crate::near_tie::DrawContext;
 use crate::rng::Rng;
-use crate::tiny_model::{MAX_REQUESTS, MAX_ROWS, MAX_SLOTS, Sizes, TOP_K, Tail, TinyModel};
+use crate::tiny_model::{MAX_REQUESTS, MAX_ROWS, Sizes, TOP_K, Tail, TinyModel, tensor};
 
 /// What integer buffers hold before a pass writes them.
 pub const POISON: u32 = 0xDEAD_BEEF;
@@ -102,8 +102,12 @@ impl<'a> Bed<'a> {
         self.backend.write(id, 0, words).expect("write");
     }
 
+    /// Rounds numbers to what the buffer holds, and writes them from its beginning on.
     pub fn write_floats(&mut self, name: &str, values: &[f32]) {
-        self.write(name, &values.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+        let values: Vec<f64> = values.iter().map(|&value| f64::from(value)).collect();
+        let bytes = tensor(self.buffers[name].0.dtype, &[values.len()], &values).bytes;
+        let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("a buffer is whole words"));
+        self.write(name, &bytes.as_slice().chunks(4).map(word).collect::<Vec<_>>());
     }
 
     pub fn words(&mut self, name: &str, len: usize) -> Vec<u32> {
@@ -152,7 +156,7 @@ impl<'a> Bed<'a> {
 
     pub fn write_batch(&mut self, batch: &Batch) {
         assert!(batch.rows() <= MAX_ROWS && batch.members.len() <= MAX_REQUESTS, "batch too large for the bed");
-        assert!(batch.members.iter().all(|m| m.slots() <= MAX_SLOTS), "request too long for the bed");
+        assert!(batch.members.iter().all(|m| m.slots() <= self.model.sizes.slots), "request too long for the bed");
         self.write("rows", &batch.row_words());
         self.write("requests", &batch.request_words());
         let width = self.model.sizes.pages_per_request();
@@ -222,19 +226,39 @@ impl<'a> Bed<'a> {
         Accepted { path: words[1..=n].to_vec(), tokens: words[1 + MAX_NODES..][..n].to_vec() }
     }
 
+    /// Fills the slots that a batch uses of a cache, by the element of a vector; all others keep what they hold.
+    pub fn fill_cache(&mut self, name: &str, batch: &Batch, number: &mut dyn FnMut(usize) -> f32) {
+        let (s, len) = (self.model.sizes, self.buffers[name].0.len());
+        let mut values = self.floats(name, len);
+        for (request, member) in batch.members.iter().enumerate() {
+            for (layer, slot) in (0..s.layers).flat_map(|layer| (0..member.slots()).map(move |slot| (layer, slot))) {
+                for head in 0..s.kv_heads {
+                    let at = self.place(request, slot, layer, head) * s.head_dim;
+                    (0..s.head_dim).for_each(|d| values[at + d] = number(d));
+                }
+            }
+        }
+        self.write_floats(name, &values);
+    }
+
+    /// Which vector of a cache a head has at a slot of a request.
+    fn place(&self, request: usize, slot: usize, layer: usize, head: usize) -> usize {
+        let s = self.model.sizes;
+        let page = self.pages[request][slot / s.page_size] as usize;
+        ((layer * s.pages() + page) * s.kv_heads + head) * s.page_size + slot % s.page_size
+    }
+
     /// What the cache holds of a request in slots `0..slots`.
     pub fn cached(&mut self, request: usize, slots: usize) -> Vec<SlotValues> {
         let s = self.model.sizes;
         let len = s.layers * s.pages() * s.kv_heads * s.page_size * s.head_dim;
         let caches = [self.floats("k_cache", len), self.floats("v_cache", len)];
         let one = |slot: usize| {
-            let page = self.pages[request][slot / s.page_size] as usize;
             let mut values = Vec::new();
             for layer in 0..s.layers {
                 for cache in &caches {
                     for head in 0..s.kv_heads {
-                        let place = ((layer * s.pages() + page) * s.kv_heads + head) * s.page_size + slot % s.page_size;
-                        values.extend(&cache[place * s.head_dim..(place + 1) * s.head_dim]);
+                        values.extend(&cache[self.place(request, slot, layer, head) * s.head_dim..][..s.head_dim]);
                     }
                 }
             }

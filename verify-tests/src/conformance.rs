@@ -16,7 +16,9 @@
 //! | rows of two requests in one tile | `rows_are_independent_of_their_batch` |
 //! | empty or fully masked parts (NaN), very different lengths in a batch | `edge_sizes` (1, 300 and 17 slots) |
 //! | padding, freed pages, rows behind the last that leak | `unused_memory_never_leaks`, memory full of NaN (`bed`) |
-//! | counters not reset, masks left over from the last run of a captured graph | `a_second_run_equals_the_first` |
+//! | masks left over from the last run of a captured graph | `a_second_run_equals_the_first` |
+//! | counters of chunks that the next run does not find at zero | `long_contexts_and_large_numbers_equal_the_oracle` |
+//! | scores and sums that overflow 16 bits | `long_contexts_and_large_numbers_equal_the_oracle` |
 //! | a pass that is compiled for more rows or requests than it gets | `the_compiled_size_changes_nothing` |
 //! | a commit that overwrites what it has yet to read | `commit_moves_the_path_and_nothing_else` |
 //! | positions by slot instead of depth | `a_node_sees_exactly_its_root_path` |
@@ -27,6 +29,7 @@
 //! | ranks over a level and not among siblings, continuations of another row or request | `a_grown_level_equals_the_oracle` |
 
 pub mod agreement;
+pub mod attention;
 pub mod blocks;
 pub mod commit;
 pub mod draws;
@@ -55,6 +58,7 @@ macro_rules! conformance {
             ops::a_whole_round_equals_the_oracle
             ops::edge_sizes_equal_the_oracle
             ops::a_block_sees_all_of_itself
+            attention::long_contexts_and_large_numbers_equal_the_oracle
             structure::a_chain_is_causal_attention
             structure::a_node_sees_exactly_its_root_path
             structure::node_order_changes_nothing
@@ -99,8 +103,12 @@ macro_rules! conformance {
 pub type InCase = fn(&mut dyn Backend, Case) -> Property;
 
 /// The properties that hold for any case, for whoever makes up cases of their own: the fuzzer.
-pub const IN_ANY_CASE: [(&str, InCase); 19] = [
+pub const IN_ANY_CASE: [(&str, InCase); 20] = [
     ("every op equals the oracle", ops::every_op_equals_the_oracle_in_case),
+    (
+        "long contexts and large numbers equal the oracle",
+        attention::long_contexts_and_large_numbers_equal_the_oracle_in_case,
+    ),
     ("a whole round equals the oracle", ops::a_whole_round_equals_the_oracle_in_case),
     ("a chain is causal attention", structure::a_chain_is_causal_attention_in_case),
     ("a node sees exactly its root path", structure::a_node_sees_exactly_its_root_path_in_case),

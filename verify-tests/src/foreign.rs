@@ -1,10 +1,11 @@
 //! Somebody else's kernels, fuzzed: tree attention and acceptance as plain data in and out. `ffi/` is this as a C interface.
 
 pub use treespark_kernel_gen::Row;
-use treespark_kernel_gen::{DType, MAX_NODES, Op, Pass, Role, TreeSpec};
+use treespark_kernel_gen::{DType, MAX_NODES, Op, TreeSpec};
 
 use crate::arb::{Case, Failure, Scale, Topology, attempt, some_cases, tree};
 use crate::bed::Bed;
+use crate::conformance::ops::alone;
 use crate::oracle::Oracle;
 use crate::rng::Rng;
 use crate::tiny_model::{Sizes, Tail, TinyModel};
@@ -47,34 +48,19 @@ impl Attention {
         let whole = model.pass(case.batch.rows(), &TreeSpec::Any(MAX_NODES), Tail::Draw);
         let op = whole.ops.iter().find(|op| matches!(op, Op::TreeAttention { .. })).expect("it attends");
         let &Op::TreeAttention { scale, .. } = op else { unreachable!("just found") };
-        let mut alone = Pass { name: "attention".into(), ops: vec![op.clone()], ..whole.clone() };
-        alone.buffers.iter_mut().filter(|desc| desc.role == Role::Scratch).for_each(|desc| desc.role = Role::Output);
+        let alone = alone(&whole, op);
         let mut oracle = Oracle::new();
         let mut bed = Bed::new(&mut oracle, model);
         bed.prepare(&alone);
         bed.write_batch(&case.batch);
         let (rows, pages) = (case.batch.rows(), bed.words("pages", alone.buffers[op.batch().pages.0].len()));
         let mut rng = case.rng();
-        let mut numbers = |n: usize| (0..n).map(|_| rng.normal() as f32).collect::<Vec<f32>>();
-        let q = numbers(rows * sizes.heads() * sizes.head_dim);
-        let mut caches =
-            [0, 1].map(|_| vec![f32::NAN; sizes.pages() * sizes.kv_heads * sizes.page_size * sizes.head_dim]);
-        for (request, member) in case.batch.members.iter().enumerate() {
-            for slot in 0..member.slots() {
-                let page = pages[request * sizes.pages_per_request() + slot / sizes.page_size] as usize;
-                for head in 0..sizes.kv_heads {
-                    let at =
-                        ((page * sizes.kv_heads + head) * sizes.page_size + slot % sizes.page_size) * sizes.head_dim;
-                    caches
-                        .iter_mut()
-                        .for_each(|cache| cache[at..][..sizes.head_dim].copy_from_slice(&numbers(sizes.head_dim)));
-                }
-            }
-        }
+        let q: Vec<f32> = (0..rows * sizes.heads() * sizes.head_dim).map(|_| rng.normal() as f32).collect();
         bed.write_floats("q", &q);
-        let [keys, values] = caches;
-        bed.write_floats("k_cache", &keys);
-        bed.write_floats("v_cache", &values);
+        let [keys, values] = ["k_cache", "v_cache"].map(|name| {
+            bed.fill_cache(name, &case.batch, &mut |_| rng.normal() as f32);
+            bed.floats(name, sizes.pages() * sizes.kv_heads * sizes.page_size * sizes.head_dim)
+        });
         bed.run(&alone, &case.batch);
         let out = bed.floats("attention", q.len());
         let words = case.batch.row_words();

@@ -27,13 +27,15 @@ pub struct Sizes {
     pub weights: DType,
     pub cache: DType,
     pub page_size: usize,
+    /// Slots that a request has room for, and positions of the rope table.
+    pub slots: usize,
 }
 
 /// Requests and rows that every batch buffer has room for.
 pub const MAX_REQUESTS: usize = 3;
 pub const MAX_ROWS: usize = 320;
-/// Slots of one request, and positions of the rope table: a prefix of about 150 and a tree of 256.
-pub const MAX_SLOTS: usize = 416;
+/// Slots of a request in most models: a prefix of about 150 and a tree of 256.
+pub const SLOTS: usize = 416;
 /// Rows that a pass is compiled for which has this many to run, as the runtime chooses them.
 pub fn compiled_rows(rows: usize) -> usize {
     [1, 4, 16, 64, 256].into_iter().find(|&n| n >= rows).unwrap_or(MAX_ROWS)
@@ -48,7 +50,7 @@ impl Sizes {
     }
 
     pub fn pages_per_request(&self) -> usize {
-        MAX_SLOTS.div_ceil(self.page_size)
+        self.slots.div_ceil(self.page_size)
     }
 
     /// One page more than the requests can own: what unused entries of the page table point at.
@@ -85,7 +87,7 @@ impl TinyModel {
         let q = f32s(&mut pass, "q", Role::Scratch, &[MAX_ROWS, s.heads(), s.head_dim]);
         let attention = f32s(&mut pass, "attention", Role::Scratch, &[MAX_ROWS, s.heads(), s.head_dim]);
         let ffn = f32s(&mut pass, "ffn", Role::Scratch, &[MAX_ROWS, s.ffn]);
-        let rope = f32s(&mut pass, "rope", Role::Weight, &[MAX_SLOTS, s.head_dim / 2, 2]);
+        let rope = f32s(&mut pass, "rope", Role::Weight, &[s.slots, s.head_dim / 2, 2]);
 
         let table = pass.add("embed", Role::Weight, s.weights, &[s.vocab, s.hidden]);
         pass.ops.push(Op::Embed { batch, table, out: x });

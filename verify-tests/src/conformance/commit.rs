@@ -10,7 +10,7 @@ use crate::batch::{Batch, Member, Tree};
 use crate::bed::{Accepted, Bed, Outputs, SlotValues};
 use crate::oracle::Oracle;
 use crate::rng::Rng;
-use crate::tiny_model::{MAX_ROWS, MAX_SLOTS, Tail};
+use crate::tiny_model::{MAX_ROWS, Tail};
 
 const ANY: TreeSpec = TreeSpec::Any(MAX_NODES);
 
@@ -135,7 +135,7 @@ impl Committed {
 /// Commits what these draws accept of a batch whose nodes are in the cache.
 fn commit(bed: &mut Bed, batch: &Batch, draws: &[u32]) -> Committed {
     let requests = 0..batch.members.len();
-    let slots = |bed: &mut Bed| requests.clone().map(|i| bed.cached(i, MAX_SLOTS)).collect();
+    let slots = |bed: &mut Bed| requests.clone().map(|i| bed.cached(i, bed.model.sizes.slots)).collect();
     let pass = bed.model.commit_pass(MAX_ROWS, &ANY);
     bed.prepare(&pass);
     let before = slots(bed);

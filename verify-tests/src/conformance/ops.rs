@@ -106,7 +106,7 @@ fn op_by_op(backend: &mut dyn Backend, case: &Case, tail: Tail) -> Result<(), St
 }
 
 /// The pass with one op left. Its scratch is read by the host here, so it is no scratch.
-fn alone(whole: &Pass, op: &Op) -> Pass {
+pub(crate) fn alone(whole: &Pass, op: &Op) -> Pass {
     let mut pass = Pass { name: op.name().into(), ops: vec![op.clone()], ..whole.clone() };
     pass.buffers.iter_mut().filter(|desc| desc.role == Role::Scratch).for_each(|desc| desc.role = Role::Output);
     pass
