@@ -17,7 +17,7 @@ use super::backends::{self, NAMES};
 use super::case::{self, CaseId};
 use super::coverage::Coverage;
 
-/// Steps towards a smaller case.
+/// Steps towards a smaller case, if nothing else is said.
 pub const SHRINKS: u32 = 400;
 
 #[derive(clap::Args)]
@@ -44,6 +44,9 @@ pub struct Args {
     /// Ends at the first failure
     #[arg(long)]
     stop: bool,
+    /// Steps towards a smaller case
+    #[arg(long, default_value_t = SHRINKS)]
+    shrinks: u32,
     /// Where failing cases are written
     #[arg(short, long, default_value = ".")]
     out: PathBuf,
@@ -59,8 +62,7 @@ Examples:
   treespark-fuzz run --backend all --seed 7 --out found";
 
 pub fn run(args: &Args) -> Result<bool> {
-    let properties: Vec<_> = IN_ANY_CASE.into_iter().filter(|(name, _)| name.contains(&args.only)).collect();
-    ensure!(!properties.is_empty(), "no property is called so: {}", IN_ANY_CASE.map(|(name, _)| name).join("; "));
+    let properties = properties(&args.only)?;
     fs::create_dir_all(&args.out).with_context(|| format!("{}", args.out.display()))?;
     let ended = std::sync::Arc::new(AtomicBool::new(false));
     let end = ended.clone();
@@ -82,6 +84,13 @@ pub fn run(args: &Args) -> Result<bool> {
         found += Attack { args, name, properties: &properties, ended: &ended }.run()?;
     }
     Ok(found == 0)
+}
+
+/// Those whose name contains this.
+pub fn properties(only: &str) -> Result<Vec<(&'static str, InCase)>> {
+    let properties: Vec<_> = IN_ANY_CASE.into_iter().filter(|(name, _)| name.contains(only)).collect();
+    ensure!(!properties.is_empty(), "no property is called so: {}", IN_ANY_CASE.map(|(name, _)| name).join("; "));
+    Ok(properties)
 }
 
 struct Attack<'a> {
@@ -141,7 +150,8 @@ impl Attack<'_> {
                 break;
             }
             let id = case::plan(self.name, self.args.seed, index, self.properties);
-            let result = case::run(&id, backend.as_mut(), SHRINKS, &mut |case| coverage.add(&id.property, case));
+            let result =
+                case::run(&id, backend.as_mut(), self.args.shrinks, &mut |case| coverage.add(&id.property, case));
             shared.done.fetch_add(1, Ordering::Relaxed);
             if let Err(failure) = result {
                 *shared.found.lock().expect("no worker panics") += 1;
