@@ -13,8 +13,9 @@ use crate::oracle::Oracle;
 use crate::rng::Rng;
 use crate::tiny_model::{Sizes, Tail, TinyModel, compiled_rows};
 
-/// Kernels cut a context of more than 512 slots into chunks.
-const LONG: usize = 512;
+/// Keys of a tile. Kernels cut a context of more than eight of them into chunks.
+const TILE: usize = 64;
+const LONG: usize = 8 * TILE;
 const SLOTS: usize = 640;
 
 /// One element of a query and of a key: their product is more than an f16 holds, and exact.
@@ -70,10 +71,14 @@ fn attention_equals_the_oracle(
     Ok(())
 }
 
-/// Small trees, one of them behind a long prefix, and that one alone. What its tokens are is of no matter here.
+/// Trees across the end of a tile, where some rows see nothing of the next; and one behind a long prefix, which is also
+/// returned alone. What prefixes hold is of no matter here.
 fn with_long_context(batch: &Batch, rng: &mut Rng) -> (Batch, Batch) {
     let mut batch = batch.clone();
-    batch.members.iter_mut().for_each(|member| member.tree = member.tree.first(member.tree.nodes().min(8)));
+    for member in &mut batch.members {
+        member.tree = member.tree.first(member.tree.nodes().min(8));
+        member.prefix = vec![0; TILE - rng.below(8)];
+    }
     let long = rng.below(batch.members.len());
     batch.members[long].prefix = vec![0; LONG + rng.below(SLOTS - LONG - 8)];
     let alone = Batch { members: vec![batch.members[long].clone()] };
