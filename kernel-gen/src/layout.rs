@@ -134,7 +134,8 @@ impl Request {
 }
 
 /// Words of one request in the `accepted` buffer: `[n, path[max_nodes], tokens[max_nodes]]`.
-/// `n >= 1` counts the accepted nodes, root included; `path[..n]` are their ids, ascending, `path[0] = 0`;
+/// `n` counts the accepted nodes, root included: 0 only if the request has no rows. `path[..n]` are their ids, ascending
+/// from the root's, 0;
 /// `tokens[i]` is the target's draw at `path[i]`, so `tokens[..n]` are the accepted draft tokens and the bonus token.
 pub const fn accepted_words(max_nodes: usize) -> usize {
     1 + 2 * max_nodes

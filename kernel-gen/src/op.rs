@@ -248,7 +248,7 @@ pub enum Op {
     },
     /// The deepest path whose tokens equal the draws at their parents (ties to the lowest node id), and the draws
     /// along it. Node n is accepted iff every node of its path but the root has `token == draw(parent)`.
-    /// All nodes of a request's tree are rows of this pass.
+    /// All nodes of a request's tree are rows of this pass; a request without rows accepts nothing.
     Accept {
         batch: Batch,
         tree: TreeSpec,

@@ -2,6 +2,7 @@
 //
 // Libraries are kept in the folder TREESPARK_EMULATION_DIR by a hash of what they were made from, if it is set.
 // The folder of this file's headers is compiled in as EMU_HEADERS.
+// A mistake is planted into the kernels where TREESPARK_EMULATION_REPLACE is set: TREESPARK_EMULATION_BY takes its place.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,6 +24,17 @@ struct Program {
 };
 
 bool is_word(char c) { return isalnum((unsigned char)c) || c == '_'; }
+
+// The source with the mistake that the environment asks for.
+std::string planted(std::string source) {
+    const char* text = getenv("TREESPARK_EMULATION_REPLACE");
+    const char* by = getenv("TREESPARK_EMULATION_BY");
+    if (!text || !*text || !by) return source;
+    for (size_t at = 0; (at = source.find(text, at)) != std::string::npos; at += strlen(by)) {
+        source.replace(at, strlen(text), by);
+    }
+    return source;
+}
 
 // Behind the parenthesis that closes the one at `open`.
 size_t behind(const std::string& source, size_t open) {
@@ -200,7 +212,7 @@ NVRTC nvrtcCreateProgram(Program** program, const char* source, const char*, int
                          const char* const*) {
     if (n_headers) return INVALID_INPUT;
     *program = new Program();
-    (*program)->source = source;
+    (*program)->source = planted(source);
     return SUCCESS;
 }
 

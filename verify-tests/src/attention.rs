@@ -8,15 +8,53 @@ use treespark_kernel_gen::op::Batch as BatchBuffers;
 use treespark_kernel_gen::{DType, MAX_NODES, Op, Pass, Request, Role, Row, TreeSpec};
 
 use crate::arb::Case;
+use crate::batch::Batch;
 use crate::bed::POISON;
-use crate::conformance::Property;
-use crate::conformance::agreement::Tolerance;
 use crate::oracle::Oracle;
 use crate::rng::Rng;
 use crate::tiny_model::{MAX_REQUESTS, MAX_ROWS, MAX_SLOTS, Sizes, compiled_rows};
 
 /// Slots of one request: those of a tiny model, or ten times as many.
 const SLOTS: [usize; 2] = [MAX_SLOTS, 10 * MAX_SLOTS];
+
+/// What queries, keys and values hold. All are multiples of an eighth, which tensor cores take as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Numbers {
+    /// Of variance 1.
+    Usual,
+    /// A product of a query and a key is more than an f16 holds, and so is the sum of a few values. Not for bf16.
+    Large,
+}
+
+/// One element of a query and of a key, of those that are large: their product is exact.
+const LARGE_QUERY: f32 = 256.0;
+const LARGE_KEY: f32 = 272.0;
+const LARGE_VALUE: f32 = 20000.0;
+
+impl Numbers {
+    /// The largest score there may be, before it is scaled.
+    pub fn largest_score(self) -> f32 {
+        if self == Numbers::Large { LARGE_QUERY * LARGE_KEY } else { 0.0 }
+    }
+
+    fn usual(rng: &mut Rng) -> f32 {
+        (8.0 * 3f32.sqrt() * (2.0 * rng.unit() as f32 - 1.0)).round() / 8.0
+    }
+
+    /// A vector of queries or keys, whose first element is `large` if any is.
+    fn vector(self, len: usize, large: f32, rng: &mut Rng) -> Vec<f32> {
+        let mut vector: Vec<f32> = (0..len).map(|_| Numbers::usual(rng)).collect();
+        if self == Numbers::Large {
+            vector[0] = large;
+        }
+        vector
+    }
+
+    fn values(self, len: usize, rng: &mut Rng) -> Vec<f32> {
+        let (mean, spread) = if self == Numbers::Large { (LARGE_VALUE, LARGE_VALUE / 4.0) } else { (0.0, 1.0) };
+        (0..len).map(|_| mean + spread * Numbers::usual(rng)).collect()
+    }
+}
 
 /// Attention of the rows of some trees, each over its prefix and its own ancestors.
 pub struct Attention {
@@ -42,43 +80,36 @@ pub struct Attention {
 impl Attention {
     /// Random queries, keys and values for a case, and the oracle's answer.
     pub fn of(case: &Case) -> Attention {
-        let (sizes, batch, mut rng) = (Sizes { layers: 1, ..case.model.sizes }, &case.batch, case.rng());
+        Attention::new(case.model.sizes, &case.batch, Numbers::Usual, case.seed)
+    }
+
+    pub fn new(sizes: Sizes, batch: &Batch, numbers: Numbers, seed: u64) -> Attention {
+        let (sizes, mut rng) = (Sizes { layers: 1, ..sizes }, Rng::new(seed));
         let longest = batch.members.iter().map(|member| member.slots()).max().unwrap_or(0);
         let slots = SLOTS.into_iter().find(|&slots| slots >= longest).expect("a case is not longer");
         let pages_per_request = slots.div_ceil(sizes.page_size);
-        // Even, of variance 1.
-        let mut numbers =
-            |n: usize| (0..n).map(|_| 3f32.sqrt() * (2.0 * rng.unit() as f32 - 1.0)).collect::<Vec<f32>>();
-        let words = batch.row_words();
-        let rows: Vec<Row> = (0..batch.rows()).map(|row| Row::read(&words, row)).collect();
-        let q = numbers(rows.len() * sizes.heads() * sizes.head_dim);
         // One page more than the requests can own: what unused entries of the page table point at, full of NaN.
         let count = MAX_REQUESTS * pages_per_request + 1;
-        let mut caches = [0, 1].map(|_| vec![f32::NAN; count * sizes.kv_heads * sizes.page_size * sizes.head_dim]);
-        let mut free: Vec<u32> = (0..count as u32 - 1).collect();
-        Rng::new(case.seed).shuffle(&mut free);
-        let mut pages = vec![count as u32 - 1; MAX_REQUESTS * pages_per_request];
+        let pages = page_table(&sizes, batch, pages_per_request, count, &mut rng);
+        let words = batch.row_words();
+        let rows: Vec<Row> = (0..batch.rows()).map(|row| Row::read(&words, row)).collect();
+        let dim = sizes.head_dim;
+        let q = (0..rows.len() * sizes.heads()).flat_map(|_| numbers.vector(dim, LARGE_QUERY, &mut rng)).collect();
+        let [mut keys, mut values] = [0, 1].map(|_| vec![f32::NAN; count * sizes.kv_heads * sizes.page_size * dim]);
         for (request, member) in batch.members.iter().enumerate() {
-            let own =
-                request * pages_per_request..request * pages_per_request + member.slots().div_ceil(sizes.page_size);
-            pages[own.clone()].copy_from_slice(&free[own]);
-            for slot in 0..member.slots() {
+            for (slot, head) in (0..member.slots()).flat_map(|slot| (0..sizes.kv_heads).map(move |head| (slot, head))) {
                 let page = pages[request * pages_per_request + slot / sizes.page_size] as usize;
-                for head in 0..sizes.kv_heads {
-                    let place = (page * sizes.kv_heads + head) * sizes.page_size + slot % sizes.page_size;
-                    for cache in &mut caches {
-                        cache[place * sizes.head_dim..][..sizes.head_dim].copy_from_slice(&numbers(sizes.head_dim));
-                    }
-                }
+                let at = ((page * sizes.kv_heads + head) * sizes.page_size + slot % sizes.page_size) * dim;
+                keys[at..][..dim].copy_from_slice(&numbers.vector(dim, LARGE_KEY, &mut rng));
+                values[at..][..dim].copy_from_slice(&numbers.values(dim, &mut rng));
             }
         }
-        let [keys, values] = caches;
         let prefix = batch.members.iter().map(|member| member.prefix.len() as u32).collect();
-        let scale = 1.0 / (sizes.head_dim as f32).sqrt();
+        let scale = 1.0 / (dim as f32).sqrt();
         let (requests, out) = (batch.request_words(), Vec::new());
         let mut attention =
             Attention { sizes, rows, prefix, scale, q, keys, values, pages_per_request, pages, out, requests };
-        attention.out = attention.run(&mut Oracle::new());
+        attention.out = attention.run(&mut Oracle::new(), 1).remove(0);
         attention
     }
 
@@ -94,15 +125,17 @@ impl Attention {
         None
     }
 
-    fn place(&self, at: usize) -> String {
+    /// Which head of which node the vector of this index is of.
+    pub fn place(&self, at: usize) -> String {
         let Row { request, node, .. } = self.rows[at / self.sizes.heads()];
         format!("request {request}, node {node}, head {}", at % self.sizes.heads())
     }
 
-    /// What a backend answers.
-    pub fn run(&self, backend: &mut dyn Backend) -> Vec<f32> {
+    /// What a backend answers, so many times: whatever counts in it has to find its counters as they were.
+    pub fn run(&self, backend: &mut dyn Backend, times: usize) -> Vec<Vec<f32>> {
         let pass = self.pass();
         let buffers: Vec<BufferId> = pass.buffers.iter().map(|desc| backend.alloc(desc).expect("alloc")).collect();
+        let out = buffers[6];
         let contents = [
             self.rows.iter().flat_map(Row::to_words).collect(),
             self.requests.clone(),
@@ -110,7 +143,6 @@ impl Attention {
             self.q.iter().map(|x| x.to_bits()).collect(),
             encoded(self.sizes.cache, &self.keys),
             encoded(self.sizes.cache, &self.values),
-            vec![f32::NAN.to_bits(); pass.buffers[6].len()],
         ];
         for (desc, (&id, mut words)) in pass.buffers.iter().zip(buffers.iter().zip(contents)) {
             words.resize(desc.bytes() / 4, POISON);
@@ -119,10 +151,15 @@ impl Attention {
         let compiled = backend.compile(&pass, &buffers).expect("compile");
         let keys = self.rows.iter().map(|row| row.position as usize + 1).max().unwrap_or(0);
         let extent = Extent { rows: self.rows.len(), requests: self.prefix.len(), keys };
-        backend.run(compiled, extent).expect("run");
-        let words = backend.read(buffers[6], 0, self.q.len()).expect("read");
+        let mut once = || {
+            backend.write(out, 0, &vec![f32::NAN.to_bits(); self.q.len()]).expect("write");
+            backend.run(compiled, extent).expect("run");
+            let words = backend.read(out, 0, self.q.len()).expect("read");
+            words.into_iter().map(f32::from_bits).collect()
+        };
+        let answers = (0..times).map(|_| once()).collect();
         buffers.into_iter().for_each(|id| backend.free(id));
-        words.into_iter().map(f32::from_bits).collect()
+        answers
     }
 
     /// One op on seven buffers.
@@ -163,12 +200,15 @@ fn encoded(dtype: DType, values: &[f32]) -> Vec<u32> {
     }
 }
 
-/// Attention alone on random numbers, prefixes up to thousands of slots.
-pub fn attention_equals_the_oracle_in_case(backend: &mut dyn Backend, case: Case) -> Property {
-    let attention = Attention::of(&case);
-    let got = attention.run(backend);
-    let tolerance = Tolerance::attention(backend.info().backend, &attention.sizes);
-    let width = attention.sizes.head_dim;
-    let rows = got.chunks(width).zip(attention.out.chunks(width)).enumerate();
-    rows.into_iter().try_for_each(|(at, (got, want))| tolerance.compare(&attention.place(at), got, want))
+/// `[requests, pages_per_request]`: pages of the pool in random order, and for what a request does not use the last one.
+fn page_table(sizes: &Sizes, batch: &Batch, pages_per_request: usize, count: usize, rng: &mut Rng) -> Vec<u32> {
+    let mut free: Vec<u32> = (0..count as u32 - 1).collect();
+    rng.shuffle(&mut free);
+    let mut pages = vec![count as u32 - 1; MAX_REQUESTS * pages_per_request];
+    for (request, member) in batch.members.iter().enumerate() {
+        let first = request * pages_per_request;
+        let own = first..first + member.slots().div_ceil(sizes.page_size);
+        pages[own.clone()].copy_from_slice(&free[own]);
+    }
+    pages
 }

@@ -112,6 +112,16 @@ impl Batch {
         self.members[..member].iter().map(Member::rows).sum()
     }
 
+    /// The batch as it is when one of its requests, each in turn, has ended since it was made: it has no rows.
+    pub fn with_one_ended(&self) -> impl Iterator<Item = (usize, Batch)> {
+        let requests = if self.members.len() > 1 { self.members.len() } else { 0 };
+        (0..requests).map(|ended| {
+            let mut batch = self.clone();
+            batch.members[ended].done = batch.members[ended].tree.nodes();
+            (ended, batch)
+        })
+    }
+
     /// Largest position + 1.
     pub fn keys(&self) -> usize {
         let deepest = |m: &Member| (0..m.tree.nodes()).map(|n| m.prefix.len() + m.tree.depth(n) + 1).max();

@@ -11,12 +11,14 @@
 //! | ancestor bits off by one, by slot, only of the first word | `a_node_sees_exactly_its_root_path`, `edge_sizes` |
 //! | a mask by slot order, a lower triangle | `node_order_changes_nothing`, `arb::topologies` |
 //! | a page's end inside the tree; prefixes of -1, 0, 1 slots beyond a page | `arb::prefix_lengths`, `edge_sizes` |
-//! | no prefix, one node, full trees, requests without rows | `edge_sizes`, `a_request_without_rows_is_passed_over` |
+//! | no prefix, one node, full trees, requests without rows | `edge_sizes`, `a_request_without_rows_*` |
 //! | groups that are no power of two; packed rows 16, 64, 128, one more or less | `arb::HOUSE_MODELS`, `edge_sizes` |
 //! | rows of two requests in one tile | `rows_are_independent_of_their_batch` |
 //! | empty or fully masked parts (NaN), very different lengths in a batch | `edge_sizes` (1, 300 and 17 slots) |
 //! | padding, freed pages, rows behind the last that leak | `unused_memory_never_leaks`, memory full of NaN (`bed`) |
-//! | counters not reset, masks left over from the last run of a captured graph | `a_second_run_equals_the_first` |
+//! | masks left over from the last run of a captured graph | `a_second_run_equals_the_first` |
+//! | counters of chunks that the next run does not find at zero | `long_contexts_and_large_numbers_equal_the_oracle` |
+//! | scores and sums that overflow 16 bits | `long_contexts_and_large_numbers_equal_the_oracle` |
 //! | a pass that is compiled for more rows or requests than it gets | `the_compiled_size_changes_nothing` |
 //! | a commit that overwrites what it has yet to read | `commit_moves_the_path_and_nothing_else` |
 //! | positions by slot instead of depth | `a_node_sees_exactly_its_root_path` |
@@ -27,6 +29,7 @@
 //! | ranks over a level and not among siblings, continuations of another row or request | `a_grown_level_equals_the_oracle` |
 
 pub mod agreement;
+pub mod attention;
 pub mod blocks;
 pub mod commit;
 pub mod draws;
@@ -42,7 +45,6 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRu
 use treespark::backend::Backend;
 
 use crate::arb::Case;
-use crate::attention;
 use crate::bed::Outputs;
 
 /// Stamps the suite onto a backend: `conformance!(cpu, || Some(Box::new(CpuBackend::new(None))))` makes a module `cpu`
@@ -56,6 +58,7 @@ macro_rules! conformance {
             ops::a_whole_round_equals_the_oracle
             ops::edge_sizes_equal_the_oracle
             ops::a_block_sees_all_of_itself
+            attention::long_contexts_and_large_numbers_equal_the_oracle
             structure::a_chain_is_causal_attention
             structure::a_node_sees_exactly_its_root_path
             structure::node_order_changes_nothing
@@ -68,6 +71,7 @@ macro_rules! conformance {
             structure::unused_memory_never_leaks
             commit::acceptance_equals_the_oracle
             commit::commit_moves_the_path_and_nothing_else
+            commit::a_request_without_rows_commits_nothing
             commit::commit_leaves_the_cache_of_plain_decoding
             commit::a_round_emits_what_plain_decoding_draws
             draws::draws_equal_the_oracle
@@ -102,9 +106,13 @@ pub type InCase = fn(&mut dyn Backend, Case) -> Property;
 pub const ATTENTION: &str = "attention equals the oracle";
 
 /// The properties that hold for any case, for whoever makes up cases of their own: the fuzzer.
-pub const IN_ANY_CASE: [(&str, InCase); 19] = [
+pub const IN_ANY_CASE: [(&str, InCase); 21] = [
     (ATTENTION, attention::attention_equals_the_oracle_in_case),
     ("every op equals the oracle", ops::every_op_equals_the_oracle_in_case),
+    (
+        "long contexts and large numbers equal the oracle",
+        attention::long_contexts_and_large_numbers_equal_the_oracle_in_case,
+    ),
     ("a whole round equals the oracle", ops::a_whole_round_equals_the_oracle_in_case),
     ("a chain is causal attention", structure::a_chain_is_causal_attention_in_case),
     ("a node sees exactly its root path", structure::a_node_sees_exactly_its_root_path_in_case),
@@ -117,6 +125,7 @@ pub const IN_ANY_CASE: [(&str, InCase); 19] = [
     ("unused memory never leaks", structure::unused_memory_never_leaks_in_case),
     ("acceptance equals the oracle", commit::acceptance_equals_the_oracle_in_case),
     ("commit moves the path and nothing else", commit::commit_moves_the_path_and_nothing_else_in_case),
+    ("a request without rows commits nothing", commit::a_request_without_rows_commits_nothing_in_case),
     ("commit leaves the cache of plain decoding", commit::commit_leaves_the_cache_of_plain_decoding_in_case),
     ("a round emits what plain decoding draws", commit::a_round_emits_what_plain_decoding_draws_in_case),
     ("draws equal the oracle", draws::draws_equal_the_oracle_in_case),

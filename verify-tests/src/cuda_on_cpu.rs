@@ -10,6 +10,11 @@ use std::process::Command;
 use std::sync::{Mutex, OnceLock};
 
 const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/cuda-on-cpu");
+const KERNELS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../shaders/cuda");
+
+/// The text of the kernels that a process is to run with a mistake in it, and the mistake: environment variables.
+pub const REPLACE: &str = "TREESPARK_EMULATION_REPLACE";
+pub const BY: &str = "TREESPARK_EMULATION_BY";
 
 /// What every file of the emulation is compiled with. Rounding is that of the source: no product and sum is fused.
 const FLAGS: [&str; 5] = ["-O2", "-std=c++17", "-w", "-ffp-contract=off", "-fvisibility=hidden"];
@@ -28,7 +33,7 @@ pub fn set_up() -> Result<(), String> {
         let variables = [
             ("TREESPARK_CUDA_DRIVER", driver.into()),
             ("TREESPARK_NVRTC", nvrtc.into()),
-            ("TREESPARK_CACHE", folder.join("cache").into()),
+            ("TREESPARK_CACHE", folder.join(cache()).into()),
             ("TREESPARK_EMULATION_DIR", folder.into()),
             ("EMU_SEED", seed),
         ];
@@ -40,6 +45,22 @@ pub fn set_up() -> Result<(), String> {
         Ok(())
     };
     DONE.get_or_init(set_up).clone()
+}
+
+/// Kernels with a mistake are kept apart: what is kept is found again by the source without it.
+fn cache() -> String {
+    let set = |name| std::env::var(name).unwrap_or_default();
+    match [set(REPLACE), set(BY)] {
+        [text, _] if text.is_empty() => "cache".into(),
+        change => format!("cache-{:016x}", fnv(FNV_START, &change.join("\0"))),
+    }
+}
+
+/// How often the sources of CUDA's kernels have this text.
+pub fn places_in_kernels(text: &str) -> Result<usize, String> {
+    let files = sources(Path::new(KERNELS))?;
+    let read = |file: &PathBuf| fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()));
+    files.iter().map(|file| Ok(read(file)?.matches(text).count())).sum()
 }
 
 /// Compiles a file of `cuda-on-cpu/`; the product's path.

@@ -24,6 +24,7 @@ conformance! { rtx_slice, || cases::cuda_on_cpu(4),
 conformance! { a100, || cases::cuda_on_cpu(1),
     ops::every_op_equals_the_oracle
     ops::edge_sizes_equal_the_oracle
+    attention::long_contexts_and_large_numbers_equal_the_oracle
     structure::a_node_sees_exactly_its_root_path
     structure::rows_are_independent_of_their_batch
     structure::a_second_run_equals_the_first

@@ -4,6 +4,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
+#[cfg(feature = "cuda")]
+use treespark_verify_tests::cases;
+
 fn fuzz(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_treespark-fuzz")).args(args).output().expect("it runs")
 }
@@ -52,6 +55,19 @@ fn planted_bugs_are_found() {
         let output = fuzz(&["mutants", "--class", class]);
         assert_eq!(output.status.code(), Some(0), "class {class}: {}", text(&output));
     }
+}
+
+/// A kernel's counter that its next run does not find at zero.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_bug_inside_a_kernel_is_found() {
+    let compiler = Command::new("g++").arg("--version").output();
+    if cases::needed("TREESPARK_REQUIRE_GPU", compiler).is_none() {
+        return;
+    }
+    let output = fuzz(&["mutants", "--class", "17", "--only", "long contexts", "--seconds", "600"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("1 of 1 found"), "{}", text(&output));
 }
 
 #[test]

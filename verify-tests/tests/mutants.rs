@@ -170,6 +170,12 @@ fn acceptance_that_overlooks_a_branch() {
 }
 
 #[test]
+fn a_request_that_is_run_on_when_it_has_ended() {
+    let run_on = |r: &mut Request| r.n_rows = r.n_rows.max(1);
+    caught_by(commit::a_request_without_rows_commits_nothing, Mistake::Request(run_on));
+}
+
+#[test]
 fn growth_that_goes_wrong() {
     let caught =
         |mistake: Mistake| caught_on(Box::new(Oracle::new()), growth::a_grown_level_equals_the_oracle, mistake);

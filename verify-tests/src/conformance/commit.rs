@@ -18,7 +18,7 @@ const ANY: TreeSpec = TreeSpec::Any(MAX_NODES);
 fn likely_draws(batch: &Batch, vocab: usize, rng: &mut Rng) -> Vec<u32> {
     let mut draws = Vec::new();
     for m in &batch.members {
-        for node in 0..m.tree.nodes() {
+        for node in m.done..m.tree.nodes() {
             let children: Vec<usize> = (1..m.tree.nodes()).filter(|&n| m.tree.parents[n] == node).collect();
             draws.push(match rng.below(12) {
                 0 => NO_TOKEN,
@@ -65,14 +65,26 @@ pub fn commit_moves_the_path_and_nothing_else(backend: &mut dyn Backend) -> Prop
 
 pub fn commit_moves_the_path_and_nothing_else_in_case(backend: &mut dyn Backend, case: Case) -> Property {
     let mut bed = Bed::new(backend, case.model.clone());
-    let (before, accepted, after) = commit(&mut bed, &case);
-    for (i, member) in case.batch.members.iter().enumerate() {
-        let (prefix, path) = (member.prefix.len(), &accepted[i].path);
-        for (slot, values) in after[i].iter().enumerate() {
-            let from = slot.checked_sub(prefix).and_then(|n| path.get(n)).map_or(slot, |&n| prefix + n as usize);
-            let what = format!("request {i}, slot {slot} of path {path:?}");
-            same_bits(&what, values, &before[i][from])?;
-        }
+    bed.verify(&case.batch, MAX_ROWS, &ANY);
+    let draws = likely_draws(&case.batch, case.model.sizes.vocab, &mut case.rng());
+    commit(&mut bed, &case.batch, &draws).moves_the_path_and_nothing_else(&case.batch)
+}
+
+/// A request without rows accepts nothing and keeps its cache; the others accept what the oracle says, and commit it.
+pub fn a_request_without_rows_commits_nothing(backend: &mut dyn Backend) -> Property {
+    for_cases(backend, 3, cases(), a_request_without_rows_commits_nothing_in_case)
+}
+
+pub fn a_request_without_rows_commits_nothing_in_case(backend: &mut dyn Backend, case: Case) -> Property {
+    let mut bed = Bed::new(backend, case.model.clone());
+    bed.verify(&case.batch, MAX_ROWS, &ANY);
+    for (ended, batch) in case.batch.with_one_ended() {
+        let what = |problem| format!("request {ended} has ended: {problem}");
+        let draws = likely_draws(&batch, case.model.sizes.vocab, &mut case.rng());
+        let committed = commit(&mut bed, &batch, &draws);
+        let want = accept(&mut Oracle::new(), &case, &batch, &draws, &ANY);
+        same("accepted", &committed.accepted, &want).map_err(what)?;
+        committed.moves_the_path_and_nothing_else(&batch).map_err(what)?;
     }
     Ok(())
 }
@@ -85,7 +97,9 @@ pub fn commit_leaves_the_cache_of_plain_decoding(backend: &mut dyn Backend) -> P
 pub fn commit_leaves_the_cache_of_plain_decoding_in_case(backend: &mut dyn Backend, case: Case) -> Property {
     let mut bed = Bed::new(backend, case.model.clone());
     let agreement = bed.agreement();
-    let (_, accepted, after) = commit(&mut bed, &case);
+    bed.verify(&case.batch, MAX_ROWS, &ANY);
+    let draws = likely_draws(&case.batch, case.model.sizes.vocab, &mut case.rng());
+    let Committed { accepted, after, .. } = commit(&mut bed, &case.batch, &draws);
     drop(bed);
     for (i, member) in case.batch.members.iter().enumerate() {
         let tokens: Vec<u32> = accepted[i].path.iter().map(|&n| member.tree.tokens[n as usize]).collect();
@@ -97,18 +111,38 @@ pub fn commit_leaves_the_cache_of_plain_decoding_in_case(backend: &mut dyn Backe
     Ok(())
 }
 
-/// Verifies a case's batch and commits what likely draws accept: each request's slots before, its path, its slots after.
-fn commit(bed: &mut Bed, case: &Case) -> (Vec<Vec<SlotValues>>, Vec<Accepted>, Vec<Vec<SlotValues>>) {
-    let draws = likely_draws(&case.batch, case.model.sizes.vocab, &mut case.rng());
-    let requests = 0..case.batch.members.len();
-    bed.verify(&case.batch, MAX_ROWS, &ANY);
-    let before = requests.clone().map(|i| bed.cached(i, MAX_SLOTS)).collect();
-    let pass = case.model.commit_pass(MAX_ROWS, &ANY);
+/// What a commit is about: slots of each request, and the path that it accepts.
+struct Committed {
+    before: Vec<Vec<SlotValues>>,
+    accepted: Vec<Accepted>,
+    after: Vec<Vec<SlotValues>>,
+}
+
+impl Committed {
+    fn moves_the_path_and_nothing_else(&self, batch: &Batch) -> Property {
+        for (i, member) in batch.members.iter().enumerate() {
+            let (prefix, path) = (member.prefix.len(), &self.accepted[i].path);
+            for (slot, values) in self.after[i].iter().enumerate() {
+                let from = slot.checked_sub(prefix).and_then(|n| path.get(n)).map_or(slot, |&n| prefix + n as usize);
+                let what = format!("request {i}, slot {slot} of path {path:?}");
+                same_bits(&what, values, &self.before[i][from])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Commits what these draws accept of a batch whose nodes are in the cache.
+fn commit(bed: &mut Bed, batch: &Batch, draws: &[u32]) -> Committed {
+    let requests = 0..batch.members.len();
+    let slots = |bed: &mut Bed| requests.clone().map(|i| bed.cached(i, MAX_SLOTS)).collect();
+    let pass = bed.model.commit_pass(MAX_ROWS, &ANY);
     bed.prepare(&pass);
-    bed.write("draws", &draws);
-    bed.run(&pass, &case.batch);
+    let before = slots(bed);
+    bed.write("draws", draws);
+    bed.run(&pass, batch);
     let accepted = requests.clone().map(|i| bed.accepted(i)).collect();
-    (before, accepted, requests.map(|i| bed.cached(i, MAX_SLOTS)).collect())
+    Committed { before, accepted, after: slots(bed) }
 }
 
 /// The cache after `tokens` have been decoded one by one behind a member's prefix.

@@ -3,6 +3,7 @@
 mod backends;
 mod case;
 mod coverage;
+mod kernels;
 pub mod mutants;
 pub mod plot;
 pub mod prove;

@@ -15,7 +15,7 @@ use super::backends::{self, NAMES};
 use super::case::{self, CaseId, Failure};
 use super::coverage::Coverage;
 
-/// Steps towards a smaller case.
+/// Steps towards a smaller case, if nothing else is said.
 pub const SHRINKS: u32 = 400;
 /// Passes pile up in a backend: after so many cases a new one takes its place.
 const CASES_OF_A_BACKEND: u64 = 500;
@@ -46,6 +46,9 @@ pub struct Args {
     /// Ends at the first failure
     #[arg(long)]
     stop: bool,
+    /// Steps towards a smaller case
+    #[arg(long, default_value_t = SHRINKS)]
+    shrinks: u32,
     /// Where failing cases are written
     #[arg(short, long, default_value = ".")]
     out: PathBuf,
@@ -80,8 +83,7 @@ pub fn rounds(args: &Args) -> Result<bool> {
 }
 
 fn attack(args: &Args, all: Vec<String>) -> Result<bool> {
-    let properties: Vec<String> = all.iter().filter(|name| name.contains(&args.only)).cloned().collect();
-    ensure!(!properties.is_empty(), "no property is called so: {}", all.join("; "));
+    let properties = chosen(all, &args.only)?;
     fs::create_dir_all(&args.out).with_context(|| format!("{}", args.out.display()))?;
     let ended = std::sync::Arc::new(AtomicBool::new(false));
     let end = ended.clone();
@@ -103,6 +105,14 @@ fn attack(args: &Args, all: Vec<String>) -> Result<bool> {
         found += Attack { args, name, properties: &properties, ended: &ended }.run()?;
     }
     Ok(found == 0)
+}
+
+/// Those whose name contains this.
+pub fn chosen(mut properties: Vec<String>, only: &str) -> Result<Vec<String>> {
+    let all = properties.join("; ");
+    properties.retain(|name| name.contains(only));
+    ensure!(!properties.is_empty(), "no property is called so: {all}");
+    Ok(properties)
 }
 
 struct Attack<'a> {
@@ -166,7 +176,8 @@ impl Attack<'_> {
                 backend = backends::open(self.name)?;
             }
             let id = case::plan(self.name, self.args.seed, index, self.properties);
-            let result = case::run(&id, &mut backend, SHRINKS, &mut |sight| coverage.add(&id.property, sight));
+            let shrinks = self.args.shrinks;
+            let result = case::run(&id, &mut backend, shrinks, &mut |sight| coverage.add(&id.property, sight));
             shared.done.fetch_add(1, Ordering::Relaxed);
             if let Err(failure) = result {
                 *shared.found.lock().expect("no worker panics") += 1;

@@ -19,7 +19,7 @@ impl Step<'_> {
                     Node { token: view.token, parent, draw: self.word(draws, row) }
                 })
                 .collect();
-            let path = walk(&nodes, vec![0]);
+            let path = if nodes.is_empty() { Vec::new() } else { walk(&nodes, vec![0]) };
             let at = request * accepted_words(MAX_NODES);
             self.set_word(accepted, at, path.len() as u32);
             for (i, &node) in path.iter().enumerate() {
