@@ -14,7 +14,7 @@ use crate::batch::{Batch, Member, Tree};
 use crate::conformance::agreement::Agreement;
 use crate::near_tie::DrawContext;
 use crate::rng::Rng;
-use crate::tiny_model::{MAX_REQUESTS, MAX_ROWS, Sizes, TOP_K, Tail, TinyModel, tensor};
+use crate::tiny_model::{MAX_REQUESTS, MAX_ROWS, Sizes, TOP_K, Tail, TinyModel};
 
 /// What integer buffers hold before a pass writes them.
 pub const POISON: u32 = 0xDEAD_BEEF;
@@ -104,10 +104,17 @@ impl<'a> Bed<'a> {
 
     /// Rounds numbers to what the buffer holds, and writes them from its beginning on.
     pub fn write_floats(&mut self, name: &str, values: &[f32]) {
-        let values: Vec<f64> = values.iter().map(|&value| f64::from(value)).collect();
-        let bytes = tensor(self.buffers[name].0.dtype, &[values.len()], &values).bytes;
-        let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("a buffer is whole words"));
-        self.write(name, &bytes.as_slice().chunks(4).map(word).collect::<Vec<_>>());
+        let halves = |half: fn(f32) -> u16| -> Vec<u32> {
+            let word = |pair: &[f32]| u32::from(half(pair[0])) | u32::from(half(pair[1])) << 16;
+            values.chunks(2).map(word).collect()
+        };
+        let words: Vec<u32> = match self.buffers[name].0.dtype {
+            DType::F32 => values.iter().map(|v| v.to_bits()).collect(),
+            DType::F16 => halves(|v| f16::from_f32(v).to_bits()),
+            DType::BF16 => halves(|v| bf16::from_f32(v).to_bits()),
+            DType::U32 => panic!("{name} holds words"),
+        };
+        self.write(name, &words);
     }
 
     pub fn words(&mut self, name: &str, len: usize) -> Vec<u32> {
