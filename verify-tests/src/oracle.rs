@@ -103,8 +103,8 @@ impl Backend for Oracle {
             Memory::Numbers { dtype, values } => {
                 let per_word = 4 / dtype.size();
                 let elements = &values[offset * per_word..(offset + len) * per_word];
-                let bytes: Vec<u8> = elements.iter().flat_map(|&v| encode(*dtype, v)).collect();
-                bytes.chunks(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+                let word = |word: &[f64]| word.iter().rev().fold(0, |word, &v| word << 16 | encode(*dtype, v));
+                elements.chunks(per_word).map(word).collect()
             }
         })
     }
@@ -240,7 +240,7 @@ impl Step<'_> {
     /// The value as the cache will hold it.
     pub fn rounded(&self, cache: Buf, value: f64) -> f64 {
         let dtype = self.pass.buffer(cache).dtype;
-        decode(dtype, &encode(dtype, value))
+        decode(dtype, &encode(dtype, value).to_le_bytes())
     }
 }
 
@@ -260,11 +260,12 @@ fn decode(dtype: DType, bytes: &[u8]) -> f64 {
     }
 }
 
-fn encode(dtype: DType, value: f64) -> Vec<u8> {
+/// The bits of an element: the low ones of a word.
+fn encode(dtype: DType, value: f64) -> u32 {
     match dtype {
-        DType::F32 => (value as f32).to_le_bytes().to_vec(),
-        DType::F16 => f16::from_f64(value).to_le_bytes().to_vec(),
-        DType::BF16 => bf16::from_f64(value).to_le_bytes().to_vec(),
+        DType::F32 => (value as f32).to_bits(),
+        DType::F16 => u32::from(f16::from_f64(value).to_bits()),
+        DType::BF16 => u32::from(bf16::from_f64(value).to_bits()),
         DType::U32 => panic!("words are not numbers"),
     }
 }
