@@ -1,4 +1,4 @@
-// Barriers of a block and of a cluster, barriers in memory, and the copies that these count.
+// Barriers of a block and of a cluster, barriers in memory, and the copies that these count: how they work.
 #pragma once
 #include "threads.h"
 
@@ -32,15 +32,14 @@ inline void count_at_barrier(unsigned id, unsigned expected, bool vote = false) 
     barrier.votes += vote;
 }
 
-inline void barrier(unsigned id, unsigned expected, bool vote = false) {
+void barrier(unsigned id, unsigned expected, bool vote) {
     count_at_barrier(id, expected, vote);
     if (is_full(*current->block, id)) return release_barrier(*current->block, id);
     current->barrier = (unsigned char)id;
     wait_for(Wait::Barrier);
 }
 
-// Counts at a barrier without waiting for the others.
-inline void barrier_arrive(unsigned id, unsigned expected) {
+void barrier_arrive(unsigned id, unsigned expected) {
     count_at_barrier(id, expected);
     if (is_full(*current->block, id)) release_barrier(*current->block, id);
 }
@@ -64,41 +63,20 @@ inline bool release_cluster() {
     return true;
 }
 
-inline void cluster_arrive() {
+void cluster_arrive() {
     if (current->cluster_phase) fail("cluster_arrive: the thread has not waited since it arrived");
     current->cluster_phase = cluster_phase + 1;
     cluster_arrived++;
     release_cluster();
 }
 
-inline void cluster_wait() {
+void cluster_wait() {
     if (!current->cluster_phase) fail("cluster_wait: the thread has not arrived");
     if (current->cluster_phase > cluster_phase) wait_for(Wait::Cluster);
     current->cluster_phase = 0;
 }
 
-inline void cluster_barrier() {
-    cluster_arrive();
-    cluster_wait();
-}
-
-// ---- barriers in memory: a word that counts arrivals and bytes of copies, phase after phase
-//
-// bits 0-14 arrivals of a phase, 15-29 arrivals still missing, 30-61 bytes still missing (signed), 63 the phase
-
-struct MemoryBarrier {
-    unsigned count, missing;
-    int bytes;
-    bool phase;
-
-    static MemoryBarrier read(const uint64_t* word) {
-        const uint64_t w = *word;
-        return {(unsigned)(w & 0x7fff), (unsigned)(w >> 15 & 0x7fff), (int)(uint32_t)(w >> 30), (w >> 63) != 0};
-    }
-    void write(uint64_t* word) const {
-        *word = (uint64_t)count | (uint64_t)missing << 15 | (uint64_t)(uint32_t)bytes << 30 | (uint64_t)phase << 63;
-    }
-};
+// ---- barriers in memory, and copies under way
 
 // Stores a barrier; its phase ends when nothing is missing, and those who wait for it go on.
 inline void update_memory_barrier(uint64_t* word, MemoryBarrier barrier) {
@@ -114,8 +92,7 @@ inline void update_memory_barrier(uint64_t* word, MemoryBarrier barrier) {
     });
 }
 
-// One arrival, after which the phase also waits for `bytes` of copies.
-inline void arrive_at_memory_barrier(const char* name, uint64_t* word, unsigned bytes) {
+void arrive_at_memory_barrier(const char* name, uint64_t* word, unsigned bytes) {
     MemoryBarrier barrier = MemoryBarrier::read(word);
     if (!barrier.missing) fail("%s: more arrivals than the mbarrier counts", name);
     barrier.missing--;
@@ -123,10 +100,16 @@ inline void arrive_at_memory_barrier(const char* name, uint64_t* word, unsigned 
     update_memory_barrier(word, barrier);
 }
 
-// ---- copies under way
+void note(const Copy& copy) {
+    Thread& self = *current;
+    if (self.n_copies == self.copy_capacity) {
+        self.copy_capacity = self.copy_capacity ? 2 * self.copy_capacity : 16;
+        self.copies = (Copy*)realloc(self.copies, self.copy_capacity * sizeof(Copy));
+    }
+    self.copies[self.n_copies++] = copy;
+}
 
-// Carries out the oldest `n` copies of a thread.
-inline void carry_out(Thread& thread, unsigned n) {
+void carry_out(Thread& thread, unsigned n) {
     for (unsigned i = 0; i < n; i++) {
         const Copy copy = thread.copies[i];
         if (copy.barrier) {
@@ -169,7 +152,7 @@ inline void deliver_bulk(unsigned i) {
     update_memory_barrier(copy.barrier, barrier);
 }
 
-inline void start_bulk(const BulkCopy& copy) {
+void start_bulk(const BulkCopy& copy) {
     if (n_bulk_copies == MAX_BULK_COPIES) deliver_bulk(random_below(n_bulk_copies));
     bulk_copies[n_bulk_copies++] = copy;
     if (chance(4)) deliver_bulk(n_bulk_copies - 1);

@@ -2,6 +2,7 @@
 //
 //   #define CUDA_ON_CPU
 //   #include "cuda_on_cpu.h"
+//   #include "machine.cpp" // or link it
 //   #include "kernel.cu"
 //   emu::launch(kernel, grid, block, cluster, shared_bytes, arguments...);
 //
@@ -9,11 +10,13 @@
 // the kernel says fmaf. The environment variable EMU_SEED shuffles the order in which blocks, warps and lanes run.
 //
 //   memory.h    memory between pages that may not be touched
-//   threads.h   threads, warps, blocks, what they wait for, and how a launch runs
+//   machine.h   threads, warps, blocks, and what they ask of the machine that runs them (machine.cpp, compiled once)
 //   language.h  CUDA C++: keywords, vectors, built-in functions
 //   ptx.h       the functions of shaders/cuda/lib/ptx.cuh
 //   wgmma.h     the functions of shaders/cuda/lib/wgmma.cuh
 #pragma once
+#include <stdlib.h>
+
 #include "ptx.h"
 #include "wgmma.h"
 

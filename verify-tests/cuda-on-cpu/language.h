@@ -2,7 +2,7 @@
 #pragma once
 #include <math.h>
 
-#include "launch.h"
+#include "machine.h"
 
 #define __global__
 #define __device__

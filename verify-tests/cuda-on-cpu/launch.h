@@ -59,30 +59,34 @@ __attribute__((noreturn)) inline void deadlock() {
          cluster_live, waiting[1], waiting[2], waiting[3], waiting[4], current ? name_of(current->waits) : "");
 }
 
-inline Block::Block() {
-    static_shared = nullptr;
-    threads = new Thread[MAX_THREADS]();
-    warps = new Warp[MAX_THREADS / LANES]();
+inline Block* make_block() {
+    Block* block = (Block*)calloc(1, sizeof(Block));
+    const size_t threads = MAX_THREADS * sizeof(Thread), warps = MAX_THREADS / LANES * sizeof(Warp);
+    block->threads = (Thread*)memset(aligned_alloc(alignof(Thread), threads), 0, threads);
+    block->warps = (Warp*)calloc(1, warps);
     for (unsigned i = 0; i < MAX_THREADS; i++) {
-        threads[i].block = this;
-        threads[i].warp = &warps[i / LANES];
-        threads[i].lane = i % LANES;
+        block->threads[i].block = block;
+        block->threads[i].warp = &block->warps[i / LANES];
+        block->threads[i].lane = i % LANES;
     }
     for (unsigned i = 0; i < MAX_THREADS / LANES; i++) {
-        warps[i].block = this;
-        warps[i].threads = &threads[i * LANES];
+        block->warps[i].block = block;
+        block->warps[i].threads = &block->threads[i * LANES];
     }
+    return block;
 }
 
-inline Block::~Block() {
+void free_block(Block* block) {
+    if (!block) return;
     for (unsigned i = 0; i < MAX_THREADS; i++) {
-        threads[i].stack.release();
-        free(threads[i].copies);
+        block->threads[i].stack.release();
+        free(block->threads[i].copies);
     }
-    delete[] threads;
-    delete[] warps;
-    free(static_shared);
-    shared.release();
+    free(block->threads);
+    free(block->warps);
+    free(block->static_shared);
+    block->shared.release();
+    free(block);
 }
 
 // Makes a block ready to run from the beginning.
@@ -171,8 +175,7 @@ inline void run_cluster() {
     }
 }
 
-// Runs all blocks of a launch, a cluster at a time. A library runs one launch at a time.
-inline void run(const Launch& launch) {
+void run(const Launch& launch) {
     current_launch = launch;
     current = nullptr;
     random_state = launch.seed * 0x9e3779b97f4a7c15ull;
@@ -189,11 +192,12 @@ inline void run(const Launch& launch) {
         fail("%u + %zu bytes of shared memory", launch.shared_bytes, static_shared);
     }
     for (unsigned rank = 0; rank < launch.cluster; rank++) {
-        if (!launch.machine->blocks[rank]) launch.machine->blocks[rank] = new Block();
+        if (!launch.machine->blocks[rank]) launch.machine->blocks[rank] = make_block();
         cluster[rank] = launch.machine->blocks[rank];
     }
 
     // Signals are handled on a stack of their own: a thread's may be full.
+    static unsigned char signal_stack[64 << 10];
     stack_t on_signal = {}, stack_before;
     on_signal.ss_sp = signal_stack;
     on_signal.ss_size = sizeof signal_stack;
@@ -201,7 +205,7 @@ inline void run(const Launch& launch) {
     launch.machine->print_place = print_place;
 
     const unsigned clusters = (unsigned)(blocks / launch.cluster);
-    unsigned* order = new unsigned[clusters];
+    unsigned* order = (unsigned*)malloc(clusters * sizeof(unsigned));
     for (unsigned i = 0; i < clusters; i++) order[i] = i;
     shuffle(order, clusters);
     for (unsigned i = 0; i < clusters; i++) {
@@ -213,7 +217,7 @@ inline void run(const Launch& launch) {
         }
         run_cluster();
     }
-    delete[] order;
+    free(order);
     launch.machine->print_place = nullptr;
     sigaltstack(&stack_before, nullptr);
 }

@@ -1,7 +1,8 @@
 // A make-believe libnvrtc: what it compiles a kernel to is a shared library for this machine, which driver.cpp loads.
 //
 // Libraries are kept in the folder TREESPARK_EMULATION_DIR by a hash of what they were made from, if it is set.
-// The folder of this file's headers is compiled in as EMU_HEADERS.
+// The folder of the headers is compiled in as EMU_HEADERS, and machine.cpp's product as EMU_MACHINE, whose path names
+// the headers' hash.
 // A mistake is planted into the kernels where TREESPARK_EMULATION_REPLACE is set: TREESPARK_EMULATION_BY takes its place.
 #include <stdio.h>
 #include <stdlib.h>
@@ -108,9 +109,12 @@ bool write_file(const std::string& path, const std::string& content) {
     return (fclose(file) == 0) && whole;
 }
 
-// Products and sums are rounded apart unless the source says fmaf, so that results do not depend on the compiler.
+// Products and sums are rounded apart unless the source says fmaf, so that results do not depend on the compiler. Most
+// kernels run for less time than they compile: little optimisation, and nothing of C++'s library, which takes longer to
+// read and to link than the kernel.
 std::string compiler(int arch) {
-    std::string command = "g++ -shared -fPIC -O2 -std=c++17 -w -fvisibility=hidden -ffp-contract=off -DCUDA_ON_CPU";
+    std::string command = "gcc -shared -fPIC -O1 -std=c++17 -w -fvisibility=hidden -ffp-contract=off -DCUDA_ON_CPU";
+    command += " -nostdinc++ -fno-exceptions";
     command += " -D__CUDA_ARCH__=" + std::to_string(10 * arch);
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx2")) command += " -mavx2";
@@ -143,20 +147,13 @@ bool run(const std::string& command, std::string* log) {
     return pclose(output) == 0;
 }
 
-int compile(Program& program, const std::string& command) {
+int compile(Program& program, std::string command) {
     const std::string text = translation(program);
-    std::string headers, kept;
-    for (const char* name : {"memory.h", "threads.h", "language.h", "ptx.h", "wgmma.h", "cuda_on_cpu.h"}) {
-        std::string content;
-        if (!read_file(std::string(EMU_HEADERS "/") + name, &content)) {
-            program.log = std::string("cannot read " EMU_HEADERS "/") + name;
-            return INTERNAL;
-        }
-        headers += content;
-    }
+    std::string kept;
     if (const char* folder = getenv("TREESPARK_EMULATION_DIR")) {
         char name[64];
-        snprintf(name, sizeof name, "/kernel-%016llx.so", (unsigned long long)hash(text, hash(headers, hash(command))));
+        const uint64_t of = hash(text, hash(EMU_MACHINE, hash(command)));
+        snprintf(name, sizeof name, "/kernel-%016llx.so", (unsigned long long)of);
         mkdir(folder, 0777);
         kept = std::string(folder) + name;
         if (read_file(kept, &program.library)) return SUCCESS;
@@ -168,7 +165,8 @@ int compile(Program& program, const std::string& command) {
         program.log = "cannot write a temporary file";
         return INTERNAL;
     }
-    const bool compiled = run(command + " -x c++ '" + source + "' -o '" + library + "'", &program.log);
+    command += " -x c++ '" + source + "' -x none '" EMU_MACHINE "' -lm -o '" + library + "'";
+    const bool compiled = run(command, &program.log);
     const bool read = compiled && read_file(library, &program.library);
     // Others may make the same library at the same time: it appears whole, or not at all.
     if (read && !kept.empty()) {

@@ -27,16 +27,6 @@ inline void check_shared(const char* what, const void* p, size_t bytes) {
     if (!in_dynamic && !in_static) fail("%s: %p is not in the block's shared memory", what, p);
 }
 
-// Notes a copy or an arrival of the running thread, to be carried out later.
-inline void note(const Copy& copy) {
-    Thread& self = *current;
-    if (self.n_copies == self.copy_capacity) {
-        self.copy_capacity = self.copy_capacity ? 2 * self.copy_capacity : 16;
-        self.copies = (Copy*)realloc(self.copies, self.copy_capacity * sizeof(Copy));
-    }
-    self.copies[self.n_copies++] = copy;
-}
-
 } // namespace emu
 
 inline void cp_async16(void* shared, const void* global, bool on) {
@@ -68,99 +58,50 @@ inline uint4 load_once(const void* global) {
     return *(const uint4*)global;
 }
 
-// ---- matrices
+// ---- matrices: the lanes' parts in what machine.cpp does with all of them
 
 namespace emu {
 
 inline float widen_bf16(unsigned short bits) { return emu_bits<float>((unsigned)bits << 16); }
 inline float widen_f16(unsigned short bits) { return (float)emu_bits<_Float16>(bits); }
 
-inline void check_whole(const char* name, unsigned lanes) {
-    if (lanes != 0xffffffffu) fail("%s: only lanes %08x take part", name, lanes);
-}
-
 struct LoadMatrix {
     const unsigned short* row;
     unsigned* result;
 };
-
-// Matrix i of four: lane l gets the elements 2 (l % 4) and the next of row l / 4, or of column l / 4.
-template <bool TRANSPOSED>
-inline void load_matrices(const char* name, unsigned* result, const void* row) {
-    check_aligned(name, row, 16);
-    check_shared(name, row, 16);
-    LoadMatrix mine = {(const unsigned short*)row, result};
-    collective(name, 0xffffffffu, &mine, [](Warp& warp, unsigned lanes) {
-        check_whole("ldmatrix", lanes);
-        for (unsigned lane = 0; lane < LANES; lane++) {
-            for (unsigned i = 0; i < 4; i++) {
-                const unsigned a = lane / 4, b = lane % 4 * 2;
-                auto element = [&](unsigned r, unsigned c) -> unsigned {
-                    return warp.operands<LoadMatrix>(8 * i + r).row[c];
-                };
-                const unsigned low = TRANSPOSED ? element(b, a) : element(a, b);
-                const unsigned high = TRANSPOSED ? element(b + 1, a) : element(a, b + 1);
-                warp.operands<LoadMatrix>(lane).result[i] = high << 16 | low;
-            }
-        }
-    });
-}
+void load_matrices(Warp& warp, unsigned lanes);
+void load_matrices_transposed(Warp& warp, unsigned lanes);
 
 struct Multiply {
     float* d;
     const unsigned* a;
     unsigned b[2];
 };
+void multiply_bf16(Warp& warp, unsigned lanes);
+void multiply_f16(Warp& warp, unsigned lanes);
 
-// d[16 x 8] += a[16 x 16] b[16 x 8]. With g = lane / 4 and t = lane % 4, a lane holds of a the elements
-// [g + 8 (i % 2)][2 t + 8 (i / 2)] and the next in a[i], of b [2 t + 8 i][g] and the one below in b[i], of d
-// [g + 8 (i / 2)][2 t + i % 2] in d[i]. Sums run from k = 0 on, starting with d.
-template <float (*WIDEN)(unsigned short)>
-inline void multiply(const char* name, float* d, const unsigned* a, unsigned b0, unsigned b1) {
-    Multiply mine = {d, a, {b0, b1}};
-    collective(name, 0xffffffffu, &mine, [](Warp& warp, unsigned lanes) {
-        check_whole("mma", lanes);
-        float a[16][16], b[16][8], d[16][8];
-        for (unsigned lane = 0; lane < LANES; lane++) {
-            const Multiply& from = warp.operands<Multiply>(lane);
-            const unsigned g = lane / 4, t = lane % 4;
-            for (unsigned i = 0; i < 4; i++) {
-                const unsigned row = g + 8 * (i % 2), k = 2 * t + 8 * (i / 2);
-                a[row][k] = WIDEN((unsigned short)from.a[i]);
-                a[row][k + 1] = WIDEN((unsigned short)(from.a[i] >> 16));
-                d[g + 8 * (i / 2)][2 * t + i % 2] = from.d[i];
-            }
-            for (unsigned i = 0; i < 2; i++) {
-                b[2 * t + 8 * i][g] = WIDEN((unsigned short)from.b[i]);
-                b[2 * t + 8 * i + 1][g] = WIDEN((unsigned short)(from.b[i] >> 16));
-            }
-        }
-        for (unsigned row = 0; row < 16; row++) {
-            for (unsigned k = 0; k < 16; k++) {
-                for (unsigned column = 0; column < 8; column++) d[row][column] += a[row][k] * b[k][column];
-            }
-        }
-        for (unsigned lane = 0; lane < LANES; lane++) {
-            for (unsigned i = 0; i < 4; i++) {
-                warp.operands<Multiply>(lane).d[i] = d[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2];
-            }
-        }
-    });
+inline void load_matrices(const char* name, unsigned* result, const void* row, void (*perform)(Warp&, unsigned)) {
+    check_aligned(name, row, 16);
+    check_shared(name, row, 16);
+    LoadMatrix mine = {(const unsigned short*)row, result};
+    collective(name, 0xffffffffu, &mine, perform);
 }
 
 } // namespace emu
 
 inline void ldmatrix_x4(unsigned r[4], const void* shared_row) {
-    emu::load_matrices<false>("ldmatrix_x4", r, shared_row);
+    emu::load_matrices("ldmatrix_x4", r, shared_row, emu::load_matrices);
 }
 inline void ldmatrix_x4_trans(unsigned r[4], const void* shared_row) {
-    emu::load_matrices<true>("ldmatrix_x4_trans", r, shared_row);
+    emu::load_matrices("ldmatrix_x4_trans", r, shared_row, emu::load_matrices_transposed);
 }
 inline void mma_bf16(float d[4], const unsigned a[4], unsigned b0, unsigned b1) {
-    emu::multiply<emu::widen_bf16>("mma_bf16", d, a, b0, b1);
+    emu::Multiply mine = {d, a, {b0, b1}};
+    emu::collective("mma_bf16", 0xffffffffu, &mine, emu::multiply_bf16);
 }
 inline void mma_f16(float d[4], const unsigned a[4], unsigned b0, unsigned b1) {
-    emu::multiply<emu::widen_f16>("mma_f16", d, a, b0, b1);
+    emu::Multiply mine = {d, a, {b0, b1}};
+    emu::collective("mma_f16", 0xffffffffu, &mine, emu::multiply_f16);
 }
 
 // ---- numbers
@@ -195,8 +136,11 @@ inline void named_barrier_arrive(unsigned id, unsigned threads) { emu::barrier_a
 inline unsigned cluster_rank() { return emu::current->block->rank; }
 inline void cluster_arrive() { emu::cluster_arrive(); }
 inline void cluster_wait() { emu::cluster_wait(); }
-inline void cluster_sync() { emu::cluster_barrier(); }
-inline void cluster_leave() { emu::cluster_barrier(); }
+inline void cluster_sync() {
+    emu::cluster_arrive();
+    emu::cluster_wait();
+}
+inline void cluster_leave() { cluster_sync(); }
 
 template <class T>
 inline T* cluster_map(T* p, unsigned rank) {

@@ -168,9 +168,10 @@ impl<'a> Bed<'a> {
         }
     }
 
-    /// Computes the prefixes of all members into the cache, in chunks, as a prompt is.
+    /// Computes the prefixes of all members into the cache, in chunks, as a prompt is. The pass is that of most trees: one
+    /// of another size would be other kernels.
     pub fn prefill(&mut self, batch: &Batch) {
-        let pass = self.model.pass(CHUNK * MAX_REQUESTS, &TreeSpec::Any(MAX_NODES), Tail::Draw);
+        let pass = self.model.pass(MAX_ROWS, &TreeSpec::Any(MAX_NODES), Tail::Draw);
         let longest = batch.members.iter().map(|m| m.prefix.len()).max().unwrap_or(0);
         for start in (0..longest).step_by(CHUNK) {
             // A request whose prefix is complete computes its first tree node, which its verify pass overwrites.

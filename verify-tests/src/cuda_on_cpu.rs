@@ -26,9 +26,11 @@ pub fn set_up() -> Result<(), String> {
     static DONE: OnceLock<Result<(), String>> = OnceLock::new();
     let set_up = || {
         let folder = folder()?;
-        let driver = build("driver.cpp", "libcuda.so.1", &["-shared", "-fPIC"])?;
-        let headers = format!("-DEMU_HEADERS=\"{SOURCES}\"");
-        let nvrtc = build("nvrtc.cpp", "libnvrtc.so.13", &["-shared", "-fPIC", &headers])?;
+        let machine = build("machine.cpp", "machine.o", &["-c", "-fPIC"])?;
+        let machine = machine.to_str().ok_or("the target folder's path is not UTF-8")?;
+        let driver = build("driver.cpp", "libcuda.so.1", &["-shared", "-fPIC", machine])?;
+        let [headers, machine] = [format!("-DEMU_HEADERS=\"{SOURCES}\""), format!("-DEMU_MACHINE=\"{machine}\"")];
+        let nvrtc = build("nvrtc.cpp", "libnvrtc.so.13", &["-shared", "-fPIC", &headers, &machine])?;
         let seed = std::env::var_os("EMU_SEED").unwrap_or("1".into());
         let variables = [
             ("TREESPARK_CUDA_DRIVER", driver.into()),

@@ -378,7 +378,7 @@ impl Decoding {
             let mut rows = logits(backend.as_mut(), &model, self.sizes().cache, &text).remove(0);
             rows.pop().expect("a prompt has a token")
         };
-        let rows = [row(backend.share()), row(Box::new(Oracle::new()))];
+        let rows = [row(backend.share()), row(Box::<Oracle>::default())];
         let largest = rows[1].iter().fold(0f32, |largest, x| largest.max(x.abs()));
         let temperature = if ask.sampling.temperature > 0.0 { f64::from(ask.sampling.temperature) } else { 1.0 };
         let penalty = f64::from(ask.sampling.repetition_penalty);

@@ -1,5 +1,5 @@
-//! Every CUDA kernel of the release, and of the models that the conformance suite uses, compiles with NVRTC for each
-//! architecture that kernels differ by, and keeps its numbers in registers.
+//! Every CUDA kernel of the release, and of the models that the conformance suite uses, compiles with NVRTC for the
+//! architectures that kernels differ by, and keeps its numbers in registers.
 //!
 //! Needs no GPU: NVRTC comes as a library of its own (`pip install nvidia-cuda-nvrtc`).
 
@@ -30,14 +30,13 @@ const ANY_DRIVER: DriverVersion = DriverVersion { major: i32::MAX, minor: 0 };
 #[test]
 fn every_kernel_compiles_and_spills_no_register() {
     let Some(nvrtc) = cases::needed("TREESPARK_REQUIRE_NVRTC", Nvrtc::find(ANY_DRIVER)) else { return };
-    let work: Vec<(&str, Launch)> =
-        TARGETS.iter().flat_map(|(target, device)| launches(device).into_iter().map(|l| (*target, l))).collect();
+    let work = work();
     let (next, problems) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
-                while let Some((target, launch)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(problem) = compile(nvrtc, target, launch) {
+                while let Some((target, name, source)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(problem) = compile(nvrtc, target, name, source) {
                         problems.lock().expect("no thread panics").push(format!("{target}: {problem}"));
                     }
                 }
@@ -46,6 +45,21 @@ fn every_kernel_compiles_and_spills_no_register() {
     });
     let problems = problems.into_inner().expect("no thread panics");
     assert!(problems.is_empty(), "of {} kernels, with NVRTC {}:\n{}", work.len(), nvrtc.version, problems.join("\n"));
+}
+
+/// Target, name and source of each kernel. One source for several targets is compiled for one of them, in turn: most kernels
+/// come in many sizes, which between them meet all.
+fn work() -> Vec<(&'static str, String, String)> {
+    let mut by_source: BTreeMap<(String, String), Vec<&str>> = BTreeMap::new();
+    for (target, device) in &TARGETS {
+        for Launch { spec, .. } in launches(device) {
+            let source = emit(&spec, Lang::Cuda).unwrap_or_else(|error| panic!("{}: {error}", spec.name()));
+            by_source.entry((spec.name().to_string(), source)).or_default().push(target);
+        }
+    }
+    let in_turn =
+        |(i, ((name, source), targets)): (usize, (_, Vec<&'static str>))| (targets[i % targets.len()], name, source);
+    by_source.into_iter().enumerate().map(in_turn).collect()
 }
 
 /// Each kernel once.
@@ -69,10 +83,8 @@ fn launches(device: &Device) -> Vec<Launch> {
     named.collect::<BTreeMap<String, Launch>>().into_values().collect()
 }
 
-fn compile(nvrtc: &Nvrtc, target: &str, launch: &Launch) -> Result<(), String> {
-    let name = launch.spec.name();
-    let source = emit(&launch.spec, Lang::Cuda).map_err(|e| e.to_string())?;
-    let log = nvrtc.compile(name, &source, target).map_err(|e| e.to_string())?.log;
+fn compile(nvrtc: &Nvrtc, target: &str, name: &str, source: &str) -> Result<(), String> {
+    let log = nvrtc.compile(name, source, target).map_err(|e| e.to_string())?.log;
     let may_spill = MAY_SPILL.iter().any(|(beginning, _)| name.starts_with(beginning));
     let mut lines = log.lines().filter(|line| line.contains("spill stores")).peekable();
     if lines.peek().is_none() {

@@ -1,5 +1,6 @@
 //! DSpark drafters against DeepSpec's own classes, on fixtures that they made (see `fixtures/deepspec/README.md`).
 
+#[cfg(feature = "cuda")]
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 

@@ -2,6 +2,7 @@
 // faults.cu, runs that: it prints "wrong" or "right", or the process ends.
 #define CUDA_ON_CPU
 #include "../cuda_on_cpu.h"
+#include "../machine.cpp"
 namespace {
 #include "right.cu"
 }

@@ -147,9 +147,10 @@ fn compare(tested: &mut Bed, right: &mut Bed, desc: &BufferDesc, case: &Case) ->
         _ => {
             let width = desc.len() / desc.shape[0];
             let (got, want) = (tested.floats(name, rows * width), right.floats(name, rows * width));
+            let (backend, sizes) = (tested.backend.info().backend, &case.model.sizes);
             let tolerance = match name.as_str() {
-                "attention" => Tolerance::attention(tested.backend.info().backend, &case.model.sizes),
-                _ => Tolerance::OP,
+                "attention" => Tolerance::attention(backend, sizes),
+                _ => Tolerance::op(backend, sizes),
             };
             (0..rows).try_for_each(|row| {
                 let of = |all: &[f32]| all[row * width..(row + 1) * width].to_vec();

@@ -10,7 +10,7 @@ use crate::arb::{Case, WIDE_MODELS, cases};
 use crate::batch::{Batch, Member, Tree};
 use crate::bed::Bed;
 use crate::rng::Rng;
-use crate::tiny_model::{MAX_ROWS, TinyModel};
+use crate::tiny_model::{MAX_ROWS, TinyModel, compiled_rows};
 
 const ANY: TreeSpec = TreeSpec::Any(MAX_NODES);
 
@@ -106,7 +106,7 @@ pub fn a_tree_may_grow_over_several_passes_in_case(backend: &mut dyn Backend, ca
     while done < member.tree.nodes() {
         let nodes = (done + 1 + rng.below(20)).min(member.tree.nodes());
         let step = Batch { members: vec![Member { tree: member.tree.first(nodes), done, ..member.clone() }] };
-        let outputs = bed.decode(&step, step.rows().next_power_of_two(), &ANY);
+        let outputs = bed.decode(&step, compiled_rows(step.rows()), &ANY);
         for node in done..nodes {
             same_row("one pass against several", (&at_once, node), (&outputs, node - done))?;
         }
