@@ -4,10 +4,15 @@
 //! plainly, then with drafts, and wants equal tokens, equal text and the same end. Where a backend promises less than equal
 //! bits, a first difference must be a near-tie.
 
+mod answer;
 pub mod arb;
+mod guesser;
 
 use std::fmt::Write;
 
+pub use answer::Stop;
+use answer::{Answer, expected, tokenizer};
+pub use guesser::{GUESSERS, Guesser};
 use treespark::backend::{Backend, PassCost};
 use treespark::draft::block::BlockDrafter;
 use treespark::draft::model::ModelDrafter;
@@ -17,11 +22,8 @@ use treespark::network::{Limits, Network};
 use treespark::scheduler::Scheduler;
 use treespark::{Engine, Error, FinishReason, GenerateOptions, Llm, Sampling, Sequence, Statistics};
 use treespark_kernel_gen::{DType, TreeShape};
-use treespark_models::checkpoint::{GgufVocabulary, TokenizerSource};
 use treespark_models::config::{Rope, RopeScaling};
-use treespark_models::dspark::MarkovKind;
-use treespark_models::medusa::MedusaConfig;
-use treespark_models::{Config, DsparkConfig, Model, Speculator, SpeculatorConfig, Tokenizer};
+use treespark_models::{Config, Model, Speculator};
 
 use crate::conformance::agreement::{Agreement, Tolerance};
 use crate::conformance::same;
@@ -50,57 +52,12 @@ pub struct Decoding {
     pub in_turns: bool,
 }
 
-/// Who drafts.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Guesser {
-    Ngram,
-    /// Knows the answer and tells it in part.
-    HalfRight,
-    /// A draft model: the target itself, or another one of its sizes.
-    Model {
-        itself: bool,
-    },
-    Dspark {
-        layers: usize,
-        block: usize,
-        /// Row 0 is dropped: z-lab's dialect.
-        first: usize,
-        markov: Option<(MarkovKind, usize)>,
-        confidence: Option<bool>,
-        /// An embedding table and a head of its own.
-        own: bool,
-    },
-    Medusa {
-        heads: usize,
-        /// Matrices of its own.
-        own: bool,
-    },
-}
-
 #[derive(Debug, Clone)]
 pub struct Ask {
     pub prompt: Vec<u32>,
     pub sampling: Sampling,
     pub max_new_tokens: usize,
     pub stop: Stop,
-}
-
-/// What ends an answer, told by what plain decoding says without it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stop {
-    Nothing,
-    /// The token at this place.
-    Token(usize),
-    /// The text of so many tokens from this place on.
-    Text(usize, usize),
-}
-
-/// What an answer is.
-#[derive(Debug, Clone, PartialEq)]
-struct Answer {
-    tokens: Vec<u32>,
-    text: String,
-    why: FinishReason,
 }
 
 /// What was seen on the way.
@@ -115,47 +72,6 @@ pub struct Seen {
     pub exhausted: usize,
     /// How answers ended.
     pub ends: Vec<FinishReason>,
-}
-
-/// Names of drafters.
-pub const GUESSERS: [&str; 6] = ["ngram", "half right", "model", "medusa", "dflash", "dspark"];
-
-impl Guesser {
-    /// One of the [`GUESSERS`].
-    pub fn name(&self) -> &'static str {
-        match self {
-            Guesser::Ngram => "ngram",
-            Guesser::HalfRight => "half right",
-            Guesser::Model { .. } => "model",
-            Guesser::Dspark { markov: None, .. } => "dflash",
-            Guesser::Dspark { .. } => "dspark",
-            Guesser::Medusa { .. } => "medusa",
-        }
-    }
-
-    fn speculator(&self, target: &Config) -> Option<SpeculatorConfig> {
-        match *self {
-            Guesser::Dspark { layers, block, first, markov, confidence, own } => {
-                let config = DsparkConfig {
-                    backbone: Config { layers, tied: false, ..target.clone() },
-                    block,
-                    first,
-                    mask_token: target.vocab_size as u32 - 1,
-                    taps: (0..target.layers).collect(),
-                    markov,
-                    confidence,
-                    has_embedding: own,
-                    has_head: own,
-                    heads_on_device: false,
-                };
-                Some(SpeculatorConfig::Dspark(config))
-            }
-            Guesser::Medusa { heads, own } => {
-                Some(SpeculatorConfig::Medusa(MedusaConfig::of_target(target, heads, own)))
-            }
-            _ => None,
-        }
-    }
 }
 
 impl Decoding {
@@ -272,20 +188,17 @@ impl Decoding {
         self.same_tokens(what, agreement, &self.asks[0], backend, [plain.tokens(), seq.tokens()])
     }
 
-    /// One after the other, as text.
+    /// One after the other, as text. A stop token is the model's: it ends every answer.
     fn check_texts(&self, model: &Model, backend: &Shared, plain: &[Sequence], seen: &mut Seen) -> Result<(), String> {
         let truths = plain.iter().map(|seq| seq.tokens().to_vec()).collect();
-        let mut engine = Some(self.engine(model, backend.share(), truths)?);
+        let engine = self.engine(model, backend.share(), truths)?;
+        let tokenizer = tokenizer(self.sizes.vocab);
+        let stops = self.asks.iter().zip(plain).filter_map(|(ask, plain)| ask.stop.token(plain.generated()));
+        let stop_tokens: Vec<u32> = stops.collect();
+        let mut llm = Llm::from_parts(engine, tokenizer.clone(), None, stop_tokens.clone());
         for (index, (ask, plain)) in self.asks.iter().zip(plain).enumerate() {
-            let tokenizer = tokenizer(self.sizes.vocab);
-            let (stop_tokens, stop) = stops(ask.stop, plain.generated(), &tokenizer);
+            let stop = ask.stop.text(plain.generated(), &tokenizer);
             let want = expected(plain, &stop_tokens, &stop, &tokenizer);
-            // Stop tokens are a model's: they change with the question here.
-            let engine_now = match engine.take() {
-                Some(engine) => engine,
-                None => self.engine(model, backend.share(), vec![plain.tokens().to_vec()])?,
-            };
-            let mut llm = Llm::from_parts(engine_now, tokenizer, None, stop_tokens);
             let options = GenerateOptions {
                 sampling: ask.sampling.clone(),
                 max_new_tokens: ask.max_new_tokens,
@@ -412,53 +325,6 @@ fn told(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
 
-/// A vocabulary of a few letters, in which some tokens are equal, some are half a character and some begin others.
-fn tokenizer(vocab: usize) -> Tokenizer {
-    // In GPT-2's alphabet Ġ is a space, Ċ the end of a line, Ã¤ the two bytes of an umlaut.
-    const SPELLINGS: [&str; 12] = ["a", "b", "ab", "Ġ", "ba", "Ã", "¤", "Ã¤", "Ċ", "ĠaÃ", "bb", "¤b"];
-    let tokens = (0..vocab).map(|id| format!("{}{}", SPELLINGS[id % 12], "c".repeat(id / 12))).collect();
-    let vocabulary = GgufVocabulary {
-        model: "gpt2".into(),
-        pre: Some("gpt-2".into()),
-        token_types: vec![1; vocab],
-        tokens,
-        ..GgufVocabulary::default()
-    };
-    Tokenizer::open(&TokenizerSource::Gguf(vocabulary)).expect("a vocabulary of its own")
-}
-
-/// Stop tokens and a stop string, from what plain decoding says.
-fn stops(stop: Stop, plain: &[u32], tokenizer: &Tokenizer) -> (Vec<u32>, Option<String>) {
-    match (stop, plain.len()) {
-        (Stop::Nothing, _) | (_, 0) => (vec![], None),
-        (Stop::Token(at), len) => (vec![plain[at % len]], None),
-        (Stop::Text(at, tokens), len) => {
-            let from = at % len;
-            let text = tokenizer.decode(&plain[from..(from + tokens).min(len)]);
-            let text = text.trim_matches('\u{fffd}');
-            (vec![], (!text.is_empty() && !text.contains('\u{fffd}')).then(|| text.to_string()))
-        }
-    }
-}
-
-/// What an answer must be: plain decoding's, cut where it stops.
-fn expected(plain: &Sequence, stop_tokens: &[u32], stop: &Option<String>, tokenizer: &Tokenizer) -> Answer {
-    let (tokens, mut bytes) = (plain.generated(), Vec::new());
-    for (i, token) in tokens.iter().enumerate() {
-        if stop_tokens.contains(token) {
-            let text = String::from_utf8_lossy(&bytes).into_owned();
-            return Answer { tokens: tokens[..=i].to_vec(), text, why: FinishReason::StopToken };
-        }
-        bytes.extend(tokenizer.token_bytes(*token));
-        let text = String::from_utf8_lossy(&bytes);
-        if let Some(at) = stop.as_ref().and_then(|stop| text.find(stop.as_str())) {
-            return Answer { tokens: tokens[..=i].to_vec(), text: text[..at].into(), why: FinishReason::StopString };
-        }
-    }
-    let why = plain.finished().expect("plain decoding has ended");
-    Answer { tokens: tokens.to_vec(), text: String::from_utf8_lossy(&bytes).into_owned(), why }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::strategy::{Strategy, ValueTree};
@@ -491,11 +357,5 @@ mod tests {
             row.position = row.position - (row.path().count() as u32 - 1) + row.node;
         };
         assert!(found("model", Mistake::Row(by_slot)) > 2);
-    }
-
-    #[test]
-    fn a_vocabulary_has_halves_of_characters() {
-        let tokenizer = tokenizer(40);
-        assert_eq!(tokenizer.decode(&[0, 3, 5, 6, 9]), "a ä a\u{fffd}");
     }
 }

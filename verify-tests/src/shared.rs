@@ -1,30 +1,45 @@
-//! A backend that several engines use, one after the other or in turns. What an engine allocated is freed with it.
+//! A backend that several engines use, one after the other or in turns. What an engine allocated is freed with it. It counts
+//! what was run on it.
 
 use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
 use treespark::Result;
 use treespark::backend::{Backend, BufferId, DeviceInfo, Extent, PassId};
-use treespark_kernel_gen::{BufferDesc, Pass};
+use treespark_kernel_gen::{BufferDesc, Op, Pass};
 use treespark_models::Tensor;
 
 pub struct Shared {
     inner: Rc<RefCell<Box<dyn Backend>>>,
+    log: Rc<RefCell<Log>>,
     info: DeviceInfo,
     drafts: bool,
     mine: Vec<BufferId>,
 }
 
+/// What was compiled and what was run.
+#[derive(Default)]
+struct Log {
+    ops: HashMap<PassId, Vec<&'static str>>,
+    runs: BTreeMap<&'static str, u64>,
+}
+
 impl Shared {
     pub fn new(backend: Box<dyn Backend>) -> Shared {
         let (info, drafts) = (backend.info().clone(), backend.drafts());
-        Shared { inner: Rc::new(RefCell::new(backend)), info, drafts, mine: Vec::new() }
+        Shared { inner: Rc::new(RefCell::new(backend)), log: Rc::default(), info, drafts, mine: Vec::new() }
     }
 
     /// The same backend for somebody else.
     pub fn share(&self) -> Box<dyn Backend> {
-        let (inner, info, drafts) = (self.inner.clone(), self.info.clone(), self.drafts);
-        Box::new(Shared { inner, info, drafts, mine: Vec::new() })
+        let (inner, log, info) = (self.inner.clone(), self.log.clone(), self.info.clone());
+        Box::new(Shared { inner, log, info, drafts: self.drafts, mine: Vec::new() })
+    }
+
+    /// How often each op was run.
+    pub fn runs(&self) -> BTreeMap<&'static str, u64> {
+        self.log.borrow().runs.clone()
     }
 }
 
@@ -69,14 +84,21 @@ impl Backend for Shared {
     }
 
     fn compile(&mut self, pass: &Pass, buffers: &[BufferId]) -> Result<PassId> {
-        self.inner.borrow_mut().compile(pass, buffers)
+        let id = self.inner.borrow_mut().compile(pass, buffers)?;
+        self.log.borrow_mut().ops.insert(id, pass.ops.iter().map(Op::name).collect());
+        Ok(id)
     }
 
     fn join(&mut self, passes: &[PassId]) -> Result<PassId> {
-        self.inner.borrow_mut().join(passes)
+        let id = self.inner.borrow_mut().join(passes)?;
+        let ops = &mut self.log.borrow_mut().ops;
+        ops.insert(id, passes.iter().flat_map(|pass| ops[pass].clone()).collect());
+        Ok(id)
     }
 
     fn run(&mut self, pass: PassId, extent: Extent) -> Result<()> {
+        let Log { ops, runs } = &mut *self.log.borrow_mut();
+        ops[&pass].iter().for_each(|op| *runs.entry(op).or_default() += 1);
         self.inner.borrow_mut().run(pass, extent)
     }
 }

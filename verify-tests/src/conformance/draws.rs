@@ -14,7 +14,7 @@ use crate::goodness::fit;
 use crate::near_tie::{Verdict, classify};
 use crate::oracle::{Oracle, law, scores};
 use crate::rng::Rng;
-use crate::tiny_model::{Sizes, TinyModel};
+use crate::tiny_model::{Sizes, TinyModel, compiled_rows};
 
 /// On equal logits only the rounding of f32 scores, of exponentials and of their sums can tell two draws apart: a few
 /// units in the last place of numbers up to 32.
@@ -103,7 +103,8 @@ pub fn a_head_ranks_what_it_leaves(backend: &mut dyn Backend) -> Property {
         let hot = Sampling { temperature: 0.8, seed: 3, ..Sampling::default() };
         let member = |sampling| Member { sampling, ..Member::new(&[1, 2], Tree::chain(&[0; 4])) };
         let batch = Batch { members: vec![member(hot), member(Sampling::default())] };
-        let (pass, rows, hidden) = (model.rank_pass(batch.rows(), k, perturb), batch.rows(), model.sizes.hidden);
+        let (pass, rows, hidden) =
+            (model.rank_pass(compiled_rows(batch.rows()), k, perturb), batch.rows(), model.sizes.hidden);
         let mut rng = Rng::new(seed as u64);
         let mut states: Vec<f32> = (0..rows * hidden).map(|_| rng.normal() as f32).collect();
         for request in 0..2 {

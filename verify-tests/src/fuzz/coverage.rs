@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use treespark::Sampling;
 use treespark_verify_tests::arb::Case;
 use treespark_verify_tests::decoding::{Decoding, Seen};
+use treespark_verify_tests::shared::Shared;
 use treespark_verify_tests::tiny_model::Sizes;
 
 use super::case::Sight;
@@ -26,6 +27,11 @@ impl Coverage {
             Sight::Decoding(decoding) => self.add_decoding(property, decoding),
             Sight::Decoded(seen) => self.add_seen(seen),
         }
+    }
+
+    /// What was run on a backend that is given up.
+    pub fn add_runs(&mut self, backend: &Shared) {
+        backend.runs().into_iter().for_each(|(op, runs)| self.count_many("runs of an op", op.to_string(), runs));
     }
 
     fn add_sizes(&mut self, property: &str, s: &Sizes) {

@@ -173,6 +173,7 @@ impl Attack<'_> {
                 break;
             }
             if index % CASES_OF_A_BACKEND == CASES_OF_A_BACKEND - 1 {
+                coverage.add_runs(&backend);
                 backend = backends::open(self.name)?;
             }
             let id = case::plan(self.name, self.args.seed, index, self.properties);
@@ -184,9 +185,12 @@ impl Attack<'_> {
                 report(&id, &failure, &self.args.out)?;
                 shared.stop.fetch_or(self.args.stop, Ordering::Relaxed);
                 // A panic may have left it in any state.
+                coverage.add_runs(&backend);
                 backend = backends::open(self.name)?;
             }
         }
+        coverage.add_runs(&backend);
+        coverage.add_runs(&backend);
         shared.coverage.lock().expect("no worker panics").merge(coverage);
         Ok(())
     }
