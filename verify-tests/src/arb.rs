@@ -3,11 +3,11 @@
 
 use std::cell::RefCell;
 use std::fmt::Debug;
-use treespark::Sampling;
 
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
+use treespark::Sampling;
 use treespark_kernel_gen::DType;
 
 use crate::batch::{Batch, Member, Tree};

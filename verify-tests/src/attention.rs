@@ -17,7 +17,7 @@ use crate::tiny_model::{MAX_REQUESTS, MAX_ROWS, MAX_SLOTS, Sizes, compiled_rows}
 /// Slots of one request: those of a tiny model, or ten times as many.
 const SLOTS: [usize; 2] = [MAX_SLOTS, 10 * MAX_SLOTS];
 
-/// What queries, keys and values hold. All are multiples of an eighth, which tensor cores take as they are.
+/// What queries, keys and values hold. Queries are multiples of an eighth, which tensor cores take as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Numbers {
     /// Of variance 1.

@@ -4,7 +4,9 @@
 //! [`tiny_model`] (inputs), [`arb`] (their generators), [`bed`] (runs a pass of a tiny model on any backend),
 //! [`mod@conformance`] (the properties, stamped onto a backend by [`conformance!`]), [`logits`] and [`near_tie`] (are two
 //! differing tokens excusable?), [`cases`] (what the losslessness tests run over), [`rules`] (acceptance rules, proved by
-//! enumeration), [`mutant`] and [`plants`] (backends with known mistakes), [`foreign`] (others' kernels), [`mod@cuda_on_cpu`] (CUDA without a GPU).
+//! enumeration), [`decoding`] (whole generations on a [`shared`] backend, one drafter [`half_right`]), [`frequencies`] and
+//! [`goodness`] (the law of their tokens), [`mutant`] and [`plants`] (known mistakes), [`attention`] (that op alone),
+//! [`foreign`] (others' kernels), [`mod@cuda_on_cpu`] (CUDA without a GPU).
 
 pub mod arb;
 pub mod attention;
