@@ -92,12 +92,14 @@ pub struct Request {
     pub min_p: f32,
     /// Divides positive and multiplies negative logits of seen tokens; 1 does nothing.
     pub repetition_penalty: f32,
+    /// The first so many nodes are a chain that is accepted whatever is drawn: a prompt, or a part of one.
+    pub given: u32,
 }
 
 impl Request {
     pub const WORDS: usize = 12;
 
-    /// The words, in field order; word 11 is reserved and zero.
+    /// The words, in field order.
     pub fn to_words(&self) -> [u32; Self::WORDS] {
         [
             self.prefix,
@@ -111,7 +113,7 @@ impl Request {
             self.top_p.to_bits(),
             self.min_p.to_bits(),
             self.repetition_penalty.to_bits(),
-            0,
+            self.given,
         ]
     }
 
@@ -129,6 +131,7 @@ impl Request {
             top_p: f32::from_bits(w[8]),
             min_p: f32::from_bits(w[9]),
             repetition_penalty: f32::from_bits(w[10]),
+            given: w[11],
         }
     }
 }
@@ -136,7 +139,8 @@ impl Request {
 /// Words of one request in the `accepted` buffer: `[n, path[max_nodes], tokens[max_nodes]]`.
 /// `n` counts the accepted nodes, root included: 0 only if the request has no rows. `path[..n]` are their ids, ascending
 /// from the root's, 0;
-/// `tokens[i]` is the target's draw at `path[i]`, so `tokens[..n]` are the accepted draft tokens and the bonus token.
+/// `tokens[i]` is what follows `path[i]`: the token of the next node of the path, which where it is not given is the target's
+/// draw; behind the last, the draw. So `tokens[..n]` are the accepted tokens and the bonus token.
 pub const fn accepted_words(max_nodes: usize) -> usize {
     1 + 2 * max_nodes
 }

@@ -62,6 +62,7 @@ impl Batch {
             top_p: sampling.top_p,
             min_p: sampling.min_p,
             repetition_penalty: sampling.repetition_penalty,
+            given: 0,
         };
         let index = self.n_requests() as u32;
         for (node, token, depth, ancestors) in rows {

@@ -266,6 +266,7 @@ mod tests {
         top_p: 1.0,
         min_p: 0.0,
         repetition_penalty: 1.0,
+        given: 0,
     };
     const SAMPLED: Request = Request { temperature: 1.0, ..GREEDY };
 

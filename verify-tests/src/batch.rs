@@ -161,6 +161,7 @@ impl Batch {
                 top_p: s.top_p,
                 min_p: s.min_p,
                 repetition_penalty: s.repetition_penalty,
+                given: 0,
             };
             words.extend(request.to_words());
         }

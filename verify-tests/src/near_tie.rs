@@ -27,8 +27,19 @@ pub fn draw_context(sampling: &Sampling, text: &[u32]) -> DrawContext {
     let &Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed, sample } = sampling;
     let seed = [seed as u32, (seed >> 32) as u32];
     let (prefix, first_row, n_rows) = (text.len() as u32 - 1, 0, 1);
-    let request =
-        Request { prefix, first_row, n_rows, sample, seed, temperature, top_k, top_p, min_p, repetition_penalty };
+    let request = Request {
+        prefix,
+        first_row,
+        n_rows,
+        sample,
+        seed,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        given: 0,
+    };
     DrawContext { request, position: prefix, seen: text.to_vec() }
 }
 

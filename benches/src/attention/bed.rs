@@ -112,6 +112,7 @@ impl<'a> Bed<'a> {
                 top_p: 1.0,
                 min_p: 0.0,
                 repetition_penalty: 1.0,
+                given: 0,
             };
             requests.extend(request.to_words());
             for node in 0..nodes {

@@ -1,7 +1,7 @@
 //! Which path of each request's tree the target itself would have produced: [`Op::Accept`] on a CPU.
 //!
-//! No walk is needed. Call a node *matched* if its token is what the target drew at its parent; the root always is. A
-//! node is accepted iff all nodes of its path are matched, that is, iff `ancestors & !matched` has no bit. The deepest
+//! No walk is needed. Call a node *matched* if its token is what the target drew at its parent, or if it is given; the root
+//! always is. A node is accepted iff all nodes of its path are matched, that is, iff `ancestors & !matched` has no bit. The deepest
 //! accepted node, the one with most ancestor bits, ends the path that is kept.
 //!
 //! [`Op::Accept`]: treespark_kernel_gen::Op::Accept
@@ -20,18 +20,18 @@ pub fn accept(rows: &[u32], requests: &[u32], draws: &[u32], accepted: &mut [u32
         let (first, n) = (request.first_row as usize, request.n_rows as usize);
         let tree: Vec<Row> = (first..first + n).map(|row| Row::read(rows, row)).collect();
         out.fill(0);
-        accept_one(&tree, &draws[first..first + n], out);
+        accept_one(&tree, request.given as usize, &draws[first..first + n], out);
     }
 }
 
 /// One request: `tree[n]` is the row of node n, `draws[n]` the target's draw there. A request without rows in this
 /// pass accepts nothing.
-fn accept_one(tree: &[Row], draws: &[u32], out: &mut [u32]) {
+fn accept_one(tree: &[Row], given: usize, draws: &[u32], out: &mut [u32]) {
     let mut matched = [0u32; ANCESTOR_WORDS];
     for (node, row) in tree.iter().enumerate() {
         let is_matched = match parent(row, node) {
             None => true,
-            Some(parent) => draws[parent] == row.token && row.token != NO_TOKEN,
+            Some(parent) => node < given || draws[parent] == row.token && row.token != NO_TOKEN,
         };
         matched[node / 32] |= u32::from(is_matched) << (node % 32);
     }
@@ -51,6 +51,10 @@ fn accept_one(tree: &[Row], draws: &[u32], out: &mut [u32]) {
     *count = n_path(deepest);
     for (i, node) in deepest.path().enumerate() {
         (path[i], tokens[i]) = (node as u32, draws[node]);
+        // Where a node is given, the draw before it may be another token.
+        if i > 0 {
+            tokens[i - 1] = tree[node].token;
+        }
     }
 }
 
@@ -86,6 +90,7 @@ mod tests {
                 top_p: 1.0,
                 min_p: 0.0,
                 repetition_penalty: 1.0,
+                given: 0,
             };
             requests.extend(request.to_words());
             for (node, &token) in tokens.iter().enumerate() {
@@ -143,6 +148,15 @@ mod tests {
     fn a_draw_of_no_token_matches_nothing() {
         let tree = (shape("chain:1"), vec![1, NO_TOKEN]);
         assert_eq!(accepted(&[tree], &[NO_TOKEN, 5]), [(vec![0], vec![NO_TOKEN])]);
+    }
+
+    #[test]
+    fn what_is_given_is_accepted_whatever_was_drawn() {
+        let (rows, mut requests) = batch(&[(shape("chain:3"), vec![1, 2, 3, 4])]);
+        requests[HEADER_WORDS + Request::WORDS - 1] = 3;
+        let mut words = vec![9; accepted_words(MAX_NODES)];
+        accept(&rows, &requests, &[9, 9, 8, 7], &mut words);
+        assert_eq!((&words[..4], &words[1 + MAX_NODES..][..3]), (&[3, 0, 1, 2][..], &[2, 3, 8][..]));
     }
 
     #[test]

@@ -279,6 +279,7 @@ mod tests {
         top_p: 1.0,
         min_p: 0.0,
         repetition_penalty: 1.0,
+        given: 0,
     };
 
     fn row(tree: &TreeShape, node: usize, prefix: usize) -> Row {

@@ -132,6 +132,7 @@ impl Bed {
             top_p: 1.0,
             min_p: 0.0,
             repetition_penalty: 1.1,
+            given: 0,
         };
         let requests: Vec<u32> = [n as u32, 1, 0, 0].into_iter().chain(request.to_words()).collect();
         self.backend.write(self.id("rows"), 0, &rows.collect::<Vec<_>>()).unwrap();

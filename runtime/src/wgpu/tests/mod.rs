@@ -96,6 +96,7 @@ impl Bench {
                 top_p: 1.0,
                 min_p: 0.0,
                 repetition_penalty: 1.0,
+                given: 0,
             };
             words.extend(request.to_words());
         }
