@@ -46,6 +46,7 @@ pub mod devices;
 pub mod draw;
 pub mod philox;
 pub mod llm;
+pub mod serving;
 pub mod eval;
 pub mod stop;
 pub mod stats;

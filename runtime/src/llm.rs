@@ -17,6 +17,7 @@ use crate::network::{Limits, Network};
 use crate::sampling::Sampling;
 use crate::scheduler::Scheduler;
 use crate::sequence::{FinishReason, Sequence};
+use crate::serving::Text;
 use crate::stats::Statistics;
 use crate::stop::StopStrings;
 
@@ -203,6 +204,12 @@ impl Llm {
         stop_tokens: Vec<u32>,
     ) -> Llm {
         Llm { engine, tokenizer, template, stop_tokens }
+    }
+
+    /// The engine, and the text side of the model.
+    pub fn into_parts(self) -> (Engine, Text) {
+        let Llm { engine, tokenizer, template, stop_tokens } = self;
+        (engine, Text { tokenizer, template, stop_tokens })
     }
 
     fn resolve(name: &str, progress: &mut dyn FnMut(LoadProgress)) -> Result<PathBuf> {

@@ -9,6 +9,46 @@ use crate::backend::PassCost;
 use crate::draft::{Draft, Plan};
 use treespark_kernel_gen::TreeShape;
 
+/// How much of a draft is verified.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Policy {
+    pub nodes: Nodes,
+    /// Only the likeliest path of a tree.
+    pub chain: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Nodes {
+    /// As many as pay, by what the drafter expects of them.
+    Confidence,
+    /// So many in every round, where there are as many.
+    Fixed(usize),
+    /// None: plain decoding.
+    Off,
+}
+
+impl Policy {
+    pub const CONFIDENCE: Policy = Policy { nodes: Nodes::Confidence, chain: false };
+    pub const OFF: Policy = Policy { nodes: Nodes::Off, chain: false };
+}
+
+impl std::str::FromStr for Policy {
+    type Err = String;
+
+    /// `confidence`, `fixed:N` (N draft tokens a round), `off`; `chain` and `chain:N` are the first two over chains.
+    fn from_str(text: &str) -> Result<Policy, String> {
+        let number = |n: &str| n.parse().map_err(|_| format!("'{n}' is no number of draft tokens"));
+        Ok(match text.split_once(':') {
+            None if text == "confidence" => Policy::CONFIDENCE,
+            None if text == "off" => Policy::OFF,
+            None if text == "chain" => Policy { chain: true, ..Policy::CONFIDENCE },
+            Some(("fixed", n)) => Policy { nodes: Nodes::Fixed(number(n)?), chain: false },
+            Some(("chain", n)) => Policy { nodes: Nodes::Fixed(number(n)?), chain: true },
+            _ => return Err(format!("'{text}' is no policy; there are: confidence, fixed:N, chain, chain:N, off")),
+        })
+    }
+}
+
 #[derive(Debug)]
 pub struct Scheduler {
     shape: Option<TreeShape>,
