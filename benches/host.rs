@@ -25,9 +25,9 @@ fn ngram(c: &mut Criterion) {
     let context = text(4096);
     let plan = Plan { shape: None, max_nodes: 64, max_depth: 64 };
     let mut drafter = NgramDrafter::default();
-    drafter.continue_text(&context, &plan).unwrap();
+    drafter.continue_text(0, &context, &plan).unwrap();
     c.bench_function("n-gram tree of 64 nodes from 4096 tokens", |b| {
-        b.iter(|| drafter.continue_text(black_box(&context), &plan).unwrap().tree.len())
+        b.iter(|| drafter.continue_text(0, black_box(&context), &plan).unwrap().tree.len())
     });
 }
 

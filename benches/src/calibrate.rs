@@ -105,7 +105,7 @@ fn measure(args: &Args, model: &Model, stop: &[u32], calibrated: bool, prompts: 
     let drafter = BlockDrafter::load(&speculator)?;
     let drafter = if calibrated { drafter } else { drafter.without_calibration() };
     // Rows are free here: all nodes are verified.
-    let scheduler = Scheduler::new(None, args.nodes, PassCost(&[(1, 1.0), (2, 1.0)]));
+    let scheduler = Scheduler::new(None, args.nodes, PassCost::FREE_ROWS);
     let mut engine = Engine::new(backend, network, Box::new(drafter), scheduler, CONTEXT).drafting_on_the_host();
     let mut reliability = Reliability::default();
     let vocab = model.config().vocab_size;

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use treespark::backend::{Backend, Extent};
+use treespark::batch::Entry;
 use treespark::network::{Limits, Network};
 use treespark::sampling::Sampling;
 use treespark::sequence::Sequence;
@@ -44,8 +45,9 @@ pub fn run(args: &PassArgs) -> Result<()> {
     for &rows in &args.rows {
         let tree = bushy(rows, token)?;
         let host = Samples::take(args.repeats, || {
-            network.verify(device.backend(), &mut seq, &tree)?;
-            network.accepted(device.backend(), &seq.kv).map(drop)
+            let mut entries = [Entry { seq: &mut seq, tree: tree.clone(), given: 1 }];
+            network.verify(device.backend(), &mut entries)?;
+            network.accepted(device.backend(), &mut entries).map(drop)
         })?;
         let alone = match bandwidth {
             Some(bandwidth) => Some(Alone::measure(&mut device, &mut network, args, rows, bandwidth)?),

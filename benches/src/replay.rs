@@ -189,12 +189,11 @@ impl Passes {
         let dims = bench.dims.clone();
         let plain = Llama::new(target, &dims);
         let llama = Llama { speculator: Some(speculator), ..plain };
-        let plain = vec![bench.compile(&plain.verify_pass(1)?)?, bench.compile(&plain.commit_pass()?)?];
-        let commit = bench.compile(&llama.commit_pass()?)?;
+        let plain = vec![bench.compile(&plain.verify_pass(1)?)?];
         let mut verify = Vec::new();
         for &rows in rows {
             let pass = llama.verify_pass(pass_rows(rows, on_device))?;
-            verify.push((rows, vec![bench.compile(&pass)?, commit]));
+            verify.push((rows, vec![bench.compile(&pass)?]));
         }
         let costs = on_device.then_some(&[1.0; NODES][..]);
         let mut draft = vec![bench.compile(&speculator.draft_pass(&llama, CANDIDATES, costs)?)?];

@@ -52,11 +52,10 @@ impl<'a> Llama<'a> {
         builder.finish()
     }
 
-    /// The target's draw at every row, and the accepted path of every request.
+    /// The target's draw at every row, the accepted path of every request, and its rows of the cache moved next to the prefix.
     pub fn verify_pass(&self, rows: usize) -> Result<Pass, PassError> {
         let mut builder = self.builder("verify", rows);
-        self.forward(&mut builder);
-        builder.draw_and_accept();
+        self.verify(&mut builder);
         builder.finish()
     }
 
@@ -76,20 +75,11 @@ impl<'a> Llama<'a> {
         builder.finish()
     }
 
-    /// Moves the accepted rows of the cache next to the prefix. It reads no weights and works on requests, not on rows.
-    pub fn commit_pass(&self) -> Result<Pass, PassError> {
-        let mut builder = self.builder("commit", self.dims.max_rows);
-        self.commit(&mut builder);
-        builder.finish()
-    }
-
-    /// A whole round that needs the host only to wait for it: verify and commit the trees in the batch buffers, then
-    /// draft those of the next round into them.
+    /// A whole round that needs the host only to wait for it: verify the trees in the batch buffers, then draft
+    /// those of the next round into them.
     pub fn round_pass(&self, rows: usize, drafter: NgramDims) -> Result<Pass, PassError> {
         let mut builder = self.builder("round", rows);
-        self.forward(&mut builder);
-        builder.draw_and_accept();
-        self.commit(&mut builder);
+        self.verify(&mut builder);
         builder.draft_ngram(drafter);
         builder.finish()
     }
@@ -97,9 +87,7 @@ impl<'a> Llama<'a> {
     /// The same with a speculator, whose own pass drafts: this one ends with the block that it fills.
     pub fn round_pass_with_block(&self, rows: usize, nodes: usize) -> Result<Pass, PassError> {
         let mut builder = self.builder("round", rows);
-        self.forward(&mut builder);
-        builder.draw_and_accept();
-        self.commit(&mut builder);
+        self.verify(&mut builder);
         self.open_block(&mut builder, nodes);
         builder.finish()
     }
@@ -140,6 +128,12 @@ impl<'a> Llama<'a> {
             speculator.keep_states(builder, x);
         }
         self.head(builder);
+    }
+
+    fn verify(&self, builder: &mut Builder) {
+        self.forward(builder);
+        builder.draw_and_accept();
+        self.commit(builder);
     }
 
     fn embed(&self, builder: &mut Builder) {
@@ -259,7 +253,6 @@ mod tests {
             llama.verify_pass(8).unwrap(),
             llama.draft_pass(4).unwrap(),
             llama.grow_pass("2x2".parse().unwrap()).unwrap(),
-            llama.commit_pass().unwrap(),
             llama.round_pass(8, DRAFTER).unwrap(),
             llama.ngram_pass(DRAFTER).unwrap(),
         ]
@@ -288,7 +281,8 @@ out=ffn:f32[16, 48]
   head            x=x:f32[16, 32] norm=norm:f32[32] weight=embed:bf16[100, 32] logits=logits:f32[8, 100]
   draw            seen=seen:u32[2, 4] logits=logits:f32[8, 100] draws=draws:u32[16]
   accept          draws=draws:u32[16] accepted=accepted:u32[2, 513]
-  9 ops, 0.0 MB of weights
+  commit          accepted=accepted:u32[2, 513] k_cache=cache.k:bf16[1, 8, 2, 16, 8] v_cache=cache.v:bf16[1, 8, 2, 16, 8]
+  10 ops, 0.0 MB of weights
 ";
         assert_eq!(Llama::new(&config, &dims()).verify_pass(8).unwrap().to_string(), golden);
     }
@@ -307,7 +301,7 @@ out=ffn:f32[16, 48]
         let config = config("LlamaForCausalLM", true);
         let verify = op_names(&Llama::new(&config, &dims()).verify_pass(4).unwrap());
         let round = Llama::new(&config, &dims()).round_pass(4, DRAFTER).unwrap();
-        assert_eq!(op_names(&round), [&verify[..], &["commit", "draft_ngram"]].concat());
+        assert_eq!(op_names(&round), [&verify[..], &["draft_ngram"]].concat());
     }
 
     #[test]

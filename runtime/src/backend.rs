@@ -4,6 +4,8 @@
 //! [`Op::check`](treespark_kernel_gen::Op::check) has validated every pass before `compile` sees it; backends do not
 //! check again. Only [`Backend::read`] waits for the device.
 
+use std::borrow::Cow;
+
 use treespark_kernel_gen::{BufferDesc, Pass};
 use treespark_models::Tensor;
 
@@ -36,16 +38,35 @@ pub struct DeviceInfo {
 }
 
 /// What a pass costs by its rows, relative to a pass of one row: measured points, ascending, linear between them and
-/// beyond. It says what a tree node must be worth on a device; being a constant, it keeps the choice of trees repeatable.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PassCost(pub &'static [(usize, f32)]);
+/// beyond. It says what a tree node must be worth on a device. A backend's own is a constant, which keeps the choice of trees
+/// repeatable; a server measures its passes when it starts. Either changes the speed alone.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PassCost(Cow<'static, [(usize, f32)]>);
 
 impl PassCost {
     /// For whoever wants all nodes verified.
-    pub const FREE_ROWS: PassCost = PassCost(&[(1, 1.0), (2, 1.0)]);
+    pub const FREE_ROWS: PassCost = PassCost::new(&[(1, 1.0), (2, 1.0)]);
+
+    /// At least two points.
+    pub const fn new(points: &'static [(usize, f32)]) -> PassCost {
+        PassCost(Cow::Borrowed(points))
+    }
+
+    /// Of what was measured: rows, ascending, and seconds, of which more rows never cost less; relative to `unit` seconds.
+    pub fn measured(seconds: &[(usize, f64)], unit: f64) -> PassCost {
+        let mut so_far = 0.0f64;
+        let relative = seconds.iter().map(|&(rows, taken)| {
+            so_far = so_far.max(taken);
+            (rows, (so_far / unit) as f32)
+        });
+        PassCost(relative.collect())
+    }
 
     pub fn of(&self, rows: usize) -> f32 {
-        let points = self.0;
+        let points = &self.0;
+        if let [(_, only)] = points[..] {
+            return only;
+        }
         let next = points.iter().position(|&(at, _)| at >= rows).unwrap_or(points.len() - 1).max(1);
         let ((r0, c0), (r1, c1)) = (points[next - 1], points[next]);
         c0 + (c1 - c0) * (rows as f32 - r0 as f32) / (r1 - r0) as f32
@@ -64,6 +85,11 @@ pub trait Backend {
     /// not at all.
     fn drafts(&self) -> bool {
         false
+    }
+
+    /// Bytes of the device's memory that nobody uses, if it can be known.
+    fn free_bytes(&self) -> Option<usize> {
+        None
     }
 
     /// A weight: the parts, stacked along the first dimension, are the buffer. Parts have the buffer's dtype.
@@ -98,8 +124,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn measured_costs_never_fall() {
+        let cost = PassCost::measured(&[(1, 2.0), (2, 1.9), (4, 3.0)], 2.0);
+        assert_eq!([1, 2, 4].map(|rows| cost.of(rows)), [1.0, 1.0, 1.5]);
+        assert_eq!(PassCost::measured(&[(1, 1.0)], 2.0).of(9), 0.5);
+    }
+
+    #[test]
     fn costs_are_linear_between_points_and_beyond() {
-        let cost = PassCost(&[(1, 1.0), (5, 1.4), (10, 3.4)]);
+        let cost = PassCost::new(&[(1, 1.0), (5, 1.4), (10, 3.4)]);
         for (rows, expected) in [(1, 1.0), (3, 1.2), (5, 1.4), (6, 1.8), (10, 3.4), (20, 7.4)] {
             assert!((cost.of(rows) - expected).abs() < 1e-6, "{rows} rows: {}", cost.of(rows));
         }

@@ -1,14 +1,28 @@
 //! The rows of one pass: which tokens, at which positions, seeing what. Written to the device before the pass.
 
-use std::ops::Range;
-
 use treespark_kernel_gen::layout::HEADER_WORDS;
 use treespark_kernel_gen::{ANCESTOR_WORDS, Request, Row};
 
 use crate::backend::Extent;
 use crate::kv::KvCache;
 use crate::sampling::Sampling;
+use crate::sequence::Sequence;
 use crate::tree::TokenTree;
+
+/// What a pass runs of a sequence: the tokens that are not in its cache, and a tree behind them. The first `given` nodes are a
+/// chain, which nobody doubts; the last of them is the tree's root.
+pub struct Entry<'a> {
+    pub seq: &'a mut Sequence,
+    pub tree: TokenTree,
+    pub given: usize,
+}
+
+impl Entry<'_> {
+    /// Whether it is a part of a prompt that does not reach the end: nobody wants to know what follows it.
+    pub fn is_part(&self) -> bool {
+        self.given < self.seq.pending().len()
+    }
+}
 
 #[derive(Debug, Default)]
 pub struct Batch {
@@ -27,21 +41,21 @@ impl Batch {
     /// Adds a request with some nodes of its tree. Nodes outside the range must already have their cache rows.
     pub fn add(&mut self, kv: &KvCache, tree: &TokenTree, nodes: &[usize], sampling: &Sampling) {
         let row = |&node: &usize| (node, tree.token(node), tree.shape().depth(node), tree.shape().ancestors(node));
-        self.add_rows(kv, nodes.iter().map(row), sampling);
+        self.add_rows(kv, nodes.iter().map(row), 0, sampling);
     }
 
     /// Adds a request with a block: tokens one behind the other that all see each other.
     pub fn add_block(&mut self, kv: &KvCache, tokens: &[u32], sampling: &Sampling) {
         let mut seen = [0; ANCESTOR_WORDS];
         (0..tokens.len()).for_each(|node| seen[node / 32] |= 1 << (node % 32));
-        self.add_rows(kv, tokens.iter().enumerate().map(|(node, &token)| (node, token, node, seen)), sampling);
+        self.add_rows(kv, tokens.iter().enumerate().map(|(node, &token)| (node, token, node, seen)), 0, sampling);
     }
 
     /// Adds a request with a row for each depth from the root's on, all of which read the hidden state of one node.
     pub fn add_readers(&mut self, kv: &KvCache, rows: usize, token: u32, node: usize, sampling: &Sampling) {
         let mut seen = [0; ANCESTOR_WORDS];
         seen[node / 32] |= 1 << (node % 32);
-        self.add_rows(kv, (0..rows).map(|depth| (node, token, depth, seen)), sampling);
+        self.add_rows(kv, (0..rows).map(|depth| (node, token, depth, seen)), 0, sampling);
     }
 
     /// Node, token, depth and what is seen, of each row.
@@ -49,6 +63,7 @@ impl Batch {
         &mut self,
         kv: &KvCache,
         rows: impl ExactSizeIterator<Item = (usize, u32, usize, [u32; ANCESTOR_WORDS])>,
+        given: usize,
         sampling: &Sampling,
     ) {
         let request = Request {
@@ -62,7 +77,7 @@ impl Batch {
             top_p: sampling.top_p,
             min_p: sampling.min_p,
             repetition_penalty: sampling.repetition_penalty,
-            given: 0,
+            given: given as u32,
         };
         let index = self.n_requests() as u32;
         for (node, token, depth, ancestors) in rows {
@@ -80,8 +95,13 @@ impl Batch {
 
     /// Adds a request with all nodes of its tree.
     pub fn add_tree(&mut self, kv: &KvCache, tree: &TokenTree, sampling: &Sampling) {
-        let nodes: Vec<usize> = Range { start: 0, end: tree.len() }.collect();
-        self.add(kv, tree, &nodes, sampling);
+        self.add_given(kv, tree, 0, sampling);
+    }
+
+    /// The same, the first so many nodes being a chain that is accepted whatever is drawn.
+    pub fn add_given(&mut self, kv: &KvCache, tree: &TokenTree, given: usize, sampling: &Sampling) {
+        let row = |node: usize| (node, tree.token(node), tree.shape().depth(node), tree.shape().ancestors(node));
+        self.add_rows(kv, (0..tree.len()).map(row), given, sampling);
     }
 
     pub fn n_rows(&self) -> usize {

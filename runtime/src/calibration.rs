@@ -110,7 +110,7 @@ mod tests {
         tree.push(0, 2).unwrap();
         tree.push(0, 3).unwrap();
         let accepted = Accepted { path: path.to_vec(), tokens: vec![9; path.len()] };
-        Round { tree, survival: vec![1.0, 0.5, 0.1], accepted, tokens: vec![] }
+        Round { tree, survival: vec![1.0, 0.5, 0.1], accepted, tokens: vec![], logits: vec![] }
     }
 
     #[test]

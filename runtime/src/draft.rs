@@ -38,6 +38,17 @@ impl Draft {
         self.survival.push(survival);
         self.tree.push(parent, token)
     }
+
+    /// The likeliest path alone: of siblings the first comes first.
+    pub fn spine(&self) -> Draft {
+        let mut spine = Draft { cost: self.cost, ..Draft::root(self.tree.token(0)) };
+        let (mut node, mut end) = (0, 0);
+        while let Some(child) = self.tree.shape().children(node).next() {
+            end = spine.push(end, self.tree.token(child), self.survival[child]).expect("no deeper than the tree");
+            node = child;
+        }
+        spine
+    }
 }
 
 /// What a round may draft.
@@ -54,7 +65,7 @@ pub struct Plan {
 pub trait Drafter {
     fn name(&self) -> &'static str;
 
-    /// Proposes continuations of the sequence; the root is its last token.
+    /// Proposes continuations of a sequence; the root is its last token.
     fn propose(
         &mut self,
         backend: &mut dyn Backend,
@@ -63,11 +74,26 @@ pub trait Drafter {
         plan: &Plan,
     ) -> Result<Draft>;
 
-    /// Learns what became of the last proposal, of which a prefix was verified.
-    fn observe(&mut self, backend: &mut dyn Backend, draft: &Draft, accepted: &Accepted) -> Result<()>;
+    /// The same for many sequences, each with a plan of its own.
+    fn propose_all(
+        &mut self,
+        backend: &mut dyn Backend,
+        target: &mut Network,
+        seqs: &mut [(&mut Sequence, Plan)],
+    ) -> Result<Vec<Draft>> {
+        seqs.iter_mut().map(|(seq, plan)| self.propose(backend, target, seq, plan)).collect()
+    }
 
-    /// Forgets the sequence before, and may look at the prompt of the next.
-    fn start(&mut self, backend: &mut dyn Backend, prompt: &[u32]) -> Result<()>;
+    /// Learns what became of a sequence's last proposal, of which a prefix was verified.
+    fn observe(&mut self, _: &Sequence, _: &Draft, _: &Accepted) {}
+
+    /// A sequence's prompt is run.
+    fn start(&mut self, _: &mut dyn Backend, _: &Sequence) -> Result<()> {
+        Ok(())
+    }
+
+    /// A sequence has ended, or waits and may come back.
+    fn forget(&mut self, _: &Sequence) {}
 
     /// Compiles what prompts will need, where that takes time.
     fn prepare(&mut self, _: &mut dyn Backend) -> Result<()> {
@@ -96,14 +122,6 @@ impl Drafter for NoDrafter {
 
     fn propose(&mut self, _: &mut dyn Backend, _: &mut Network, seq: &mut Sequence, _: &Plan) -> Result<Draft> {
         Ok(Draft::root(seq.last()))
-    }
-
-    fn observe(&mut self, _: &mut dyn Backend, _: &Draft, _: &Accepted) -> Result<()> {
-        Ok(())
-    }
-
-    fn start(&mut self, _: &mut dyn Backend, _: &[u32]) -> Result<()> {
-        Ok(())
     }
 
     fn nodes_on_device(&self) -> Option<usize> {

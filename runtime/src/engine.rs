@@ -2,11 +2,14 @@
 
 use std::time::Instant;
 
+use treespark_kernel_gen::MAX_NODES;
+
 use crate::backend::Backend;
-use crate::draft::Drafter;
+use crate::batch::Entry;
+use crate::draft::{Draft, Drafter, Plan};
 use crate::error::{Error, Result};
 use crate::network::Network;
-use crate::scheduler::Scheduler;
+use crate::scheduler::{Policy, Scheduler};
 use crate::sequence::Sequence;
 use crate::stats::Statistics;
 use crate::tree::{Accepted, TokenTree};
@@ -29,8 +32,11 @@ pub struct Round {
     /// What the drafter expected of its nodes; empty where the device drafted.
     pub survival: Vec<f32>,
     pub accepted: Accepted,
-    /// The tokens that the sequence took: the accepted draft tokens and the bonus token, cut where the sequence ended.
+    /// The tokens that the sequence took: the accepted draft tokens and the bonus token, cut where the sequence ended. None
+    /// where a part of a prompt was run.
     pub tokens: Vec<u32>,
+    /// The logits behind which these were drawn, where the sequence wants them.
+    pub logits: Vec<Vec<f32>>,
 }
 
 impl Engine {
@@ -42,7 +48,7 @@ impl Engine {
         scheduler: Scheduler,
         context: usize,
     ) -> Engine {
-        let plan = scheduler.plan(0);
+        let plan = scheduler.plan(Policy::CONFIDENCE, 0);
         let on_device = backend.drafts() && plan.shape.is_none();
         let nodes = drafter.nodes_on_device().filter(|_| on_device).map(|nodes| nodes.min(plan.max_nodes));
         // There is nothing to grow from a block where a tree is its root.
@@ -68,6 +74,28 @@ impl Engine {
         Ok(())
     }
 
+    /// Measures what passes cost, so that trees are as large as pays on this very device, and lets drafters rest where they do
+    /// not pay. `progress` gets steps done and in all.
+    pub fn serve_many(&mut self, progress: &mut dyn FnMut(usize, usize)) -> Result<()> {
+        let cost = self.target.measure_costs(self.backend.as_mut(), progress)?;
+        self.scheduler.serve_many(cost);
+        Ok(())
+    }
+
+    /// Whether a prompt can be run at all.
+    pub fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
+        let vocab = self.target.config().vocab_size;
+        match prompt.len() {
+            0 => return Err(Error::EmptyPrompt),
+            n if n >= self.context => return Err(Error::ContextFull { needed: n + 1, limit: self.context }),
+            _ => {}
+        }
+        match prompt.iter().find(|&&token| token as usize >= vocab) {
+            Some(&token) => Err(Error::Token { token, vocab }),
+            None => Ok(()),
+        }
+    }
+
     /// Runs the prompt: all of it but the last token, which is the root of the first round's tree.
     pub fn prefill(
         &mut self,
@@ -75,61 +103,63 @@ impl Engine {
         stats: &mut Statistics,
         progress: &mut dyn FnMut(usize),
     ) -> Result<()> {
-        let vocab = self.target.config().vocab_size;
-        let prompt = seq.tokens();
-        match prompt.len() {
-            0 => return Err(Error::EmptyPrompt),
-            n if n >= self.context => return Err(Error::ContextFull { needed: n + 1, limit: self.context }),
-            _ => {}
-        }
-        if let Some(&token) = prompt.iter().find(|&&token| token as usize >= vocab) {
-            return Err(Error::Token { token, vocab });
-        }
+        self.check_prompt(seq.tokens())?;
         let start = Instant::now();
         let Engine { backend, target, drafter, .. } = self;
-        let (prompt, from) = (prompt.to_vec(), seq.kv.len());
-        drafter.start(backend.as_mut(), &prompt)?;
-        target.extend(backend.as_mut(), &mut seq.kv, &prompt[from..prompt.len() - 1], progress)?;
+        let prompt = seq.pending()[..seq.pending().len() - 1].to_vec();
+        drafter.start(backend.as_mut(), seq)?;
+        target.extend(backend.as_mut(), &mut seq.kv, &prompt, progress)?;
         target.wait(backend.as_mut())?; // so that the first round's time is its own
         stats.prefill(seq.tokens().len(), start.elapsed());
         Ok(())
     }
 
-    /// One speculative round: draft, verify, accept, commit.
+    /// One speculative round of a sequence: draft, verify, accept, commit.
     pub fn round(&mut self, seq: &mut Sequence, stats: &mut Statistics) -> Result<Round> {
         // What a repetition penalty needs to know of a sequence, the device does not note.
-        if let (Some(nodes), None) = (self.nodes_on_device, seq.seen()) {
+        if let (Some(nodes), None, Policy::CONFIDENCE, false) =
+            (self.nodes_on_device, seq.seen(), seq.policy, seq.wants_logits)
+        {
             return self.round_on_device(nodes, seq, stats);
         }
+        let (_, round) = self.rounds(&mut [seq], stats)?.pop().expect("there is a row for one sequence");
+        round
+    }
+
+    /// The same of many, in one pass. A sequence whose prompt is not in the cache yet runs a part of it instead. Returns the
+    /// rounds of those for which there were rows, with their places; an error of one sequence is its own.
+    pub fn rounds(
+        &mut self,
+        seqs: &mut [&mut Sequence],
+        stats: &mut Statistics,
+    ) -> Result<Vec<(usize, Result<Round>)>> {
         let Engine { backend, target, drafter, scheduler, .. } = self;
         let backend = backend.as_mut();
         let mut clock = stats.start_round();
 
         // Draft. Node 0 is the last committed token; every other node is a guess.
-        let draft = drafter.propose(backend, target, seq, &scheduler.plan(seq.room()))?;
-        let mut tree = draft.tree.clone();
-        tree.truncate(scheduler.nodes(&draft));
+        let drafts = draft(backend, target, drafter.as_mut(), scheduler, seqs)?;
         clock.drafted(stats);
 
+        // Schedule. The likeliest nodes of all sequences are verified, as many as pay.
+        let (places, mut entries) = schedule(scheduler, seqs, &drafts, target.max_rows());
+
         // Verify. One target pass; a node sees the committed prefix and its own ancestors, and the target draws its own
-        // token at every node. The path whose tokens equal those draws is accepted, plus one bonus token.
-        target.verify(backend, seq, &tree)?;
-        let accepted = target.accepted(backend, &seq.kv)?; // the round's only wait on the target
+        // token at every node. The path whose tokens equal those draws is accepted, plus one bonus token; its rows move
+        // next to the prefix.
+        target.verify(backend, &mut entries)?;
+        let accepted = target.accepted(backend, &mut entries)?; // the round's only wait on the target
         clock.verified(stats);
 
         // Accept. A stop token or the end of the context may lie inside the path.
-        let tokens = seq.push(&accepted.tokens).to_vec();
+        let mut rounds = Vec::new();
+        for ((place, entry), accepted) in places.into_iter().zip(entries).zip(accepted) {
+            let logits = target.logits(backend, &entry, &accepted)?;
+            let round = accept(entry, accepted, drafts[place].as_ref(), drafter.as_mut(), stats);
+            rounds.push((place, round.map(|round| Round { logits, ..round })));
+        }
         clock.accepted(stats);
-
-        // Commit. The path's rows move next to the prefix. Rejected rows are left alone: nothing reads past the
-        // prefix, and the next tree overwrites them.
-        target.commit(backend, &mut seq.kv, &accepted.path)?;
-        drafter.observe(backend, &draft, &accepted)?;
-        clock.committed(stats);
-
-        stats.record(drafter.name(), &tree, &accepted, tokens.len());
-        let survival = draft.survival[..tree.len()].to_vec();
-        Ok(Round { tree, survival, accepted, tokens })
+        Ok(rounds)
     }
 
     /// The same round where the device drafts, too.
@@ -151,7 +181,7 @@ impl Engine {
         clock.accepted(stats);
 
         stats.record(drafter.name(), &tree, &accepted, tokens.len());
-        Ok(Round { tree, survival: Vec::new(), accepted, tokens })
+        Ok(Round { tree, survival: Vec::new(), accepted, tokens, logits: Vec::new() })
     }
 
     /// Decodes until the sequence is finished.
@@ -164,9 +194,28 @@ impl Engine {
         Ok(())
     }
 
-    /// Gives a finished sequence's cache pages back.
+    /// Gives a sequence's cache pages back: it is finished, or waits and runs its text again later.
     pub fn release(&mut self, seq: &mut Sequence) {
         self.target.release(&mut seq.kv);
+        self.drafter.forget(seq);
+    }
+
+    /// Gives a new sequence what the cache already holds of its text, and returns how many tokens that are.
+    pub fn share(&mut self, seq: &mut Sequence) -> usize {
+        self.target.share(seq)
+    }
+
+    /// Pages that the sequence's next round needs beside those that it has, if it runs so many tokens of its prompt before.
+    pub fn pages_for(&self, seq: &Sequence, prompt: usize) -> usize {
+        // A block is filled behind the last token, and a tree verified; whichever is larger. A part of a prompt comes before.
+        let part = seq.pending().len().min(PROMPT_ROWS).max(prompt);
+        let behind = self.scheduler.max_nodes().max(self.target.block_rows());
+        seq.kv.missing(self.target.pool(), part + behind)
+    }
+
+    /// Lets others share what a sequence has in the cache.
+    pub fn publish(&mut self, seq: &mut Sequence) {
+        self.target.publish(seq);
     }
 
     pub fn backend(&self) -> &dyn Backend {
@@ -181,4 +230,102 @@ impl Engine {
     pub fn context(&self) -> usize {
         self.context
     }
+}
+
+/// Rows of prompts in a pass, at most: what else is in it waits for them.
+const PROMPT_ROWS: usize = 256;
+
+/// What the drafter proposes to those who may use it; of a sequence whose prompt is still to be run, none.
+fn draft(
+    backend: &mut dyn Backend,
+    target: &mut Network,
+    drafter: &mut dyn Drafter,
+    scheduler: &Scheduler,
+    seqs: &mut [&mut Sequence],
+) -> Result<Vec<Option<Draft>>> {
+    let wants = |plan: &Plan| plan.max_nodes > 1 && plan.max_depth > 0;
+    let mut drafts: Vec<Option<Draft>> =
+        seqs.iter().map(|seq| (seq.pending().len() == 1).then(|| Draft::root(seq.last()))).collect();
+    let mut places = Vec::new();
+    let mut drafting = Vec::new();
+    for (place, seq) in seqs.iter_mut().enumerate().filter(|(place, _)| drafts[*place].is_some()) {
+        let plan = scheduler.plan(seq.policy, seq.room());
+        if wants(&plan) {
+            places.push(place);
+            drafting.push((&mut **seq, plan));
+        }
+    }
+    if !drafting.is_empty() {
+        let proposed = drafter.propose_all(backend, target, &mut drafting)?;
+        places.into_iter().zip(proposed).for_each(|(place, draft)| drafts[place] = Some(draft));
+    }
+    Ok(drafts)
+}
+
+/// The entries of a pass, and whose they are: of those with a draft as many nodes as pay, of the others parts of prompts, whoever
+/// comes first.
+fn schedule<'a>(
+    scheduler: &mut Scheduler,
+    seqs: &'a mut [&mut Sequence],
+    drafts: &[Option<Draft>],
+    max_rows: usize,
+) -> (Vec<usize>, Vec<Entry<'a>>) {
+    let drafted: Vec<(&Draft, Policy)> =
+        drafts.iter().zip(seqs.iter()).filter_map(|(draft, seq)| Some((draft.as_ref()?, seq.policy))).collect();
+    let mut room = max_rows.saturating_sub(drafted.len()).min(PROMPT_ROWS);
+    let mut part = |seq: &Sequence| {
+        let rows = seq.pending().len().min(room).min(MAX_NODES);
+        room -= rows;
+        rows
+    };
+    let parts: Vec<usize> =
+        drafts.iter().zip(seqs.iter()).map(|(draft, seq)| if draft.is_some() { 0 } else { part(seq) }).collect();
+    let mut nodes = scheduler.nodes(&drafted, parts.iter().sum(), max_rows).into_iter();
+    let (mut places, mut entries) = (Vec::new(), Vec::new());
+    for (place, seq) in seqs.iter_mut().enumerate() {
+        let (tree, given) = match &drafts[place] {
+            Some(draft) => {
+                let mut tree = draft.tree.clone();
+                tree.truncate(nodes.next().expect("a number for each draft"));
+                (tree, 1)
+            }
+            None if parts[place] > 0 => {
+                let part = TokenTree::chain(&seq.pending()[..parts[place]]).expect("no more than a tree may have");
+                (part, parts[place])
+            }
+            None => continue,
+        };
+        places.push(place);
+        entries.push(Entry { seq, tree, given });
+    }
+    (places, entries)
+}
+
+/// Takes what was accepted into a sequence.
+fn accept(
+    entry: Entry<'_>,
+    accepted: Accepted,
+    draft: Option<&Draft>,
+    drafter: &mut dyn Drafter,
+    stats: &mut Statistics,
+) -> Result<Round> {
+    let is_part = entry.is_part();
+    let Entry { seq, mut tree, given } = entry;
+    let mut accepted = accepted.checked(seq.kv.len())?;
+    seq.kv.commit(accepted.path.len());
+    if given > 1 {
+        // What was given is no guess: from here on it is a round of plain decoding.
+        let bonus = accepted.tokens[given - 1];
+        (tree, accepted) = (TokenTree::root(seq.last()), Accepted { path: vec![0], tokens: vec![bonus] });
+    }
+    let mut tokens = Vec::new();
+    if !is_part {
+        tokens = seq.push(&accepted.tokens).to_vec();
+        stats.record(drafter.name(), &tree, &accepted, tokens.len());
+    }
+    if let Some(draft) = draft {
+        drafter.observe(seq, draft, &accepted);
+    }
+    let survival = draft.map_or(Vec::new(), |draft| draft.survival[..tree.len()].to_vec());
+    Ok(Round { tree, survival, accepted, tokens, logits: Vec::new() })
 }

@@ -34,6 +34,7 @@ pub mod network;
 pub mod batch;
 pub mod kv;
 pub mod memory;
+pub mod plan;
 pub mod backend;
 pub mod cpu;
 #[cfg(any(cuda, feature = "wgpu"))]

@@ -14,6 +14,7 @@ use crate::draft::{Drafter, NoDrafter};
 use crate::engine::{Engine, Round};
 use crate::error::{Error, Result};
 use crate::network::{Limits, Network};
+use crate::plan::MemoryPlan;
 use crate::sampling::Sampling;
 use crate::scheduler::Scheduler;
 use crate::sequence::{FinishReason, Sequence};
@@ -90,6 +91,10 @@ pub struct LlmOptions {
     pub backend: BackendChoice,
     /// Tokens of a sequence, prompt included; `None` takes the model's own, up to 8192.
     pub context: Option<usize>,
+    /// Sequences that run at once; more than one is for a [`Service`](crate::serving::Service).
+    pub max_requests: usize,
+    /// Tokens that the cache holds, of all sequences together; `None`: as many as they may need, and the memory has room for.
+    pub cache_tokens: Option<usize>,
 }
 
 impl Default for LlmOptions {
@@ -102,6 +107,8 @@ impl Default for LlmOptions {
             all_nodes: false,
             backend: BackendChoice::Auto,
             context: None,
+            max_requests: 1,
+            cache_tokens: None,
         }
     }
 }
@@ -113,6 +120,10 @@ pub enum LoadProgress {
     Hub(hub::Progress),
     /// Weights on the device, in bytes.
     Weights { done: usize, total: usize },
+    /// What will be on the device; only of a model for many sequences, as is the next.
+    Memory(MemoryPlan),
+    /// Measuring what passes cost.
+    Timing { done: usize, total: usize },
 }
 
 /// How a generation ends and draws.
@@ -175,7 +186,17 @@ impl Llm {
         }
 
         let mut backend = devices::open(&options.backend)?;
-        let limits = Limits::new(context, options.tree.as_ref().map_or(chosen, TreeShape::len));
+        let limits = Limits {
+            cache_tokens: options.cache_tokens,
+            ..Limits::new(context, options.tree.as_ref().map_or(chosen, TreeShape::len))
+        };
+        let mut limits = limits.for_many(options.max_requests, backend.drafts())?;
+        if options.max_requests > 1 {
+            let free = backend.free_bytes();
+            let plan = MemoryPlan::new(&model, speculator.as_ref(), draft.as_ref(), &limits, free)?;
+            limits.cache_tokens = Some(plan.tokens);
+            progress(LoadProgress::Memory(plan));
+        }
         let mut weights = |done, total| progress(LoadProgress::Weights { done, total });
         let beside = speculator.as_ref();
         let mut target = Network::load_with_speculator(backend.as_mut(), &model, beside, limits, &mut weights)?;
@@ -187,11 +208,14 @@ impl Llm {
             _ if options.drafter == DrafterChoice::None => Box::new(NoDrafter),
             _ => Box::new(NgramDrafter::default()),
         };
-        let cost = if options.all_nodes { PassCost::FREE_ROWS } else { backend.info().cost };
-        target.set_cost(cost);
+        let cost = if options.all_nodes { PassCost::FREE_ROWS } else { backend.info().cost.clone() };
+        target.set_cost(cost.clone());
         let scheduler = Scheduler::new(options.tree.clone(), limits.max_nodes.min(MAX_NODES), cost);
         let mut engine = Engine::new(backend, target, drafter, scheduler, context);
         engine.prepare()?;
+        if options.max_requests > 1 {
+            engine.serve_many(&mut |done, total| progress(LoadProgress::Timing { done, total }))?;
+        }
         let (template, stop_tokens) = (model.chat_template()?, model.stop_tokens(&tokenizer));
         Ok(Llm { engine, tokenizer, template, stop_tokens })
     }

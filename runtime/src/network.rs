@@ -4,9 +4,11 @@
 
 mod block;
 mod growth;
+mod measure;
 mod rounds;
 
 pub use block::Block;
+use block::floats;
 
 use std::collections::HashMap;
 
@@ -14,9 +16,9 @@ use rounds::Drafted;
 use treespark_kernel_gen::{DType, MAX_NODES, Pass, TreeShape, TreeSpec};
 use treespark_models::{Config, Dims, Llama, Model, NgramDims, Speculator, SpeculatorConfig};
 
-use crate::backend::{Backend, Extent, PassCost, PassId};
-use crate::batch::Batch;
-use crate::error::Result;
+use crate::backend::{Backend, PassCost, PassId};
+use crate::batch::{Batch, Entry};
+use crate::error::{Error, Result};
 use crate::kv::{KvCache, PagePool};
 use crate::memory::{Memory, MemoryUse};
 use crate::sampling::Sampling;
@@ -34,8 +36,6 @@ enum Kind {
     Draft,
     /// From these, a tree's next level: the last of the shape.
     Grow(TreeShape),
-    /// Moves accepted rows.
-    Commit,
     /// A speculator's parallel stage, for the host to grow a tree from.
     Block,
     /// The same, and the device grows trees of up to so many nodes: the end of the two below, with a speculator.
@@ -57,11 +57,70 @@ pub struct Limits {
     pub top_k: usize,
     /// Slots of a cache page: 4, 16 or 64.
     pub page_size: usize,
+    /// Sequences of a pass.
+    pub max_requests: usize,
+    /// Rows of a pass.
+    pub max_rows: usize,
+    /// Tokens that the cache holds, of all sequences together; `None`: what they need if all are as long as can be.
+    pub cache_tokens: Option<usize>,
 }
 
 impl Limits {
+    /// For one sequence at a time.
     pub const fn new(context: usize, max_nodes: usize) -> Limits {
-        Limits { context, max_nodes, top_k: 1, page_size: 16 }
+        Limits { context, max_nodes, top_k: 1, page_size: 16, max_requests: 1, max_rows: MAX_NODES, cache_tokens: None }
+    }
+
+    /// The same for so many at a time; on a device that is quick at it, with room for many rows.
+    pub fn for_many(self, max_requests: usize, quick: bool) -> Result<Limits> {
+        let rows = match (max_requests, quick) {
+            (1, _) => return Ok(self),
+            (_, true) => (8 * max_requests).next_power_of_two().clamp(MAX_NODES, 4 * MAX_NODES),
+            (_, false) => MAX_NODES,
+        };
+        if !(1..=rows / 2).contains(&max_requests) {
+            let (value, expected) = (max_requests.to_string(), "1 to 128, on a GPU that drafts to 512");
+            return Err(Error::Parameter { parameter: "max_requests", value, expected });
+        }
+        Ok(Limits { max_requests, max_rows: rows, ..self })
+    }
+
+    /// Pages of a sequence that is as long as can be, with room for one more tree: its rows are written before the end is
+    /// known.
+    fn pages_per_request(&self) -> usize {
+        (self.context + MAX_NODES).div_ceil(self.page_size)
+    }
+
+    /// Tokens that the cache must have room for, and that it may need: those of one sequence, and of all.
+    pub fn token_range(&self) -> [usize; 2] {
+        let one = self.pages_per_request() * self.page_size;
+        [one, self.max_requests * one]
+    }
+
+    fn pages(&self) -> usize {
+        let [least, most] = self.token_range();
+        self.cache_tokens.unwrap_or(most).clamp(least, most).div_ceil(self.page_size)
+    }
+
+    /// The sizes of a model's buffers, whose speculator fills so many rows.
+    fn dims(&self, speculator_rows: usize, cache_dtype: DType) -> Dims {
+        // A pass of many requests runs parts of prompts with its trees, and its logits are of all rows.
+        let head_rows = match self.max_requests {
+            1 => compiled_rows(self.max_nodes.max(speculator_rows)),
+            _ => self.max_rows,
+        };
+        Dims {
+            max_rows: self.max_rows,
+            head_rows,
+            max_requests: self.max_requests,
+            context: self.context + MAX_NODES,
+            page_size: self.page_size,
+            pages: self.pages(),
+            pages_per_request: self.pages_per_request(),
+            top_k: self.top_k,
+            cache_dtype,
+            tree: TreeSpec::Any(MAX_NODES),
+        }
     }
 }
 
@@ -70,6 +129,8 @@ pub struct Network {
     speculator: Option<SpeculatorConfig>,
     /// Of its passes, by rows: what trees that the device grows are cut by.
     cost: PassCost,
+    /// Of blocks, by how many are filled, where it was measured.
+    block_cost: Option<PassCost>,
     /// Weights that filling a block reads, against those that a pass of the target reads.
     draft_share: f32,
     /// The backend runs passes that draft.
@@ -110,20 +171,8 @@ impl Network {
             false => speculator.config().clone(),
         });
         let speculator_rows = speculator_config.as_ref().map_or(0, |config| config.block().rows);
-        // Room for one more tree behind a full context: its rows are written before the end is known.
-        let pages = (limits.context + MAX_NODES).div_ceil(limits.page_size);
-        let dims = Dims {
-            max_rows: MAX_NODES,
-            head_rows: compiled_rows(limits.max_nodes.max(speculator_rows)),
-            max_requests: 1,
-            context: limits.context + MAX_NODES,
-            page_size: limits.page_size,
-            pages,
-            pages_per_request: pages,
-            top_k: limits.top_k,
-            cache_dtype: if model.dtype() == DType::F32 { DType::F32 } else { DType::BF16 },
-            tree: TreeSpec::Any(MAX_NODES),
-        };
+        let cache_dtype = if model.dtype() == DType::F32 { DType::F32 } else { DType::BF16 };
+        let dims = limits.dims(speculator_rows, cache_dtype);
         let mut memory = Memory::default();
         let of_speculator = speculator_config.as_ref().map_or(0, |config| config.weight_bytes(dims.context));
         let total = model.weight_bytes(dims.context) + of_speculator;
@@ -149,10 +198,11 @@ impl Network {
             confidence,
             memory,
             passes: HashMap::new(),
-            pool: PagePool::new(pages, limits.page_size),
+            pool: PagePool::new(dims.pages, dims.page_size),
             pass_weight_bytes: 0,
             drafted: None,
-            cost: backend.info().cost,
+            cost: backend.info().cost.clone(),
+            block_cost: None,
             draft_share: 0.0,
             dims,
         };
@@ -214,14 +264,24 @@ impl Network {
         self.memory.find("rows").map_or(Ok(()), |rows| backend.read(rows, 0, 1).map(drop))
     }
 
-    /// One target pass over a tree; a node sees the committed prefix and its own ancestors. Enqueues, does not wait.
-    pub fn verify(&mut self, backend: &mut dyn Backend, seq: &mut Sequence, tree: &TokenTree) -> Result<()> {
-        seq.kv.reserve(&mut self.pool, tree.len())?;
+    /// One target pass over a tree of each sequence; a node sees the committed prefix and its own ancestors. The accepted
+    /// rows are moved next to the prefix, and rejected ones left alone: nothing reads past the prefix, and the next tree
+    /// overwrites them. Enqueues, does not wait.
+    pub fn verify(&mut self, backend: &mut dyn Backend, entries: &mut [Entry<'_>]) -> Result<()> {
         let mut batch = Batch::new(self.dims.pages_per_request);
-        batch.add_tree(&seq.kv, tree, &seq.sampling);
-        let pass = self.pass(backend, Kind::Verify, tree.len())?;
-        if let Some(seen) = seq.seen() {
-            backend.write(self.memory.get("seen"), 0, seen)?;
+        for Entry { seq, tree, given } in entries.iter_mut() {
+            seq.kv.reserve(&mut self.pool, tree.len())?;
+            seq.last_row = batch.n_rows();
+            batch.add_given(&seq.kv, tree, *given, &seq.sampling);
+        }
+        if entries.iter().all(Entry::is_part) {
+            return self.run(backend, Kind::Extend, &batch);
+        }
+        let pass = self.pass(backend, Kind::Verify, batch.n_rows())?;
+        for (i, Entry { seq, .. }) in entries.iter().enumerate() {
+            if let Some(seen) = seq.seen() {
+                backend.write(self.memory.get("seen"), i * seen.len(), seen)?;
+            }
         }
         self.write_and_run(backend, pass, &batch)
     }
@@ -232,22 +292,57 @@ impl Network {
         Ok((pass, self.pass(backend, Kind::Verify, nodes)?))
     }
 
-    /// What the last verify pass accepted. Waits for the device.
-    pub fn accepted(&self, backend: &mut dyn Backend, kv: &KvCache) -> Result<Accepted> {
-        let words = backend.read(self.memory.get("accepted"), 0, ACCEPTED_WORDS)?;
-        Accepted::from_words(&words, MAX_NODES).checked(kv.len())
+    /// What the last verify pass accepted of each of its entries. Waits for the device.
+    pub fn accepted(&self, backend: &mut dyn Backend, entries: &mut [Entry<'_>]) -> Result<Vec<Accepted>> {
+        if entries.iter().all(Entry::is_part) {
+            return Ok(entries.iter().map(|entry| Accepted::given(&entry.tree)).collect());
+        }
+        let words = backend.read(self.memory.get("accepted"), 0, entries.len() * ACCEPTED_WORDS)?;
+        let accepted: Vec<Accepted> =
+            words.chunks_exact(ACCEPTED_WORDS).map(|words| Accepted::from_words(words, MAX_NODES)).collect();
+        for (Entry { seq, .. }, accepted) in entries.iter_mut().zip(&accepted) {
+            seq.last_row += accepted.path[accepted.draft_len()];
+        }
+        Ok(accepted)
     }
 
-    /// Moves the path's rows of the last tree next to the prefix and counts them as committed.
-    pub fn commit(&mut self, backend: &mut dyn Backend, kv: &mut KvCache, path: &[usize]) -> Result<()> {
-        if !Accepted::in_place(path) {
-            // The batch buffers still describe this sequence: same pages, same prefix.
-            let pass = self.pass(backend, Kind::Commit, 1)?;
-            backend.write(self.memory.get("accepted"), 0, &Accepted::path_words(path))?;
-            backend.run(pass, Extent { rows: 1, requests: 1, keys: kv.len() + path[path.len() - 1] + 1 })?;
+    /// The logits behind which an entry's tokens were drawn, if its sequence wants them. Waits.
+    pub fn logits(&self, backend: &mut dyn Backend, entry: &Entry<'_>, accepted: &Accepted) -> Result<Vec<Vec<f32>>> {
+        if !entry.seq.wants_logits || entry.is_part() {
+            return Ok(Vec::new());
         }
-        kv.commit(path.len());
-        Ok(())
+        let (logits, vocab) = (self.memory.get("logits"), self.config.vocab_size);
+        let first_row = entry.seq.last_row - accepted.path[accepted.draft_len()];
+        let rows = accepted.path[entry.given - 1..].iter().map(|node| first_row + node);
+        rows.map(|row| floats(backend, logits, row * vocab, vocab)).collect()
+    }
+
+    /// The pages of the cache.
+    pub fn pool(&self) -> &PagePool {
+        &self.pool
+    }
+
+    /// Gives a new sequence what the cache already holds of its text, and returns how many tokens that are.
+    pub fn share(&mut self, seq: &mut Sequence) -> usize {
+        seq.kv = self.pool.share(&seq.tokens()[..seq.tokens().len() - 1]);
+        seq.kv.len()
+    }
+
+    /// Lets others share what a sequence has in the cache.
+    pub fn publish(&mut self, seq: &mut Sequence) {
+        let mut kv = std::mem::take(&mut seq.kv);
+        self.pool.publish(&mut kv, seq.tokens());
+        seq.kv = kv;
+    }
+
+    /// Sequences of a pass.
+    pub fn max_requests(&self) -> usize {
+        self.dims.max_requests
+    }
+
+    /// Rows of the largest pass.
+    pub fn max_rows(&self) -> usize {
+        self.dims.max_rows
     }
 
     /// Gives a finished sequence's pages back.
@@ -277,23 +372,25 @@ impl Network {
         let rows = match kind {
             Kind::Block | Kind::GrowBlock { .. } => rows,
             Kind::Round { .. } => round_rows(rows),
+            // Devices that draft are quick enough for a size to matter, if there are many sequences.
+            Kind::Verify if self.drafts_on_device && self.dims.max_requests > 1 => round_rows(rows),
             _ => compiled_rows(rows),
         };
+        let rows = rows.min(self.dims.max_rows);
         let key = (kind, rows);
         if let Some(&pass) = self.passes.get(&key) {
             return Ok(pass);
         }
         let drafter = |nodes: usize| NgramDims { nodes, row_cost: self.cost.of_a_row() };
         // A tree runs in the next larger pass, and was drafted.
-        let cost = self.cost;
-        let drafted = self.draft_cost(cost);
+        let cost = self.cost.clone();
+        let drafted = self.draft_cost(1);
         let costs = |nodes: usize| (1..=nodes).map(|n| cost.of(round_rows(n)) + drafted).collect::<Vec<f32>>();
         let llama = self.llama();
         let pass = match &key.0 {
             Kind::Extend => llama.extend_pass(rows),
             Kind::Verify => llama.verify_pass(rows),
             Kind::Draft => llama.draft_pass(rows),
-            Kind::Commit => llama.commit_pass(),
             Kind::Block => self.block_pass(None),
             Kind::GrowBlock { nodes } => self.block_pass(Some(&costs(*nodes))),
             Kind::Grow(shape) => llama.grow_pass(shape.clone()),

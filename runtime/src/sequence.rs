@@ -1,7 +1,11 @@
 //! One request's tokens, and when it is finished.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::draft::Draft;
 use crate::kv::KvCache;
 use crate::sampling::Sampling;
+use crate::scheduler::Policy;
 
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -19,11 +23,21 @@ pub enum FinishReason {
     Cancelled,
 }
 
-/// Invariant between rounds: the cache holds every token but the last, `tokens.len() == kv.len() + 1`.
+/// Invariant between rounds, once its prompt is in the cache: the cache holds every token but the last,
+/// `tokens.len() == kv.len() + 1`.
 #[derive(Debug)]
 pub struct Sequence {
     pub kv: KvCache,
     pub sampling: Sampling,
+    /// How much of its drafts is verified.
+    pub policy: Policy,
+    /// Whether its rounds tell the logits behind which its tokens were drawn.
+    pub wants_logits: bool,
+    /// What the device has drafted for the next round, where it drafts for many.
+    pub(crate) draft: Option<Draft>,
+    /// Row of the target's last pass behind which it drew the last token.
+    pub(crate) last_row: usize,
+    id: u64,
     tokens: Vec<u32>,
     prompt_len: usize,
     /// Total length at which the sequence ends, and why.
@@ -48,8 +62,14 @@ impl Sequence {
             total if total <= context => (total, FinishReason::Length),
             _ => (context, FinishReason::Context),
         };
+        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let mut sequence = Sequence {
             kv: KvCache::default(),
+            policy: Policy::CONFIDENCE,
+            wants_logits: false,
+            draft: None,
+            last_row: 0,
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             seen: (sampling.repetition_penalty != 1.0).then(|| vec![0; vocab.div_ceil(32)]),
             sampling,
             prompt_len: prompt.len(),
@@ -99,6 +119,16 @@ impl Sequence {
 
     pub fn finished(&self) -> Option<FinishReason> {
         self.finished
+    }
+
+    /// No other sequence of the process has it.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The tokens that are not in the cache: one between rounds, more while a prompt is run in parts.
+    pub fn pending(&self) -> &[u32] {
+        &self.tokens[self.kv.len()..]
     }
 
     /// Prompt and generated tokens.

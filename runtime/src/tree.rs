@@ -76,6 +76,11 @@ impl Accepted {
         Accepted { path, tokens }
     }
 
+    /// All nodes of a chain that nobody doubts; what follows it is not known.
+    pub fn given(chain: &TokenTree) -> Accepted {
+        Accepted { path: (0..chain.len()).collect(), tokens: chain.tokens.clone() }
+    }
+
     /// The same, unless the target drew a token from logits that are no numbers. The path begins at position `prefix`.
     pub fn checked(self, prefix: usize) -> Result<Accepted> {
         match self.tokens.iter().position(|&token| token == layout::NO_TOKEN) {
@@ -84,19 +89,14 @@ impl Accepted {
         }
     }
 
-    /// The words that the commit op reads: count and path.
-    pub fn path_words(path: &[usize]) -> Vec<u32> {
-        std::iter::once(path.len()).chain(path.iter().copied()).map(|word| word as u32).collect()
-    }
-
     /// Accepted draft tokens, the bonus token not counted.
     pub fn draft_len(&self) -> usize {
         self.path.len() - 1
     }
 
-    /// Whether the accepted rows already lie next to the prefix.
-    pub fn in_place(path: &[usize]) -> bool {
-        path.iter().enumerate().all(|(depth, &node)| depth == node)
+    /// How many of its rows already lie next to the prefix.
+    pub fn in_place(&self) -> usize {
+        self.path.iter().enumerate().take_while(|&(depth, &node)| depth == node).count()
     }
 }
 

@@ -7,6 +7,7 @@
 mod answer;
 pub mod arb;
 mod guesser;
+mod together;
 
 use std::fmt::Write;
 
@@ -48,8 +49,29 @@ pub struct Decoding {
     /// Tokens of a sequence.
     pub context: usize,
     pub asks: Vec<Ask>,
+    pub way: Way,
+}
+
+/// How the asks are answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// One after the other, as text.
+    Alone,
     /// All at once, a round each in turn, from one pool of pages that may be too small for them.
-    pub in_turns: bool,
+    InTurns,
+    /// By a batcher with so many places, which may have pages for one of them alone, and of whose clients one may leave.
+    Together { places: usize, few_pages: bool, one_leaves: bool },
+}
+
+impl Way {
+    pub fn name(self) -> &'static str {
+        match self {
+            Way::Alone => "alone",
+            Way::InTurns => "in turns",
+            Way::Together { few_pages: false, .. } => "together",
+            Way::Together { few_pages: true, .. } => "together, few pages",
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -70,6 +92,9 @@ pub struct Seen {
     pub near_ties: usize,
     /// Rounds that found no page.
     pub exhausted: usize,
+    /// Sequences that had to wait again, and tokens of prompts that were in the cache already.
+    pub preempted: usize,
+    pub shared: usize,
     /// How answers ended.
     pub ends: Vec<FinishReason>,
 }
@@ -81,10 +106,10 @@ impl Decoding {
         let plain = self.plain(&model, backend.share())?;
         let mut seen = Seen::default();
         seen.near_ties += usize::from(!self.as_the_oracle(&model, backend, &plain[0])?);
-        if self.in_turns {
-            self.check_turns(&model, backend, &plain, &mut seen)?;
-        } else {
-            self.check_texts(&model, backend, &plain, &mut seen)?;
+        match self.way {
+            Way::Alone => self.check_texts(&model, backend, &plain, &mut seen)?,
+            Way::InTurns => self.check_turns(&model, backend, &plain, &mut seen)?,
+            Way::Together { .. } => self.check_together(&model, backend, &plain, &mut seen)?,
         }
         Ok(seen)
     }
@@ -122,11 +147,19 @@ impl Decoding {
 
     fn limits(&self) -> Limits {
         let max_nodes = self.shape.as_ref().map_or(self.max_nodes, TreeShape::len);
-        Limits { page_size: self.sizes.page_size, ..Limits::new(self.context, max_nodes) }
+        let one = Limits { page_size: self.sizes.page_size, ..Limits::new(self.context, max_nodes) };
+        match self.way {
+            Way::Together { places, few_pages, .. } => {
+                let many = one.for_many(places, false).expect("a few sequences");
+                Limits { cache_tokens: few_pages.then_some(0), ..many }
+            }
+            _ => one,
+        }
     }
 
     fn plain_engine(&self, model: &Model, mut backend: Box<dyn Backend>) -> Result<Engine, String> {
-        let target = Network::load(backend.as_mut(), model, self.limits(), &mut |_, _| {}).map_err(told)?;
+        let limits = Limits { page_size: self.sizes.page_size, ..Limits::new(self.context, 1) };
+        let target = Network::load(backend.as_mut(), model, limits, &mut |_, _| {}).map_err(told)?;
         let scheduler = Scheduler::new(None, 1, PassCost::FREE_ROWS);
         Ok(Engine::new(backend, target, Box::new(NoDrafter), scheduler, self.context))
     }
@@ -157,7 +190,7 @@ impl Decoding {
             _ => Box::new(NgramDrafter::default()),
         };
         // Rows as good as free, so that drafts are large.
-        let scheduler = Scheduler::new(self.shape.clone(), self.max_nodes, PassCost(&[(1, 1.0), (2, 1.001)]));
+        let scheduler = Scheduler::new(self.shape.clone(), self.max_nodes, PassCost::new(&[(1, 1.0), (2, 1.001)]));
         Ok(Engine::new(backend, target, drafter, scheduler, self.context))
     }
 
@@ -313,7 +346,7 @@ impl Decoding {
             Some(shape) => _ = write!(text, ", tree {shape}"),
             None => _ = write!(text, ", up to {} nodes", self.max_nodes),
         }
-        text += if self.in_turns { ", in turns\n" } else { "\n" };
+        text += &format!(", {}\n", self.way.name());
         for Ask { prompt, sampling, max_new_tokens, stop } in &self.asks {
             _ = writeln!(text, "{prompt:?}, up to {max_new_tokens} tokens, stop {stop:?}, {sampling:?}");
         }

@@ -7,7 +7,7 @@ use treespark::{Engine, Sampling, Statistics};
 use treespark_kernel_gen::DType;
 use treespark_models::Model;
 
-use crate::decoding::{Ask, Decoding, Guesser, Stop};
+use crate::decoding::{Ask, Decoding, Guesser, Stop, Way};
 use crate::goodness::{Fit, fit};
 use crate::logits::logits;
 use crate::near_tie::{draw_context, is_at_an_edge};
@@ -71,7 +71,7 @@ impl Trial {
             max_nodes: 12,
             context: 16,
             asks: vec![ask],
-            in_turns: false,
+            way: Way::Alone,
         };
         Trial { model: decoding.model(), decoding }
     }

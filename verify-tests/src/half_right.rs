@@ -6,7 +6,6 @@ use treespark::backend::Backend;
 use treespark::draft::{Draft, Drafter, Plan};
 use treespark::network::Network;
 use treespark::sequence::Sequence;
-use treespark::tree::Accepted;
 use treespark_kernel_gen::TreeShape;
 
 use crate::rng::Rng;
@@ -51,13 +50,5 @@ impl Drafter for HalfRight {
             draft.push(parent, token, 0.5)?;
         }
         Ok(draft)
-    }
-
-    fn observe(&mut self, _: &mut dyn Backend, _: &Draft, _: &Accepted) -> Result<()> {
-        Ok(())
-    }
-
-    fn start(&mut self, _: &mut dyn Backend, _: &[u32]) -> Result<()> {
-        Ok(())
     }
 }

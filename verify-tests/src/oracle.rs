@@ -48,7 +48,7 @@ impl Oracle {
         let info = DeviceInfo {
             backend: "oracle",
             name: "the naive f64 oracle".into(),
-            cost: PassCost(&[(1, 1.0), (2, 2.0)]),
+            cost: PassCost::new(&[(1, 1.0), (2, 2.0)]),
         };
         Oracle { info, memory: Vec::new(), passes: Vec::new() }
     }

@@ -57,7 +57,7 @@ fn rounds_agree(backend: &mut dyn Backend, name: &str) {
         for token in &text[prompt..start] {
             network.extend(backend, &mut seq.kv, &[*token], &mut |_| {}).unwrap();
         }
-        let block = network.draft_block(backend, &mut seq, 0).unwrap();
+        let block = network.draft_blocks(backend, &mut [&mut seq]).unwrap().remove(0);
         let rows = |kind: &str| floats(&file, &format!("round{round}.{kind}"));
         let (hidden, base, logits) = (rows("hidden"), rows("base"), rows("logits"));
         let mut previous = text[start];
@@ -100,7 +100,7 @@ fn generations_agree(backend: Box<dyn Backend>, name: &str) {
 
     let mut backend = backend;
     let network = Network::load_with_speculator(backend.as_mut(), &model, Some(&speculator), LIMITS, &mut |_, _| {});
-    let scheduler = Scheduler::new(Some("chain:5".parse().unwrap()), 16, PassCost(&[(1, 1.0), (2, 1.001)]));
+    let scheduler = Scheduler::new(Some("chain:5".parse().unwrap()), 16, PassCost::new(&[(1, 1.0), (2, 1.001)]));
     let drafter = Box::new(BlockDrafter::load(&speculator).unwrap());
     let mut engine = Engine::new(backend, network.unwrap(), drafter, scheduler, CONTEXT);
     // The first anchor is part of the prompt here.
@@ -164,7 +164,7 @@ fn drafters_agree_where_the_device_drafts() {
             let limits = Limits { max_nodes: MAX_NODES, ..LIMITS };
             let network =
                 Network::load_with_speculator(backend.as_mut(), &model, Some(&speculator), limits, &mut |_, _| {});
-            let scheduler = Scheduler::new(None, 64, PassCost(&[(1, 1.0), (2, 1.0)]));
+            let scheduler = Scheduler::new(None, 64, PassCost::new(&[(1, 1.0), (2, 1.0)]));
             let drafter = Box::new(BlockDrafter::load(&speculator).unwrap());
             Engine::new(backend, network.unwrap(), drafter, scheduler, CONTEXT)
         };

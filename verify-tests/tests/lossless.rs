@@ -49,7 +49,7 @@ impl Setup<'_> {
         let target = Network::load(backend.as_mut(), self.model, Self::limits(shape), &mut |_, _| {}).unwrap();
         let drafter = drafter(backend.as_mut());
         // Rows as good as free, so that the scheduler drafts freely.
-        let scheduler = Scheduler::new(shape.cloned(), 64, PassCost(&[(1, 1.0), (2, 1.001)]));
+        let scheduler = Scheduler::new(shape.cloned(), 64, PassCost::new(&[(1, 1.0), (2, 1.001)]));
         let mut engine = Engine::new(backend, target, drafter, scheduler, CONTEXT);
         let vocab = self.model.config().vocab_size;
         let prompt = (0..40).map(|i| (i * i * 7 + i % 5) % vocab as u32).collect();

@@ -9,6 +9,7 @@ use treespark::draft::NoDrafter;
 use treespark::draft::block::BlockDrafter;
 use treespark::network::{Limits, Network};
 use treespark::scheduler::Scheduler;
+use treespark::tree::TokenTree;
 use treespark::{Engine, Sampling, Sequence, Statistics};
 use treespark_models::{Model, Speculator};
 use treespark_verify_tests::cases::samplings;
@@ -45,11 +46,12 @@ fn heads_agree(backend: &mut dyn Backend, name: &str) {
         Network::load_with_speculator(backend, &model, Some(&speculator), LIMITS, &mut |_, _| {}).unwrap();
     let mut seq = Sequence::new(tokens.clone(), Sampling::default(), 8, vec![], CONTEXT, vocab);
     network.extend(backend, &mut seq.kv, &tokens[..tokens.len() - 1], &mut |_| {}).unwrap();
-    network.verify(backend, &mut seq, &treespark::tree::TokenTree::root(*tokens.last().unwrap())).unwrap();
-    let accepted = network.accepted(backend, &seq.kv).unwrap();
-    network.commit(backend, &mut seq.kv, &accepted.path).unwrap();
+    let mut entries = [Entry { tree: TokenTree::root(seq.last()), seq: &mut seq, given: 1 }];
+    network.verify(backend, &mut entries).unwrap();
+    let accepted = network.accepted(backend, &mut entries).unwrap().remove(0);
+    seq.kv.commit(accepted.path.len());
     seq.push(&accepted.tokens);
-    let block = network.draft_block(backend, &mut seq, 0).unwrap();
+    let block = network.draft_blocks(backend, &mut [&mut seq]).unwrap().remove(0);
     assert_eq!(block.candidates.len(), 4);
     for (head, (candidates, logits)) in block.candidates.iter().zip(logits.chunks(vocab)).enumerate() {
         for &(token, score) in candidates {

@@ -64,7 +64,7 @@ fn engine(model: &Model, drafter: Box<dyn Drafter>, shape: Option<TreeShape>) ->
     let mut backend = cuda_on_cpu(0)?;
     let limits = Limits::new(CONTEXT, 16);
     let target = Network::load(backend.as_mut(), model, limits, &mut |_, _| {}).unwrap();
-    let scheduler = Scheduler::new(shape, 16, PassCost(&[(1, 1.0), (2, 1.001)]));
+    let scheduler = Scheduler::new(shape, 16, PassCost::new(&[(1, 1.0), (2, 1.001)]));
     Some(Engine::new(backend, target, drafter, scheduler, CONTEXT))
 }
 
@@ -239,7 +239,7 @@ fn with_draft_model(model: &Model, shape: Option<&TreeShape>, drafts: bool) -> O
     let target = Network::load(backend.as_mut(), model, limits, &mut |_, _| {}).unwrap();
     let vocab = model.config().vocab_size;
     let drafter = ModelDrafter::load(backend.as_mut(), model, vocab, limits, &mut |_, _| {}).unwrap();
-    let scheduler = Scheduler::new(shape.cloned(), max_nodes, PassCost(&[(1, 1.0), (2, 1.001)]));
+    let scheduler = Scheduler::new(shape.cloned(), max_nodes, PassCost::new(&[(1, 1.0), (2, 1.001)]));
     Some((Engine::new(backend, target, Box::new(drafter), scheduler, CONTEXT), waits))
 }
 

@@ -37,7 +37,8 @@ impl LoadBar {
             LoadProgress::Weights { done, total } if self.start.elapsed() > PATIENCE || !self.bar.is_hidden() => {
                 self.show("loading weights", done as u64, total as u64);
             }
-            LoadProgress::Weights { .. } => {}
+            LoadProgress::Weights { .. } | LoadProgress::Memory(_) => {}
+            LoadProgress::Timing { .. } => self.show("timing passes", 0, 0),
         }
     }
 

@@ -11,6 +11,13 @@ pub fn name() -> String {
     model.map_or(std::env::consts::ARCH, |(_, name)| name.trim()).to_owned()
 }
 
+/// Bytes of memory that could be had, if the system tells.
+pub fn free_bytes() -> Option<usize> {
+    let info = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<usize>().ok().map(|kb| kb * 1024)
+}
+
 /// `RAYON_NUM_THREADS` if set, else one thread per physical core: a second one on a core would only share its
 /// bandwidth.
 pub fn threads() -> usize {

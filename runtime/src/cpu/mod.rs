@@ -33,8 +33,8 @@ use simd::Isa;
 
 /// Measured with SmolLM2-135M in bf16 behind 512 tokens, on two cores of an AMD EPYC, with AVX-512 and with AVX2. The
 /// first rows are almost free, while the weights arrive from memory; then each costs what it computes.
-const WIDE_COST: PassCost = PassCost(&[(1, 1.0), (4, 1.05), (8, 1.25), (16, 2.0), (32, 3.9)]);
-const NARROW_COST: PassCost = PassCost(&[(1, 1.0), (4, 1.15), (8, 1.9), (16, 3.6), (32, 7.3)]);
+const WIDE_COST: PassCost = PassCost::new(&[(1, 1.0), (4, 1.05), (8, 1.25), (16, 2.0), (32, 3.9)]);
+const NARROW_COST: PassCost = PassCost::new(&[(1, 1.0), (4, 1.15), (8, 1.9), (16, 3.6), (32, 7.3)]);
 
 pub struct CpuBackend {
     info: DeviceInfo,
@@ -91,6 +91,10 @@ fn name(threads: usize, isa: Isa) -> String {
 impl Backend for CpuBackend {
     fn info(&self) -> &DeviceInfo {
         &self.info
+    }
+
+    fn free_bytes(&self) -> Option<usize> {
+        host::free_bytes()
     }
 
     fn load(&mut self, desc: &BufferDesc, parts: &[Tensor]) -> Result<BufferId> {

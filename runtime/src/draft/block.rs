@@ -19,7 +19,6 @@ use crate::backend::Backend;
 use crate::error::Result;
 use crate::network::{Block, Network};
 use crate::sequence::Sequence;
-use crate::tree::Accepted;
 
 /// Nodes of a tree that the device drafts.
 const NODES_ON_DEVICE: usize = 64;
@@ -29,8 +28,6 @@ pub struct BlockDrafter {
     heads: SequentialHeads,
     /// Devices that draft can grow its trees by themselves.
     fits_devices: bool,
-    /// The node behind which the target drew the last token, in the tree that it verified last.
-    last_node: usize,
 }
 
 impl BlockDrafter {
@@ -43,7 +40,32 @@ impl BlockDrafter {
     /// The heads of a speculator whose other weights lie beside the target's.
     pub fn load(speculator: &Speculator) -> Result<BlockDrafter> {
         let (config, heads) = (speculator.config(), speculator.sequential_heads()?);
-        Ok(BlockDrafter { name: config.name(), heads, fits_devices: config.fits_devices(), last_node: 0 })
+        Ok(BlockDrafter { name: config.name(), heads, fits_devices: config.fits_devices() })
+    }
+
+    /// The tree that a block says.
+    fn grow(&self, block: &Block, seq: &Sequence, plan: &Plan) -> Result<Draft> {
+        let inverse_temperature = if seq.sampling.temperature > 0.0 { 1.0 / seq.sampling.temperature } else { 1.0 };
+        // Of each node that was asked for: what the heads carry on.
+        let mut states: HashMap<usize, MarkovState> = HashMap::new();
+        let mut known: HashMap<(usize, u32), Vec<Continuation>> = HashMap::new();
+        grow(seq.last(), plan, |draft, node| {
+            let (depth, token) = (draft.tree.shape().depth(node) + 1, draft.tree.token(node));
+            if depth > block.candidates.len() {
+                return Vec::new();
+            }
+            if let Some(continuations) = known.get(&(depth, token)) {
+                return continuations.clone();
+            }
+            let before = states.get(&draft.tree.shape().parent(node)).cloned().unwrap_or_default();
+            let (continuations, state) = self.continuations(block, depth, token, &before, inverse_temperature);
+            if self.heads.has_memory() {
+                states.insert(node, state);
+            } else {
+                known.insert((depth, token), continuations.clone());
+            }
+            continuations
+        })
     }
 
     /// What may follow a token at a depth, the likeliest first, and the state behind it.
@@ -89,43 +111,23 @@ impl Drafter for BlockDrafter {
         seq: &mut Sequence,
         plan: &Plan,
     ) -> Result<Draft> {
-        if plan.max_depth == 0 || plan.max_nodes <= 1 {
-            return Ok(Draft::root(seq.last()));
-        }
-        let block = target.draft_block(backend, seq, self.last_node)?;
-        let cost = target.draft_cost(backend.info().cost);
-        let inverse_temperature = if seq.sampling.temperature > 0.0 { 1.0 / seq.sampling.temperature } else { 1.0 };
-        // Of each node that was asked for: what the heads carry on.
-        let mut states: HashMap<usize, MarkovState> = HashMap::new();
-        let mut known: HashMap<(usize, u32), Vec<Continuation>> = HashMap::new();
-        let draft = grow(seq.last(), plan, |draft, node| {
-            let (depth, token) = (draft.tree.shape().depth(node) + 1, draft.tree.token(node));
-            if depth > block.candidates.len() {
-                return Vec::new();
-            }
-            if let Some(continuations) = known.get(&(depth, token)) {
-                return continuations.clone();
-            }
-            let before = states.get(&draft.tree.shape().parent(node)).cloned().unwrap_or_default();
-            let (continuations, state) = self.continuations(&block, depth, token, &before, inverse_temperature);
-            if self.heads.has_memory() {
-                states.insert(node, state);
-            } else {
-                known.insert((depth, token), continuations.clone());
-            }
-            continuations
-        })?;
-        Ok(Draft { cost, ..draft })
+        let drafts = self.propose_all(backend, target, &mut [(seq, plan.clone())])?;
+        Ok(drafts.into_iter().next().expect("one for each sequence"))
     }
 
-    fn observe(&mut self, _: &mut dyn Backend, _: &Draft, accepted: &Accepted) -> Result<()> {
-        self.last_node = accepted.path[accepted.draft_len()];
-        Ok(())
-    }
-
-    fn start(&mut self, _: &mut dyn Backend, _: &[u32]) -> Result<()> {
-        self.last_node = 0;
-        Ok(())
+    fn propose_all(
+        &mut self,
+        backend: &mut dyn Backend,
+        target: &mut Network,
+        seqs: &mut [(&mut Sequence, Plan)],
+    ) -> Result<Vec<Draft>> {
+        let mut drafting: Vec<&mut Sequence> = seqs.iter_mut().map(|(seq, _)| &mut **seq).collect();
+        let cost = target.draft_cost(drafting.len()) / drafting.len() as f32;
+        let blocks = target.draft_blocks(backend, &mut drafting)?;
+        let draft = |(block, (seq, plan)): (&Block, &(&mut Sequence, Plan))| {
+            self.grow(block, seq, plan).map(|draft| Draft { cost, ..draft })
+        };
+        blocks.iter().zip(seqs.iter()).map(draft).collect()
     }
 
     fn nodes_on_device(&self) -> Option<usize> {

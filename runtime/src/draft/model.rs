@@ -1,8 +1,11 @@
 //! A standalone draft model: any model with the target's tokenizer. Its top-k growth gives the tree, level by level
 //! ([`Network::grow`]).
 //!
-//! The draft's own cache mirrors the committed text. Before a round it may lack the last few tokens (the bonus token,
-//! and an accepted leaf, which the draft never ran), or hold those of another sequence: what is missing is run first.
+//! The draft model has a cache of its own for every sequence. Before a round it may lack the last few tokens (the bonus
+//! token, an accepted leaf, which the draft model never ran, and what was accepted of another branch than the first): what
+//! is missing is run first.
+
+use std::collections::HashMap;
 
 use treespark_kernel_gen::TreeShape;
 use treespark_models::Model;
@@ -27,9 +30,8 @@ const PRIORS: [f32; MAX_CHILDREN] =
 
 pub struct ModelDrafter {
     network: Network,
-    kv: KvCache,
-    /// The tokens that are in the cache.
-    cached: Vec<u32>,
+    /// By sequence.
+    caches: HashMap<u64, KvCache>,
     rates: HitRates,
     default_shape: TreeShape,
 }
@@ -50,21 +52,22 @@ impl ModelDrafter {
         let limits = Limits { top_k: MAX_CHILDREN.min(vocab), ..limits };
         Ok(ModelDrafter {
             network: Network::load(backend, model, limits, progress)?,
-            kv: KvCache::default(),
-            cached: Vec::new(),
+            caches: HashMap::new(),
             rates: HitRates::new(&PRIORS),
             default_shape: DEFAULT_SHAPE.parse().map_err(Error::Shape)?,
         })
     }
 
-    /// Runs what the cache lacks of a text, and forgets what is not part of it.
-    fn read(&mut self, backend: &mut dyn Backend, text: &[u32]) -> Result<()> {
-        let common = self.cached.iter().zip(text).take_while(|(cached, token)| cached == token).count();
-        self.kv.rewind(common);
-        self.cached.truncate(common);
-        self.network.extend(backend, &mut self.kv, &text[common..], &mut |_| {})?;
-        self.cached.extend_from_slice(&text[common..]);
-        Ok(())
+    /// Runs what a sequence's cache lacks of its text but for the last token, and makes sure that so many nodes find pages
+    /// behind it. Where there are too few, other sequences run their text again when it is their turn.
+    fn read(&mut self, backend: &mut dyn Backend, seq: &Sequence, nodes: usize) -> Result<()> {
+        let kv = self.caches.remove(&seq.id()).unwrap_or_default();
+        if kv.missing(self.network.pool(), seq.tokens().len() + nodes - kv.len()) > self.network.pool().available() {
+            self.caches.drain().for_each(|(_, mut kv)| self.network.release(&mut kv));
+        }
+        let kv = self.caches.entry(seq.id()).insert_entry(kv).into_mut();
+        let text = &seq.tokens()[kv.len()..seq.tokens().len() - 1];
+        self.network.extend(backend, kv, text, &mut |_| {})
     }
 }
 
@@ -80,9 +83,10 @@ impl Drafter for ModelDrafter {
         seq: &mut Sequence,
         plan: &Plan,
     ) -> Result<Draft> {
-        self.read(backend, &seq.tokens()[..seq.tokens().len() - 1])?;
         let shape = fitting(plan.shape.as_ref().unwrap_or(&self.default_shape), plan, self.network.top_k());
-        let tree = self.network.grow(backend, &mut self.kv, seq.last(), &shape)?;
+        self.read(backend, seq, shape.len())?;
+        let kv = self.caches.get_mut(&seq.id()).expect("its text was read");
+        let tree = self.network.grow(backend, kv, seq.last(), &shape)?;
         let mut survival = vec![1.0];
         for (node, rank) in shape.ranks().into_iter().enumerate().skip(1) {
             survival.push(survival[shape.parent(node)] * self.rates.rate(rank));
@@ -90,22 +94,24 @@ impl Drafter for ModelDrafter {
         Ok(Draft { tree, survival, cost: 0.0 })
     }
 
-    fn observe(&mut self, backend: &mut dyn Backend, draft: &Draft, accepted: &Accepted) -> Result<()> {
+    fn observe(&mut self, seq: &Sequence, draft: &Draft, accepted: &Accepted) {
         let shape = draft.tree.shape();
         self.rates.learn(&draft.tree, &shape.ranks(), &accepted.tokens);
         // The last level was never run: it has no cache rows.
-        let path = &accepted.path[..accepted.path.len().min(shape.max_depth())];
-        if !path.is_empty() {
-            self.network.commit(backend, &mut self.kv, path)?;
-            self.cached.extend(path.iter().map(|&node| draft.tree.token(node)));
+        let kept = accepted.in_place().min(shape.max_depth());
+        if let Some(kv) = self.caches.get_mut(&seq.id()) {
+            kv.commit(kept);
         }
-        Ok(())
     }
 
-    fn start(&mut self, backend: &mut dyn Backend, prompt: &[u32]) -> Result<()> {
-        self.network.release(&mut self.kv);
-        self.cached.clear();
-        self.read(backend, &prompt[..prompt.len() - 1])
+    fn start(&mut self, backend: &mut dyn Backend, seq: &Sequence) -> Result<()> {
+        self.read(backend, seq, 0)
+    }
+
+    fn forget(&mut self, seq: &Sequence) {
+        if let Some(mut kv) = self.caches.remove(&seq.id()) {
+            self.network.release(&mut kv);
+        }
     }
 
     fn prepare(&mut self, backend: &mut dyn Backend) -> Result<()> {

@@ -30,23 +30,25 @@ const MATCH_CLASSES: usize = 6;
 
 #[derive(Debug)]
 pub struct NgramDrafter {
+    /// By sequence.
+    texts: HashMap<u64, Text>,
+    rates: HitRates,
+}
+
+/// What is known of one sequence.
+#[derive(Debug, Default)]
+struct Text {
     /// Where each token was followed by something: index of that something, ascending.
     follows: HashMap<u32, Vec<usize>>,
-    /// The text that is in the index.
-    indexed: Vec<u32>,
-    rates: HitRates,
+    /// Tokens that are in the index.
+    indexed: usize,
     /// Class of every node of the last proposal.
     classes: Vec<usize>,
 }
 
 impl Default for NgramDrafter {
     fn default() -> NgramDrafter {
-        NgramDrafter {
-            follows: HashMap::new(),
-            indexed: Vec::new(),
-            rates: HitRates::new(&PRIORS),
-            classes: Vec::new(),
-        }
+        NgramDrafter { texts: HashMap::new(), rates: HitRates::new(&PRIORS) }
     }
 }
 
@@ -75,35 +77,13 @@ fn class(matched: usize, first: bool) -> usize {
     if first { by_length } else { by_length + MATCH_CLASSES }
 }
 
-impl NgramDrafter {
-    /// What followed the end of a text before; the root is its last token.
-    pub fn continue_text(&mut self, text: &[u32], plan: &Plan) -> Result<Draft> {
-        self.index(text);
-        let depth = plan.max_depth.min(plan.shape.as_ref().map_or(MAX_DEPTH, TreeShape::max_depth));
-        let trie = self.merge(text, depth);
-        let mut draft = Draft::root(text[text.len() - 1]);
-        self.classes = vec![0];
-        match &plan.shape {
-            Some(shape) => self.fill(&trie, &mut draft, shape, plan.max_depth)?,
-            None => self.best_first(&trie, &mut draft, plan.max_nodes)?,
-        }
-        Ok(draft)
-    }
-
-    /// Adds what is new. Of another sequence, whose turn it may be, all is.
+impl Text {
+    /// Adds what is new.
     fn index(&mut self, context: &[u32]) {
-        if !context.starts_with(&self.indexed) {
-            self.forget();
-        }
-        for at in self.indexed.len().max(1)..context.len() {
+        for at in self.indexed.max(1)..context.len() {
             self.follows.entry(context[at - 1]).or_default().push(at);
         }
-        self.indexed.extend_from_slice(&context[self.indexed.len()..]);
-    }
-
-    fn forget(&mut self) {
-        self.follows.clear();
-        self.indexed.clear();
+        self.indexed = context.len();
     }
 
     /// Earlier occurrences of the context's end: (match length, index of what followed), longest and latest first.
@@ -118,11 +98,29 @@ impl NgramDrafter {
         list.truncate(MAX_FOLLOWED);
         list
     }
+}
 
-    fn merge(&self, context: &[u32], depth: usize) -> Trie {
+impl NgramDrafter {
+    /// What followed the end of a sequence's text before; the root is its last token. A text only grows.
+    pub fn continue_text(&mut self, sequence: u64, text: &[u32], plan: &Plan) -> Result<Draft> {
+        let mut known = self.texts.remove(&sequence).unwrap_or_default();
+        known.index(text);
+        let depth = plan.max_depth.min(plan.shape.as_ref().map_or(MAX_DEPTH, TreeShape::max_depth));
+        let trie = self.merge(&known, text, depth);
+        let mut draft = Draft::root(text[text.len() - 1]);
+        known.classes = vec![0];
+        match &plan.shape {
+            Some(shape) => fill(&trie, &mut draft, &mut known.classes, shape, plan.max_depth)?,
+            None => best_first(&trie, &mut draft, &mut known.classes, plan.max_nodes)?,
+        }
+        self.texts.insert(sequence, known);
+        Ok(draft)
+    }
+
+    fn merge(&self, known: &Text, context: &[u32], depth: usize) -> Trie {
         let root = TrieNode { token: context[context.len() - 1], class: 0, survival: 1.0, children: Vec::new() };
         let mut trie = Trie { nodes: vec![root] };
-        for (matched, at) in self.matches(context) {
+        for (matched, at) in known.matches(context) {
             let mut continuation: Vec<u32> = Vec::with_capacity(depth);
             let mut node = 0;
             for i in 0..depth {
@@ -147,48 +145,48 @@ impl NgramDrafter {
         trie.nodes[parent].children.push(node);
         node
     }
+}
 
-    fn take(&mut self, draft: &mut Draft, parent: usize, from: &TrieNode) -> Result<usize> {
-        let node = draft.tree.push(parent, from.token)?;
-        draft.survival.push(from.survival);
-        self.classes.push(from.class);
-        Ok(node)
-    }
+fn take(draft: &mut Draft, classes: &mut Vec<usize>, parent: usize, from: &TrieNode) -> Result<usize> {
+    let node = draft.tree.push(parent, from.token)?;
+    draft.survival.push(from.survival);
+    classes.push(from.class);
+    Ok(node)
+}
 
-    /// The most likely nodes first. Ties go to the older node, so parents come before children.
-    fn best_first(&mut self, trie: &Trie, draft: &mut Draft, max_nodes: usize) -> Result<()> {
-        let key = |node: usize| (trie.nodes[node].survival.to_bits(), std::cmp::Reverse(node));
-        let mut frontier = BinaryHeap::new();
-        frontier.extend(trie.nodes[0].children.iter().map(|&child| (key(child), 0)));
-        while let Some(((_, std::cmp::Reverse(node)), parent)) = frontier.pop() {
-            if draft.tree.len() == max_nodes {
-                break;
-            }
-            let taken = self.take(draft, parent, &trie.nodes[node])?;
-            frontier.extend(trie.nodes[node].children.iter().map(|&child| (key(child), taken)));
+/// The most likely nodes first. Ties go to the older node, so parents come before children.
+fn best_first(trie: &Trie, draft: &mut Draft, classes: &mut Vec<usize>, max_nodes: usize) -> Result<()> {
+    let key = |node: usize| (trie.nodes[node].survival.to_bits(), std::cmp::Reverse(node));
+    let mut frontier = BinaryHeap::new();
+    frontier.extend(trie.nodes[0].children.iter().map(|&child| (key(child), 0)));
+    while let Some(((_, std::cmp::Reverse(node)), parent)) = frontier.pop() {
+        if draft.tree.len() == max_nodes {
+            break;
         }
-        Ok(())
+        let taken = take(draft, classes, parent, &trie.nodes[node])?;
+        frontier.extend(trie.nodes[node].children.iter().map(|&child| (key(child), taken)));
     }
+    Ok(())
+}
 
-    /// Fills a shape: its i-th child of a node takes the i-th continuation there. What has none is left out.
-    fn fill(&mut self, trie: &Trie, draft: &mut Draft, shape: &TreeShape, max_depth: usize) -> Result<()> {
-        // For every node of the shape: its trie node and its node in the draft.
-        let mut placed: Vec<Option<(usize, usize)>> = vec![Some((0, 0))];
-        let mut used = vec![0; shape.len()];
-        for node in 1..shape.len() {
-            let parent = shape.parent(node);
-            let rank = used[parent];
-            used[parent] += 1;
-            let found = placed[parent]
-                .and_then(|(at, drafted)| trie.nodes[at].children.get(rank).map(|&child| (child, drafted)))
-                .filter(|_| shape.depth(node) <= max_depth);
-            placed.push(match found {
-                Some((child, drafted)) => Some((child, self.take(draft, drafted, &trie.nodes[child])?)),
-                None => None,
-            });
-        }
-        Ok(())
+/// Fills a shape: its i-th child of a node takes the i-th continuation there. What has none is left out.
+fn fill(trie: &Trie, draft: &mut Draft, classes: &mut Vec<usize>, shape: &TreeShape, max_depth: usize) -> Result<()> {
+    // For every node of the shape: its trie node and its node in the draft.
+    let mut placed: Vec<Option<(usize, usize)>> = vec![Some((0, 0))];
+    let mut used = vec![0; shape.len()];
+    for node in 1..shape.len() {
+        let parent = shape.parent(node);
+        let rank = used[parent];
+        used[parent] += 1;
+        let found = placed[parent]
+            .and_then(|(at, drafted)| trie.nodes[at].children.get(rank).map(|&child| (child, drafted)))
+            .filter(|_| shape.depth(node) <= max_depth);
+        placed.push(match found {
+            Some((child, drafted)) => Some((child, take(draft, classes, drafted, &trie.nodes[child])?)),
+            None => None,
+        });
     }
+    Ok(())
 }
 
 impl Drafter for NgramDrafter {
@@ -197,17 +195,17 @@ impl Drafter for NgramDrafter {
     }
 
     fn propose(&mut self, _: &mut dyn Backend, _: &mut Network, seq: &mut Sequence, plan: &Plan) -> Result<Draft> {
-        self.continue_text(seq.tokens(), plan)
+        self.continue_text(seq.id(), seq.tokens(), plan)
     }
 
-    fn observe(&mut self, _: &mut dyn Backend, draft: &Draft, accepted: &Accepted) -> Result<()> {
-        self.rates.learn(&draft.tree, &self.classes, &accepted.tokens);
-        Ok(())
+    fn observe(&mut self, seq: &Sequence, draft: &Draft, accepted: &Accepted) {
+        if let Some(known) = self.texts.get(&seq.id()) {
+            self.rates.learn(&draft.tree, &known.classes, &accepted.tokens);
+        }
     }
 
-    fn start(&mut self, _: &mut dyn Backend, _: &[u32]) -> Result<()> {
-        self.forget();
-        Ok(())
+    fn forget(&mut self, seq: &Sequence) {
+        self.texts.remove(&seq.id());
     }
 
     fn nodes_on_device(&self) -> Option<usize> {

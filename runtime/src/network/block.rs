@@ -4,7 +4,7 @@ use treespark_kernel_gen::{BlockShape, Fill, Pass, PassError};
 use treespark_models::{SpeculatorConfig, block};
 
 use super::{Kind, Network};
-use crate::backend::{Backend, BufferId, PassCost};
+use crate::backend::{Backend, BufferId};
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::sequence::Sequence;
@@ -22,9 +22,12 @@ pub struct Block {
 }
 
 impl Network {
-    /// Drafts a block behind the sequence's last token, which the target drew behind `last_node` of the tree that it
-    /// verified last. Waits.
-    pub fn draft_block(&mut self, backend: &mut dyn Backend, seq: &mut Sequence, last_node: usize) -> Result<Block> {
+    /// Drafts a block behind the last token of every sequence. Waits.
+    pub fn draft_blocks(&mut self, backend: &mut dyn Backend, seqs: &mut [&mut Sequence]) -> Result<Vec<Block>> {
+        seqs.iter_mut().map(|seq| self.draft_block(backend, seq)).collect()
+    }
+
+    fn draft_block(&mut self, backend: &mut dyn Backend, seq: &mut Sequence) -> Result<Block> {
         let BlockShape { rows, first, fill } = self.block();
         seq.kv.reserve(&mut self.pool, rows)?;
         let mut batch = Batch::new(self.dims.pages_per_request);
@@ -34,7 +37,7 @@ impl Network {
                 tokens[0] = seq.last();
                 batch.add_block(&seq.kv, &tokens, &seq.sampling);
             }
-            Fill::State => batch.add_readers(&seq.kv, rows, seq.last(), last_node, &seq.sampling),
+            Fill::State => batch.add_readers(&seq.kv, rows, seq.last(), seq.last_row, &seq.sampling),
         }
         let pass = self.pass(backend, Kind::Block, rows)?;
         self.write_and_run(backend, pass, &batch)?;
@@ -63,9 +66,14 @@ impl Network {
         self.speculator().draft_pass(&self.llama(), self.candidates(), costs)
     }
 
-    /// What filling a block costs, relative to a pass of one row: as many weights as it reads, of those that the pass reads.
-    pub fn draft_cost(&self, cost: PassCost) -> f32 {
-        self.speculator.as_ref().map_or(0.0, |speculator| self.draft_share * cost.of(speculator.block().rows))
+    /// What filling so many blocks costs, relative to a pass of one row: as measured, or as many weights as it reads, of those
+    /// that the pass reads.
+    pub fn draft_cost(&self, blocks: usize) -> f32 {
+        if let Some(cost) = &self.block_cost {
+            return cost.of(blocks);
+        }
+        let rows = |speculator: &SpeculatorConfig| speculator.block().rows * blocks.max(1);
+        self.speculator.as_ref().map_or(0.0, |speculator| self.draft_share * self.cost.of(rows(speculator)))
     }
 
     pub(super) fn measure_draft(&self) -> Result<f32> {
@@ -90,6 +98,11 @@ impl Network {
         }
     }
 
+    /// Rows of a block, if there is a speculator.
+    pub fn block_rows(&self) -> usize {
+        self.speculator.as_ref().map_or(0, |speculator| speculator.block().rows)
+    }
+
     /// The rows that the speculator fills.
     pub(super) fn block(&self) -> BlockShape {
         self.speculator().block()
@@ -104,6 +117,6 @@ impl Network {
     }
 }
 
-fn floats(backend: &mut dyn Backend, buffer: BufferId, first: usize, len: usize) -> Result<Vec<f32>> {
+pub(super) fn floats(backend: &mut dyn Backend, buffer: BufferId, first: usize, len: usize) -> Result<Vec<f32>> {
     Ok(backend.read(buffer, first, len)?.into_iter().map(f32::from_bits).collect())
 }

@@ -62,6 +62,12 @@ pub struct Usage {
 pub struct Answer(pub(super) mpsc::UnboundedReceiver<Event>);
 
 impl Answer {
+    /// Where events come in, and the answer that hears of them.
+    pub fn channel() -> (mpsc::UnboundedSender<Event>, Answer) {
+        let (events, answer) = mpsc::unbounded_channel();
+        (events, Answer(answer))
+    }
+
     /// The next event; `None` behind the last.
     pub async fn next(&mut self) -> Option<Event> {
         self.0.recv().await

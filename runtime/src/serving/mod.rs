@@ -1,21 +1,26 @@
 //! Many requests at once: a thread that owns the engine and runs its rounds, and a handle that everyone else holds.
 
 pub mod ask;
+pub mod batcher;
+pub mod counters;
 
 pub use ask::{Answer, Ask, Emitted, Event, Logprobs, Refusal, Usage};
+pub use counters::{Counters, RoundView, TreeView};
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc as sync_mpsc;
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{broadcast, mpsc};
 use treespark_models::{ChatTemplate, Tokenizer};
 
 use crate::error::Result;
 use crate::llm::Llm;
-use crate::sequence::Sequence;
-use crate::stats::Statistics;
+use crate::scheduler::Policy;
+use batcher::Batcher;
+
+/// Rounds that a watcher may be behind before it misses some.
+const WATCHED_ROUNDS: usize = 64;
 
 /// What does not change while a service runs.
 #[derive(Debug, Clone)]
@@ -32,49 +37,6 @@ pub struct Facts {
     pub cache_tokens: usize,
 }
 
-/// A verified tree, for whoever watches.
-#[derive(Debug, Clone, serde::Serialize)]
-pub struct TreeView {
-    /// Which ask, counted from the start of the service.
-    pub request: u64,
-    pub tokens: Vec<u32>,
-    pub parents: Vec<usize>,
-    /// Accepted nodes, the root first.
-    pub path: Vec<usize>,
-    pub bonus: u32,
-}
-
-/// One round, for whoever watches.
-#[derive(Debug, Clone, serde::Serialize)]
-pub struct RoundView {
-    pub trees: Vec<TreeView>,
-    /// Rows of the pass, prompts included.
-    pub rows: usize,
-    pub running: usize,
-    pub waiting: usize,
-    pub seconds: f64,
-}
-
-/// What was counted since the start.
-#[derive(Debug, Clone, Default)]
-pub struct Counters {
-    pub rounds: u64,
-    pub requests: u64,
-    pub cancelled: u64,
-    pub preempted: u64,
-    pub prompt_tokens: u64,
-    pub cached_tokens: u64,
-    pub new_tokens: u64,
-    pub drafted: u64,
-    pub accepted: u64,
-    /// Entry d - 1: rounds of a sequence whose tree reached depth d, and that accepted to depth d.
-    pub by_depth: Vec<(u64, u64)>,
-    pub running: usize,
-    pub waiting: usize,
-    pub pages_used: usize,
-    pub pages: usize,
-}
-
 /// The text side of a model, which any thread may use.
 pub struct Text {
     pub tokenizer: Tokenizer,
@@ -82,91 +44,59 @@ pub struct Text {
     pub stop_tokens: Vec<u32>,
 }
 
+/// How a service treats those who ask.
+#[derive(Debug, Clone)]
+pub struct ServiceOptions {
+    /// Asks that may wait; more are refused.
+    pub max_queue: usize,
+    /// Where an ask names none.
+    pub policy: Policy,
+}
+
+impl Default for ServiceOptions {
+    fn default() -> ServiceOptions {
+        ServiceOptions { max_queue: 1024, policy: Policy::CONFIDENCE }
+    }
+}
+
+type Letter = (Ask, mpsc::UnboundedSender<Event>);
+
 struct Shared {
     facts: Facts,
     text: Text,
-    waiting: AtomicUsize,
+    max_queue: usize,
     draining: AtomicBool,
+    /// As of the last round.
+    counters: Mutex<Counters>,
+    failure: Mutex<Option<String>>,
     rounds: broadcast::Sender<Arc<RoundView>>,
+    /// Asks that the engine's thread has not read yet.
+    unread: Mutex<usize>,
 }
 
-/// A handle to a running engine. Cloning it is cheap.
+/// A handle to a running engine. Cloning it is cheap; the engine ends with the last.
 #[derive(Clone)]
 pub struct Service {
     shared: Arc<Shared>,
-    asks: sync_mpsc::Sender<(Ask, mpsc::UnboundedSender<Event>)>,
-    #[allow(dead_code)]
-    thread: Arc<JoinHandle<()>>,
+    asks: Sender<Letter>,
 }
 
 impl Service {
-    /// Loads a model on a thread of its own and begins to serve it.
-    pub fn start(load: impl FnOnce() -> Result<Llm> + Send + 'static) -> Result<Service> {
-        let (asks, inbox) = sync_mpsc::channel::<(Ask, mpsc::UnboundedSender<Event>)>();
-        let (ready, loaded) = sync_mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            let llm = match load() {
-                Ok(llm) => llm,
-                Err(error) => return drop(ready.send(Err(error))),
-            };
-            let (mut engine, text) = llm.into_parts();
-            let facts = Facts {
-                device: engine.backend().info().name.clone(),
-                drafter: engine.drafter.name(),
-                vocab: engine.target().config().vocab_size,
-                context: engine.context(),
-                max_requests: 1,
-                cache_tokens: engine.context(),
-            };
-            let stop_tokens = text.stop_tokens.clone();
-            let shared = Arc::new(Shared {
-                facts,
-                text,
-                waiting: AtomicUsize::new(0),
-                draining: AtomicBool::new(false),
-                rounds: broadcast::channel(64).0,
-            });
-            if ready.send(Ok(shared.clone())).is_err() {
-                return;
+    /// Loads a model on a thread of its own, and begins to serve it. Devices are used by the thread that opened them.
+    pub fn start(load: impl FnOnce() -> Result<Llm> + Send + 'static, options: ServiceOptions) -> Result<Service> {
+        let (asks, inbox) = channel::<Letter>();
+        let (ready, loaded) = channel();
+        std::thread::spawn(move || match load() {
+            Ok(llm) => {
+                let (shared, batcher) = prepare(llm, &options);
+                if ready.send(Ok(shared.clone())).is_ok() {
+                    serve(&shared, batcher, &inbox);
+                }
             }
-            for (ask, events) in inbox {
-                shared.waiting.fetch_sub(1, Ordering::Relaxed);
-                let stops = if ask.ignore_stop_tokens { Vec::new() } else { stop_tokens.clone() };
-                let (context, vocab) = (engine.context(), shared.facts.vocab);
-                let mut usage = Usage { prompt_tokens: ask.prompt.len(), ..Usage::default() };
-                let mut seq = Sequence::new(ask.prompt, ask.sampling, ask.max_new_tokens, stops, context, vocab);
-                let mut stats = Statistics::default();
-                if let Err(error) = engine.prefill(&mut seq, &mut stats, &mut |_| {}) {
-                    let _ = events.send(Event::Failed(error.to_string()));
-                    continue;
-                }
-                while seq.finished().is_none() && !events.is_closed() {
-                    let round = engine.round(&mut seq, &mut stats).expect("a round");
-                    usage.new_tokens += round.tokens.len();
-                    usage.drafted += round.tree.len() - 1;
-                    usage.accepted += round.accepted.draft_len();
-                    let shape = round.tree.shape();
-                    let tree = TreeView {
-                        request: 0,
-                        tokens: (0..round.tree.len()).map(|n| round.tree.token(n)).collect(),
-                        parents: (0..round.tree.len()).map(|n| if n == 0 { 0 } else { shape.parent(n) }).collect(),
-                        bonus: round.accepted.tokens[round.accepted.draft_len()],
-                        path: round.accepted.path,
-                    };
-                    let rows = tree.tokens.len();
-                    let view = RoundView { trees: vec![tree], rows, running: 1, waiting: 0, seconds: 0.01 };
-                    let _ = shared.rounds.send(Arc::new(view));
-                    let emitted = round.tokens.iter().map(|&token| Emitted { token, logprobs: None });
-                    let _ = events.send(Event::Tokens(emitted.collect()));
-                }
-                if let Some(reason) = seq.finished() {
-                    let _ = events.send(Event::End(reason, usage));
-                }
-                engine.release(&mut seq);
-            }
+            Err(error) => drop(ready.send(Err(error))),
         });
         let shared = loaded.recv().expect("the engine's thread answers")?;
-        Ok(Service { shared, asks, thread: Arc::new(thread) })
+        Ok(Service { shared, asks })
     }
 
     /// Takes an ask, or says why not.
@@ -175,10 +105,16 @@ impl Service {
             return Err(Refusal::Draining);
         }
         ask.sampling.check().map_err(|error| Refusal::Bad(error.to_string()))?;
-        let (events, answer) = mpsc::unbounded_channel();
-        self.shared.waiting.fetch_add(1, Ordering::Relaxed);
-        self.asks.send((ask, events)).map_err(|_| Refusal::Stopped("the engine's thread ended".to_string()))?;
-        Ok(Answer(answer))
+        let mut unread = lock(&self.shared.unread);
+        let waiting = *unread + lock(&self.shared.counters).waiting;
+        if waiting >= self.shared.max_queue {
+            return Err(Refusal::Busy { waiting });
+        }
+        let (events, answer) = Answer::channel();
+        let stopped = |_| Refusal::Stopped(self.failure().unwrap_or_else(|| "its thread has ended".to_string()));
+        self.asks.send((ask, events)).map_err(stopped)?;
+        *unread += 1;
+        Ok(answer)
     }
 
     pub fn facts(&self) -> &Facts {
@@ -190,7 +126,7 @@ impl Service {
     }
 
     pub fn counters(&self) -> Counters {
-        Counters::default()
+        lock(&self.shared.counters).clone()
     }
 
     /// Rounds as they happen; whoever reads too slowly misses some.
@@ -198,13 +134,71 @@ impl Service {
         self.shared.rounds.subscribe()
     }
 
-    /// Takes no more asks; those that it has are answered. `None` once nothing runs or waits.
+    /// Takes no more asks; those that it has are answered.
     pub fn drain(&self) {
         self.shared.draining.store(true, Ordering::Relaxed);
     }
 
     /// Why the engine stopped, if it has.
     pub fn failure(&self) -> Option<String> {
-        None
+        lock(&self.shared.failure).clone()
     }
+}
+
+fn prepare(llm: Llm, options: &ServiceOptions) -> (Arc<Shared>, Batcher) {
+    let (engine, text) = llm.into_parts();
+    let target = engine.target();
+    let facts = Facts {
+        device: engine.backend().info().name.clone(),
+        drafter: engine.drafter.name(),
+        vocab: target.config().vocab_size,
+        context: engine.context(),
+        max_requests: target.max_requests(),
+        cache_tokens: target.pool().pages() * target.pool().page_size(),
+    };
+    let batcher = Batcher::new(engine, text.stop_tokens.clone(), options.policy);
+    let shared = Shared {
+        facts,
+        text,
+        max_queue: options.max_queue,
+        draining: AtomicBool::new(false),
+        counters: Mutex::new(batcher.counters()),
+        failure: Mutex::new(None),
+        rounds: broadcast::channel(WATCHED_ROUNDS).0,
+        unread: Mutex::new(0),
+    };
+    (Arc::new(shared), batcher)
+}
+
+/// Rounds for as long as someone may ask.
+fn serve(shared: &Shared, mut batcher: Batcher, inbox: &Receiver<Letter>) {
+    loop {
+        if batcher.is_idle() {
+            let Ok(letter) = inbox.recv() else { return };
+            take(shared, &mut batcher, letter);
+        }
+        inbox.try_iter().for_each(|letter| take(shared, &mut batcher, letter));
+        match batcher.round(shared.rounds.receiver_count() > 0) {
+            Ok(Some(view)) => drop(shared.rounds.send(Arc::new(view))),
+            Ok(None) => {}
+            Err(error) => {
+                *lock(&shared.failure) = Some(error.to_string());
+                inbox.try_iter().for_each(|letter| take(shared, &mut batcher, letter));
+                return batcher.fail(&error);
+            }
+        }
+        *lock(&shared.counters) = batcher.counters();
+    }
+}
+
+fn take(shared: &Shared, batcher: &mut Batcher, (ask, events): Letter) {
+    let mut unread = lock(&shared.unread);
+    batcher.add(ask, events);
+    *unread -= 1;
+    *lock(&shared.counters) = batcher.counters();
+}
+
+/// What the others hold is whole between their statements, also if one of them panicked.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

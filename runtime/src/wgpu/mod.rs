@@ -30,9 +30,10 @@ use crate::error::{Error, Result};
 
 /// SmolLM2-135M on an H100 through Vulkan: a pass waits for launches more than for arithmetic, so rows are nearly free
 /// but for the steps between the sizes that passes are compiled for.
-const GPU_COST: PassCost = PassCost(&[(1, 1.0), (2, 1.11), (4, 1.13), (8, 1.25), (16, 1.33), (17, 1.6), (64, 2.4)]);
+const GPU_COST: PassCost =
+    PassCost::new(&[(1, 1.0), (2, 1.11), (4, 1.13), (8, 1.25), (16, 1.33), (17, 1.6), (64, 2.4)]);
 /// The same on two CPU cores through lavapipe: rows are computed one after the other.
-const SOFTWARE_COST: PassCost = PassCost(&[(1, 1.0), (4, 1.75), (16, 4.6)]);
+const SOFTWARE_COST: PassCost = PassCost::new(&[(1, 1.0), (4, 1.75), (16, 4.6)]);
 
 pub struct WgpuBackend {
     device: OpenDevice,

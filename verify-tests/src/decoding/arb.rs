@@ -5,7 +5,7 @@ use proptest::sample::select;
 use treespark_kernel_gen::TreeShape;
 use treespark_models::dspark::MarkovKind;
 
-use super::{Ask, Decoding, Guesser, Stop};
+use super::{Ask, Decoding, Guesser, Stop, Way};
 use crate::arb::{self, HOUSE_MODELS, Topology};
 use crate::cases::SHAPES;
 use crate::rng::Rng;
@@ -18,9 +18,9 @@ pub fn decodings(wild: bool, guesser: &str) -> BoxedStrategy<Decoding> {
         if wild { (vec![16usize, 40, 96, 160], vec![1usize, 4, 16, 64]) } else { (vec![40, 160], vec![4, 64]) };
     (sizes, any::<u64>(), guessers(guesser, wild), select(contexts))
         .prop_flat_map(move |(sizes, seed, guesser, context)| {
-            let asks = prop::collection::vec(asks(sizes.vocab, context), 1..=3);
+            let asks = (prop::collection::vec(asks(sizes.vocab, context), 1..=4), any::<bool>()).prop_map(alike);
             let trees = (shapes(wild), select(nodes.clone()));
-            (asks, trees, any::<bool>()).prop_map(move |(asks, (shape, max_nodes), in_turns)| Decoding {
+            (asks, trees, ways()).prop_map(move |(asks, (shape, max_nodes), way)| Decoding {
                 sizes,
                 seed,
                 guesser: guesser.clone(),
@@ -28,10 +28,16 @@ pub fn decodings(wild: bool, guesser: &str) -> BoxedStrategy<Decoding> {
                 max_nodes,
                 context,
                 asks,
-                in_turns,
+                way,
             })
         })
         .boxed()
+}
+
+fn ways() -> impl Strategy<Value = Way> {
+    let together = (2usize..=3, any::<bool>(), any::<bool>())
+        .prop_map(|(places, few_pages, one_leaves)| Way::Together { places, few_pages, one_leaves });
+    prop_oneof![1 => Just(Way::Alone), 1 => Just(Way::InTurns), 2 => together]
 }
 
 /// Drafters of one of the [`super::GUESSERS`].
@@ -81,6 +87,16 @@ fn shapes(wild: bool) -> BoxedStrategy<Option<TreeShape>> {
 fn shape(topology: Topology, nodes: usize, seed: u64) -> TreeShape {
     let parents: Vec<u32> = topology.parents(nodes, &mut Rng::new(seed)).iter().map(|&parent| parent as u32).collect();
     TreeShape::from_parents(&parents).expect("parents come first")
+}
+
+/// Whose prompts begin with the first's, if they are alike.
+fn alike((mut asks, alike): (Vec<Ask>, bool)) -> Vec<Ask> {
+    let first = asks[0].prompt.clone();
+    for ask in asks.iter_mut().skip(1).filter(|_| alike) {
+        let common = first.len().min(ask.prompt.len().saturating_sub(1));
+        ask.prompt[..common].copy_from_slice(&first[..common]);
+    }
+    asks
 }
 
 fn asks(vocab: usize, context: usize) -> impl Strategy<Value = Ask> {

@@ -64,7 +64,7 @@ impl Coverage {
     fn add_decoding(&mut self, property: &str, decoding: &Decoding) {
         self.add_sizes(property, &decoding.sizes);
         self.count("requests", decoding.asks.len().to_string());
-        self.count("in turns", decoding.in_turns.to_string());
+        self.count("way", decoding.way.name().to_string());
         let chosen = || format!("chosen, up to {}", decoding.max_nodes);
         let shape =
             decoding.shape.as_ref().map_or_else(chosen, |shape| format!("given, up to {}", class(shape.len(), &NODES)));
@@ -82,6 +82,8 @@ impl Coverage {
             ("drafts accepted", seen.accepted),
             ("near-ties", seen.near_ties),
             ("without a page", seen.exhausted),
+            ("preempted", seen.preempted),
+            ("prompt tokens shared", seen.shared),
         ] {
             self.count_many("seen", what.to_string(), n as u64);
         }

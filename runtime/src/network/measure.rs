@@ -1,0 +1,103 @@
+//! What passes cost on the device at hand, by their rows: measured once, when a server starts. The curve decides how many nodes
+//! of trees are worth a row, and so the speed, never the tokens.
+
+use std::time::Instant;
+
+use super::Network;
+use crate::backend::{Backend, PassCost};
+use crate::batch::Entry;
+use crate::error::Result;
+use crate::sampling::Sampling;
+use crate::sequence::Sequence;
+use crate::tree::TokenTree;
+
+/// Tokens in front of every tree that is timed.
+const PREFIX: usize = 256;
+/// The least of so many runs counts, after one that warms up.
+const RUNS: usize = 5;
+/// A pass that takes so long is run no more often than needed: on a slow device the curve is known soon.
+const PATIENCE_SECONDS: f64 = 0.25;
+
+impl Network {
+    /// Times passes of 1, 2, 4 .. rows, shared by as many sequences as there may be, and blocks that are filled for 1, 2, 4 ..
+    /// sequences. From then on these are the costs that nodes are weighed by. `progress` gets steps done and in all.
+    pub fn measure_costs(
+        &mut self,
+        backend: &mut dyn Backend,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<PassCost> {
+        let prefix = PREFIX.min(self.dims.context / 4);
+        let room = self.dims.pages * self.dims.page_size / (prefix + 64);
+        let most = self.dims.max_requests.min(room).max(1);
+        let powers = |most: usize| (0..).map(|power| 1usize << power).take_while(move |&n| n <= most);
+        let sizes: Vec<usize> = powers(self.dims.max_rows).collect();
+        let blocks: Vec<usize> = powers(most).filter(|_| self.speculator.is_some()).collect();
+        let steps = sizes.len() + blocks.len();
+        let mut seqs: Vec<Sequence> = (0..most).map(|_| self.stand_in(prefix)).collect();
+
+        let mut passes = Vec::new();
+        for &rows in &sizes {
+            let requests = rows.min(most);
+            let tree = TokenTree::chain(&vec![0; (rows / requests).min(64)])?;
+            let seconds = least_seconds(&mut || {
+                let entry = |seq| Entry { seq, tree: tree.clone(), given: 1 };
+                let mut entries: Vec<Entry<'_>> = seqs[..requests].iter_mut().map(entry).collect();
+                self.verify(backend, &mut entries)?;
+                self.accepted(backend, &mut entries).map(drop)
+            })?;
+            passes.push((requests * tree.len(), seconds));
+            progress(passes.len(), steps);
+            if is_linear(&passes) {
+                break;
+            }
+        }
+        passes.dedup_by_key(|(rows, _)| *rows);
+        let mut drafts = Vec::new();
+        for &n in &blocks {
+            let seconds = least_seconds(&mut || {
+                let mut drafting: Vec<&mut Sequence> = seqs[..n].iter_mut().collect();
+                self.draft_blocks(backend, &mut drafting).map(drop)
+            })?;
+            drafts.push((n, seconds));
+            progress(sizes.len() + drafts.len(), steps);
+            if is_linear(&drafts) {
+                break;
+            }
+        }
+        seqs.iter_mut().for_each(|seq| self.release(&mut seq.kv));
+        let unit = passes[0].1;
+        self.cost = PassCost::measured(&passes, unit);
+        self.block_cost = (!drafts.is_empty()).then(|| PassCost::measured(&drafts, unit));
+        Ok(self.cost.clone())
+    }
+
+    /// A sequence as if so many tokens were in the cache; what is there does not change the time.
+    fn stand_in(&mut self, prefix: usize) -> Sequence {
+        let (context, vocab) = (self.dims.context, self.config.vocab_size);
+        let mut seq = Sequence::new(vec![0; prefix + 1], Sampling::default(), 1, vec![], context, vocab);
+        if seq.kv.reserve(&mut self.pool, prefix).is_ok() {
+            seq.kv.commit(prefix);
+        }
+        seq
+    }
+}
+
+fn least_seconds(run: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+    run()?;
+    let mut least = f64::INFINITY;
+    for _ in 0..RUNS {
+        let start = Instant::now();
+        run()?;
+        least = least.min(start.elapsed().as_secs_f64());
+        if least > PATIENCE_SECONDS {
+            break;
+        }
+    }
+    Ok(least)
+}
+
+/// Whether the last steps were in proportion to the rows, so that the rest can be told.
+fn is_linear(points: &[(usize, f64)]) -> bool {
+    let steep = |pair: &[(usize, f64)]| pair[1].1 > 1.8 * pair[0].1;
+    points.len() > 3 && points[points.len() - 3..].windows(2).all(steep)
+}
