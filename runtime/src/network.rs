@@ -91,15 +91,15 @@ impl Limits {
         (self.context + MAX_NODES).div_ceil(self.page_size)
     }
 
-    /// Tokens that the cache must have room for, and that it may need: those of one sequence, and of all.
+    /// Tokens that the cache should have room for, and that it may need: those of one sequence, and of all.
     pub fn token_range(&self) -> [usize; 2] {
         let one = self.pages_per_request() * self.page_size;
         [one, self.max_requests * one]
     }
 
     fn pages(&self) -> usize {
-        let [least, most] = self.token_range();
-        self.cache_tokens.unwrap_or(most).clamp(least, most).div_ceil(self.page_size)
+        let [_, most] = self.token_range();
+        self.cache_tokens.unwrap_or(most).clamp(1, most).div_ceil(self.page_size)
     }
 
     /// The sizes of a model's buffers, whose speculator fills so many rows.

@@ -151,7 +151,9 @@ impl Decoding {
         match self.way {
             Way::Together { places, few_pages, .. } => {
                 let many = one.for_many(places, false).expect("a few sequences");
-                Limits { cache_tokens: few_pages.then_some(0), ..many }
+                // Of the longest sequence, a tree or a block behind it, and whatever a page leaves over.
+                let one_alone = self.context + max_nodes.max(16) + 2 * self.sizes.page_size;
+                Limits { cache_tokens: few_pages.then_some(one_alone), ..many }
             }
             _ => one,
         }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use treespark::backend::{Backend, PassCost};
+use treespark::batch::Entry;
 use treespark::cpu::CpuBackend;
 use treespark::draft::NoDrafter;
 use treespark::draft::block::BlockDrafter;
@@ -94,7 +95,7 @@ fn rounds_change_no_token(open: impl Fn() -> Option<Box<dyn Backend>>, names: &[
             let beside = speculator.as_ref();
             let network =
                 Network::load_with_speculator(backend.as_mut(), &model, beside, LIMITS, &mut |_, _| {}).unwrap();
-            let scheduler = Scheduler::new(None, 64, PassCost(&[(1, 1.0), (2, 1.0)]));
+            let scheduler = Scheduler::new(None, 64, PassCost::FREE_ROWS);
             let mut engine = match &speculator {
                 Some(speculator) => {
                     let drafter = Box::new(BlockDrafter::load(speculator).unwrap());

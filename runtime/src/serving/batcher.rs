@@ -157,8 +157,12 @@ impl Batcher {
             // Its whole text, and a round of everybody.
             let needed = self.engine.pages_for(&request.seq, request.seq.pending().len())
                 + self.running.iter().map(|other| self.engine.pages_for(&other.seq, 0)).sum::<usize>();
-            if needed > self.engine.target().pool().available() && !self.running.is_empty() {
+            if needed > self.engine.target().pool().available() {
                 self.engine.release(&mut request.seq);
+                if self.running.is_empty() {
+                    request.fail(&self.full(&request.seq));
+                    continue;
+                }
                 return self.waiting.push_front(request);
             }
             if request.usage.new_tokens == 0 {
@@ -171,18 +175,26 @@ impl Batcher {
         }
     }
 
-    /// Has the latest wait until there are pages for a round of the others.
+    /// Has the latest wait until there are pages for a round of the others. One alone that finds too few is given up.
     fn make_room(&mut self) {
-        while self.running.len() > 1 {
+        loop {
             let needed: usize = self.running.iter().map(|request| self.engine.pages_for(&request.seq, 0)).sum();
             if needed <= self.engine.target().pool().available() {
                 return;
             }
-            let mut latest = self.running.pop().expect("more than one runs");
+            let mut latest = self.running.pop().expect("who needs a page runs");
             self.engine.release(&mut latest.seq);
+            if self.running.is_empty() {
+                return latest.fail(&self.full(&latest.seq));
+            }
             self.counters.preempted += 1;
             self.waiting.push_front(latest);
         }
+    }
+
+    fn full(&self, seq: &Sequence) -> Error {
+        let pool = self.engine.target().pool();
+        Error::ContextFull { needed: seq.tokens().len() + 1, limit: pool.pages() * pool.page_size() }
     }
 
     fn dismiss_finished(&mut self) {
