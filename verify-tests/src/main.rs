@@ -20,6 +20,7 @@ const EXAMPLES: &str = "Examples:
   treespark-fuzz rounds --seconds 60
   treespark-fuzz stats --backend cuda --workers 8
   treespark-fuzz mutants
+  treespark-fuzz soak --seconds 60
   treespark-fuzz replay treespark-fuzz-cpu-7-1234.json
 
 Exit status: 0 nothing was found, 1 something was, 2 it could not be run.";
@@ -38,6 +39,9 @@ enum Command {
     Stats(fuzz::stats::Args),
     /// Plants known bugs and looks for them
     Mutants(fuzz::mutants::Args),
+    /// A service under random load, with clients that leave: no wrong token, no page lost
+    #[command(after_help = fuzz::soak::HELP)]
+    Soak(fuzz::soak::Args),
     /// Runs a case again that `run` wrote
     Replay(fuzz::replay::Args),
 }
@@ -49,6 +53,7 @@ fn main() -> ExitCode {
         Command::Rounds(args) => fuzz::run::rounds(&args),
         Command::Stats(args) => fuzz::stats::run(&args),
         Command::Mutants(args) => fuzz::mutants::run(&args),
+        Command::Soak(args) => fuzz::soak::run(&args),
         Command::Replay(args) => fuzz::replay::run(&args),
     };
     match outcome {

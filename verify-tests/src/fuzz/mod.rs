@@ -9,4 +9,5 @@ pub mod plot;
 pub mod prove;
 pub mod replay;
 pub mod run;
+pub mod soak;
 pub mod stats;
