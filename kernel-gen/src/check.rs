@@ -392,7 +392,7 @@ impl Check<'_> {
     /// A report for trees of how many nodes.
     fn report(&self, state: Buf, max_requests: usize) -> Result<usize, PassError> {
         self.rank("state", state, 2)?;
-        let nodes = self.dims(state)[1].saturating_sub(4) / 4;
+        let nodes = layout::report_nodes(self.dims(state)[1]);
         self.shape("state", state, DType::U32, &[max_requests, layout::report_words(nodes)])?;
         Ok(nodes)
     }

@@ -25,15 +25,18 @@ static_assert(NODES >= 2 && NODES <= 64, "a lane has two slots");
 static_assert(K <= 64 && DEPTH <= 16, "a slot is one word");
 
 constexpr u32 STATE_LIMIT = 0;
+constexpr u32 STATE_NODES = 1;
 constexpr u32 STATE_ROWS = 2;
 constexpr u32 STATE_TOKENS = 4;
 constexpr u32 STATE_LINKS = STATE_TOKENS + NODES;
-constexpr u32 STATE_WORDS = STATE_TOKENS + 4 * NODES;
+constexpr u32 STATE_SURVIVAL = STATE_TOKENS + 4 * NODES;
+constexpr u32 STATE_WORDS = STATE_SURVIVAL + NODES;
 
 struct Tree {
     float survival[NODES];
     u32 parent[NODES];
     u32 place[NODES]; // (depth - 1) * K + candidate; of the root 0
+    u32 n_nodes;
     u32 n_rows;
 };
 
@@ -117,9 +120,11 @@ __device__ void grow(u32 max_depth, const Trellis& trellis, Tree& tree) {
     }
     float expected = 1.0f;
     if (lane == 0) worth.tokens[0] = expected;
-    for (u32 node = 1; node < NODES; node++) {
+    u32 n_nodes = 1;
+    while (n_nodes < NODES) {
         const u32 best = __reduce_max_sync(FULL_WARP, max(key[0], key[1]));
         if (best == 0) break;
+        const u32 node = n_nodes++;
         const u32 taken = __reduce_min_sync(FULL_WARP, key[0] == best ? slot[0] : key[1] == best ? slot[1] : NONE);
         const u32 above = node_of(taken), parent = parent_of(taken), rank = rank_of(taken);
         const float survival = __uint_as_float(best);
@@ -143,17 +148,22 @@ __device__ void grow(u32 max_depth, const Trellis& trellis, Tree& tree) {
         if (node % LOOKS == 0 && !worth.may_grow(node, survival, expected)) break;
     }
     const u32 last = worth.best();
-    if (lane == 0) tree.n_rows = last + 1;
+    if (lane == 0) {
+        tree.n_nodes = n_nodes;
+        tree.n_rows = last + 1;
+    }
 }
 
-// The rows of the tree, and the tree for the host. A thread has a node.
+// The tree for the host, and the rows of it. A thread has a node.
 __device__ void write(u32* rows, u32 request, u32 prefix, const u32* ids, u32* state, const Tree& tree) {
     const u32 node = threadIdx.x;
-    if (node >= tree.n_rows) return;
+    if (node >= tree.n_nodes) return;
     const u32 depth = node == 0 ? 0 : tree.place[node] / K + 1;
     if (node > 0) state[STATE_TOKENS + node] = ids[tree.place[node]];
     const u32 token = state[STATE_TOKENS + node];
     state[STATE_LINKS + node] = tree.parent[node];
+    state[STATE_SURVIVAL + node] = __float_as_uint(tree.survival[node]);
+    if (node >= tree.n_rows) return;
     u64 ancestors = 1ull;
     for (u32 above = node; above > 0; above = tree.parent[above]) ancestors |= 1ull << above;
     uint4* words = (uint4*)(rows + node * ROW_WORDS);
@@ -174,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (u32 request = 0; request < requests[1]; request++, state += STATE_WORDS) {
         u32* words = requests + HEADER_WORDS + request * REQUEST_WORDS;
         const u32 prefix = words[REQUEST_PREFIX], block_row = words[REQUEST_FIRST_ROW];
-        u32 n_rows = 0;
+        u32 n_nodes = 0, n_rows = 0;
         if (words[REQUEST_ROWS] > 0) {
             // The bonus token takes one place; a node deeper than the rest could never be emitted.
             const u32 max_depth = min(DEPTH, state[STATE_LIMIT] - prefix - 2);
@@ -187,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             __syncthreads();
             if (threadIdx.x < 32) grow(max_depth, trellis, tree);
             __syncthreads();
+            n_nodes = tree.n_nodes;
             n_rows = tree.n_rows;
             write(rows + first_row * ROW_WORDS, request, prefix, ids + (block_row + FIRST) * K, state, tree);
         }
@@ -194,6 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (threadIdx.x == 0) {
             words[REQUEST_FIRST_ROW] = first_row;
             words[REQUEST_ROWS] = n_rows;
+            state[STATE_NODES] = n_nodes;
             state[STATE_ROWS] = n_rows;
         }
         first_row += n_rows;

@@ -18,12 +18,13 @@ constexpr u32 THREADS = 64;
 static_assert(ROWS <= THREADS && NODES <= THREADS, "one thread writes a row, one a node of the path");
 
 constexpr u32 STATE_LIMIT = 0;
+constexpr u32 STATE_NODES = 1;
 constexpr u32 STATE_ROWS = 2;
 constexpr u32 STATE_ACCEPTED = 3;
 constexpr u32 STATE_TOKENS = 4;
 constexpr u32 STATE_PATH = STATE_TOKENS + 2 * NODES;
 constexpr u32 STATE_DRAWN = STATE_PATH + NODES;
-constexpr u32 STATE_WORDS = STATE_DRAWN + NODES;
+constexpr u32 STATE_WORDS = STATE_DRAWN + 2 * NODES;
 
 // Blocks: one.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -37,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const u32 root = n > 0 ? accepted[ACCEPTED_TOKENS + n - 1] : state[STATE_TOKENS];
         const u32 n_rows = prefix + 1 < state[STATE_LIMIT] ? ROWS : 0;
         __syncthreads(); // all have read what one thread changes
-        if (t < n) {
+        if (t < min(n, NODES)) {
             state[STATE_PATH + t] = accepted[ACCEPTED_PATH + t];
             state[STATE_DRAWN + t] = accepted[ACCEPTED_TOKENS + t];
         }
@@ -46,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             words[REQUEST_FIRST_ROW] = first_row;
             words[REQUEST_ROWS] = n_rows;
             state[STATE_TOKENS] = root;
-            state[STATE_ROWS] = 0;
+            state[STATE_NODES] = state[STATE_ROWS] = 0;
             state[STATE_ACCEPTED] = n;
         }
         if (t < n_rows) {

@@ -3,7 +3,7 @@
 
 use super::{Argument, Launch, Lowering};
 use crate::MAX_NODES;
-use crate::layout::ngram_nodes;
+use crate::layout::{ngram_nodes, report_nodes};
 use crate::op::{Fill, Op};
 use crate::pass::{Buf, DType};
 use crate::spec::{KernelSpec, Value};
@@ -100,7 +100,7 @@ impl Lowering<'_> {
 
     /// Nodes of the trees that a state reports.
     fn report_nodes(&self, state: Buf) -> usize {
-        (self.desc(state).shape[1] - 4) / 4
+        report_nodes(self.desc(state).shape[1])
     }
 }
 
@@ -137,7 +137,7 @@ mod tests {
         let launch = lower(&op, &pass, &Device::H100).unwrap().remove(0);
         assert_eq!(launch.spec.name(), "draft_ngram__t4096_n16_d16");
         assert!(source(&launch).contains("constexpr u32 NODES = 16u;"));
-        for (buffer, words, problem) in [(4, 4095, "history of 4095 tokens"), (5, 4 + 4 * 17 + 24, "2 trees of 17")] {
+        for (buffer, words, problem) in [(4, 4095, "history of 4095 tokens"), (5, ngram_state_words(17), "2 trees of 17")] {
             let mut pass = pass.clone();
             pass.buffers[buffer].shape[1] = words;
             let refused = op.check(&pass).unwrap_err().to_string();

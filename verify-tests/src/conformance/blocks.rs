@@ -68,6 +68,21 @@ fn by_candidate(values: &[f32], order: &[u32], k: usize) -> Vec<f32> {
     placed
 }
 
+/// A backend may end a tree once no further nodes can pay, which the oracle does not: blanks the nodes that it left out.
+fn cut_alike(what: &str, got: &mut [u32], want: &mut [u32], nodes: usize) -> Property {
+    let (grown, most, pay) = (got[1], want[1], want[2]);
+    if !(pay..=most).contains(&grown) {
+        return Err(format!("{what}: {grown} nodes, expected {pay} to {most}"));
+    }
+    for report in [got, want] {
+        report[1] = 0;
+        for words in [0, 1, 4] {
+            report[4 + words * nodes..][grown as usize..nodes].fill(0);
+        }
+    }
+    Ok(())
+}
+
 type Sizes = (BlockShape, usize, usize, usize, usize, bool);
 
 fn drafts(backend: &mut dyn Backend, seed: u64, sizes: Sizes) -> Property {
@@ -143,7 +158,13 @@ fn drafts(backend: &mut dyn Backend, seed: u64, sizes: Sizes) -> Property {
                 tested.write_floats("trellis", values);
                 tested.write("order", order);
             } else {
-                let [got, want] = [&mut tested, &mut right].map(|bed| bed.words(&desc.name, desc.bytes() / 4));
+                let [mut got, mut want] = [&mut tested, &mut right].map(|bed| bed.words(&desc.name, desc.bytes() / 4));
+                if desc.name == "state" && op.name() == "grow_trellis" {
+                    let reports = got.chunks_mut(report_words(nodes)).zip(want.chunks_mut(report_words(nodes)));
+                    reports.enumerate().try_for_each(|(request, (got, want))| {
+                        cut_alike(&format!("{what}, {request}"), got, want, nodes)
+                    })?;
+                }
                 let width = desc.shape[desc.shape.len() - 1];
                 for (index, (got, want)) in got.chunks(width).zip(want.chunks(width)).enumerate() {
                     same(&format!("{what}, {index}"), got, want)?;

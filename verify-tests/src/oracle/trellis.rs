@@ -2,7 +2,7 @@
 //!
 //! Survivals are f32, as in `drafting`: they only rank nodes, and another rounding would be another tree.
 
-use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, report_words};
+use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, report_nodes, report_words};
 use treespark_kernel_gen::{Fill, MAX_NODES, Op, Request, Row};
 
 use super::Step;
@@ -11,7 +11,7 @@ use crate::batch::Tree;
 impl Step<'_> {
     pub(super) fn open_block(&mut self, op: &Op) {
         let &Op::OpenBlock { accepted, state, block, .. } = op else { unreachable!() };
-        let nodes = (self.width(state) - 4) / 4;
+        let nodes = report_nodes(self.width(state));
         let mut row = 0;
         for request in 0..self.n_requests() {
             let (at, from) = (request * self.width(state), request * accepted_words(MAX_NODES));
@@ -20,12 +20,12 @@ impl Step<'_> {
             let prefix = self.request(request).prefix + n as u32;
             let drawn: Vec<u32> = (0..n).map(|i| self.word(accepted, from + 1 + MAX_NODES + i)).collect();
             let root = drawn.last().copied().unwrap_or_else(|| self.word(state, at + 4));
-            for (i, &token) in drawn.iter().enumerate() {
+            for (i, &token) in drawn.iter().enumerate().take(nodes) {
                 self.set_word(state, at + 4 + 2 * nodes + i, self.word(accepted, from + 1 + i));
                 self.set_word(state, at + 4 + 3 * nodes + i, token);
             }
             let rows = if prefix + 1 < self.word(state, at) { block.rows } else { 0 };
-            [(2, 0), (3, n as u32), (4, root)].into_iter().for_each(|(i, word)| self.set_word(state, at + i, word));
+            [(1, 0), (2, 0), (3, n as u32), (4, root)].into_iter().for_each(|(i, word)| self.set_word(state, at + i, word));
             for (i, word) in [prefix, row as u32, rows as u32].into_iter().enumerate() {
                 self.set_word(self.batch.requests, words + i, word);
             }
@@ -131,14 +131,18 @@ impl Step<'_> {
             };
             let tokens: Vec<u32> = tree.iter().map(token).collect();
             let shape = Tree { parents: tree.iter().map(|place| place.parent).collect(), tokens };
-            for (n, place) in tree.iter().enumerate().take(best.0) {
+            for (n, place) in tree.iter().enumerate() {
                 self.set_word(*state, at + 4 + n, shape.tokens[n]);
                 self.set_word(*state, at + 4 + nodes + n, place.parent as u32);
+                self.set_word(*state, at + 4 + 4 * nodes + n, place.survival.to_bits());
+            }
+            for (n, place) in tree.iter().enumerate().take(best.0) {
                 let (token, ancestors) = (shape.tokens[n], shape.ancestor_words(n));
                 let position = batch.prefix + place.depth as u32;
                 let row = Row { token, position, request: request as u32, node: n as u32, ancestors };
                 self.set_batch_row(first_row + n, row);
             }
+            self.set_word(*state, at + 1, tree.len() as u32);
             self.set_word(*state, at + 2, best.0 as u32);
             self.set_word(self.batch.requests, words + 1, first_row as u32);
             self.set_word(self.batch.requests, words + 2, best.0 as u32);
