@@ -153,20 +153,25 @@ pub const fn ngram_state_words(nodes: usize) -> usize {
 
 /// The nodes whose state has so many words.
 pub const fn ngram_nodes(state_words: usize) -> usize {
-    state_words.saturating_sub(NGRAM_RATE_WORDS + 4) / 4
+    report_nodes(state_words.saturating_sub(NGRAM_RATE_WORDS))
 }
 
-/// Words of a [`RoundReport`].
+/// Words of a [`RoundReport`] of trees of up to so many nodes.
 pub const fn report_words(nodes: usize) -> usize {
-    4 + 4 * nodes
+    4 + 5 * nodes
+}
+
+/// The nodes whose report has so many words.
+pub const fn report_nodes(words: usize) -> usize {
+    words.saturating_sub(4) / 5
 }
 
 /// Hits and trials of 12 classes of nodes.
 const NGRAM_RATE_WORDS: usize = 2 * 12;
 
 /// The first words of a request's state, as the host reads them after a round. The host writes the limit: how many tokens
-/// the request may have. `[limit, nodes, rows, accepted, tokens[nodes], links[nodes], path[nodes], drawn[nodes]]`; the second
-/// word is the n-gram drafter's own.
+/// the request may have. `[limit, nodes, rows, accepted, tokens[nodes], links[nodes], path[nodes], drawn[nodes],
+/// survival[nodes]]`
 #[derive(Debug, Clone, Copy)]
 pub struct RoundReport<'a> {
     words: &'a [u32],
@@ -178,7 +183,12 @@ impl<'a> RoundReport<'a> {
         RoundReport { words: &words[..report_words(max_nodes)], max_nodes }
     }
 
-    /// Nodes of the next tree that have a row; 0 where the history has reached its limit.
+    /// Nodes of the next tree, whether they pay or not; 0 where the request has reached its limit.
+    pub fn nodes(&self) -> usize {
+        self.words[1] as usize
+    }
+
+    /// How many of them pay. Where the device makes up the next pass, they have a row each.
     pub fn rows(&self) -> usize {
         self.words[2] as usize
     }
@@ -191,13 +201,23 @@ impl<'a> RoundReport<'a> {
         (self.words[4 + self.max_nodes + node] & 0xff) as usize
     }
 
-    /// Node ids that the last round accepted, as in `accepted`.
+    /// How likely a node is accepted, as the drafter estimates it; 1 for the root.
+    pub fn survival(&self, node: usize) -> f32 {
+        f32::from_bits(self.words[4 + 4 * self.max_nodes + node])
+    }
+
+    /// How many nodes the last round accepted. A part of a prompt may have more than the report has room for.
+    pub fn accepted(&self) -> usize {
+        self.words[3] as usize
+    }
+
+    /// The first of their ids, as in `accepted`.
     pub fn path(&self) -> &'a [u32] {
-        &self.words[4 + 2 * self.max_nodes..][..self.words[3] as usize]
+        &self.words[4 + 2 * self.max_nodes..][..self.accepted().min(self.max_nodes)]
     }
 
     /// The draws along the path.
     pub fn drawn(&self) -> &'a [u32] {
-        &self.words[4 + 3 * self.max_nodes..][..self.words[3] as usize]
+        &self.words[4 + 3 * self.max_nodes..][..self.accepted().min(self.max_nodes)]
     }
 }

@@ -75,7 +75,7 @@ pub struct BlockShape {
 pub enum Fill {
     /// The last token, then this one, each row seeing all (DSpark).
     Mask(u32),
-    /// The last token; their node is the last accepted one, whose hidden state they read (Medusa).
+    /// The last token; their node is the last accepted one's row in the round before, whose hidden state they read (Medusa).
     State,
 }
 
@@ -85,6 +85,12 @@ impl BlockShape {
         self.rows - self.first
     }
 }
+
+/// Most requests whose blocks are opened together: one thread looks at each.
+pub const MAX_OPENED: usize = 1024;
+
+/// Trees among whose nodes the host chooses hold none that survives less likely.
+pub const MIN_SURVIVAL: f32 = 0.02;
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Op {
@@ -296,7 +302,8 @@ pub enum Op {
     },
     /// Begins a block for a parallel drafter: the prefix of every request grows by what the last round accepted, the
     /// report in `state` is told of it, and `rows` and `requests` become those of blocks, the last token and masks that all
-    /// see each other. A request that has reached its limit gets no rows.
+    /// see each other. A request that has reached its limit gets no rows; those of the others follow each other, request by
+    /// request. Rows that read a state ([`Fill::State`]) need to know where the last round's were: `first_row` in `requests`.
     OpenBlock {
         batch: Batch,
         /// U32 `[B, accepted_words(max_nodes)]` of the last round
@@ -327,8 +334,12 @@ pub enum Op {
         /// U32, the same shape: the candidates j that they are of
         order: Buf,
     },
-    /// Grows a tree through the trellis of every request: of all paths the likeliest, as many as a tree has nodes. Writes it
-    /// into `state`, and into `rows` and `requests` as many of its nodes as pay.
+    /// Grows a tree through the trellis of every request that has a block: of all paths the likeliest, as many as a tree has
+    /// nodes. Writes it into `state`.
+    ///
+    /// With one request of room, as many of its nodes as pay also go into `rows` and `requests`, and the tree may end once no
+    /// further nodes could pay. With room for several it leaves `rows` and `requests` alone, for the host chooses among the
+    /// nodes of all trees; costs change nothing, and a tree ends before a node whose survival is below [`MIN_SURVIVAL`].
     GrowTrellis {
         batch: Batch,
         block: BlockShape,
@@ -339,7 +350,7 @@ pub enum Op {
         order: Buf,
         /// U32 `[B, report_words(nodes)]`: trees of up to so many nodes, at most 64
         state: Buf,
-        /// Of a pass of 1, 2, .. rows, as many as a tree may have nodes.
+        /// Of a pass of 1, 2, .. rows, as many as a tree may have nodes; counts with one request of room.
         costs: Vec<f32>,
     },
 }

@@ -52,7 +52,8 @@ constexpr u32 STATE_TOKENS = 4; // [NODES] of the proposal
 constexpr u32 STATE_LINKS = STATE_TOKENS + NODES; // [NODES]: parent, class << 8, depth << 16
 constexpr u32 STATE_PATH = STATE_LINKS + NODES; // [NODES] that the round before accepted
 constexpr u32 STATE_DRAWN = STATE_PATH + NODES; // [NODES]: the draws along the path
-constexpr u32 STATE_HITS = STATE_DRAWN + NODES; // float [CLASSES]
+constexpr u32 STATE_SURVIVAL = STATE_DRAWN + NODES; // float [NODES] of the proposal
+constexpr u32 STATE_HITS = STATE_SURVIVAL + NODES; // float [CLASSES]
 constexpr u32 STATE_TRIALS = STATE_HITS + CLASSES; // float [CLASSES]
 constexpr u32 STATE_WORDS = STATE_TRIALS + CLASSES;
 
@@ -103,8 +104,8 @@ __device__ void observe(const u32* accepted, u32* end_of_history, u32* state, Bl
     const u32 *path = accepted + ACCEPTED_PATH, *drawn = accepted + ACCEPTED_TOKENS;
     if (t < CLASSES) block.hits[t] = block.trials[t] = 0;
     if (t == 0) state[STATE_ACCEPTED] = n;
-    if (t < n) {
-        end_of_history[t] = drawn[t];
+    if (t < n) end_of_history[t] = drawn[t];
+    if (t < min(n, NODES)) {
         state[STATE_PATH + t] = path[t];
         state[STATE_DRAWN + t] = drawn[t];
     }
@@ -253,12 +254,14 @@ __device__ void write(u32* rows, u32 request, u32 prefix, u32 root, u32 n_rows, 
         write_row(rows, root, prefix, request, 0, 1);
         state[STATE_TOKENS] = root;
         state[STATE_LINKS] = 0;
+        state[STATE_SURVIVAL] = __float_as_uint(1.0f);
     }
     if (j >= n_followed || block.survivals[threadIdx.x] == 0.0f || block.nodes[j][d] >= NODES) return;
     const u32 node = block.nodes[j][d], token = block.tokens[j][d];
     const u32 parent = d == 0 ? 0 : block.nodes[block.owners[j][d - 1]][d - 1];
     state[STATE_TOKENS + node] = token;
     state[STATE_LINKS + node] = parent | block.classes[j][d] << 8 | (d + 1) << 16;
+    state[STATE_SURVIVAL + node] = __float_as_uint(block.survivals[threadIdx.x]);
     if (node >= n_rows) return;
     u64 ancestors = 1;
     for (u32 i = 0; i <= d; i++) ancestors |= 1ull << block.nodes[block.owners[j][i]][i];

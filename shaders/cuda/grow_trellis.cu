@@ -1,19 +1,20 @@
 // needs: ptx layout batch
 // Grows a tree for every request, best first, through the trellis of its block: of all paths the NODES - 1 most likely,
-// which are a tree. As many of its nodes become rows of the next pass as pay.
+// which are a tree. Where there is room for one request, as many of its nodes become rows of the next pass as pay, and the
+// tree ends once no further nodes can: none survives likelier than the last. Where there is room for several, the host
+// chooses among the nodes of all trees, and a tree ends before a node that is too unlikely to be chosen.
 //
 // A warp takes node after node: of all nodes' best children that are not in the tree yet, the best. Children come sorted,
 // so that a taken child makes way for its next sibling and brings its own first child: a slot for each node is enough.
-// Ties go to the parent that was taken first. It ends once no further nodes can pay: none survives likelier than the last.
-//
-// One block takes the requests one after the other, for their rows are consecutive. As
-// runtime/src/draft/best_first.rs.
+// Ties go to the parent that was taken first. One block takes one request. As runtime/src/draft/best_first.rs.
 
 // constants-begin
 constexpr u32 NODES = 4; // most nodes of a tree, root included, up to 64
 constexpr u32 K = 64; // candidates of a depth
 constexpr u32 ROWS = 7; // of a block
 constexpr u32 FIRST = 0; // row of a block that predicts depth 1
+constexpr bool MAKES_ROWS = true; // of the one request that there is room for
+constexpr float MIN_SURVIVAL = 0.02f; // of a node where the host makes up the rows
 __device__ constexpr u32 COSTS[] = {0x3f800000, 0x3f8ccccd, 0x3f99999a, 0x3fa66666}; // of 1, 2 .. rows: bits of floats
 // constants-end
 
@@ -25,16 +26,19 @@ static_assert(NODES >= 2 && NODES <= 64, "a lane has two slots");
 static_assert(K <= 64 && DEPTH <= 16, "a slot is one word");
 
 constexpr u32 STATE_LIMIT = 0;
+constexpr u32 STATE_NODES = 1;
 constexpr u32 STATE_ROWS = 2;
 constexpr u32 STATE_TOKENS = 4;
 constexpr u32 STATE_LINKS = STATE_TOKENS + NODES;
-constexpr u32 STATE_WORDS = STATE_TOKENS + 4 * NODES;
+constexpr u32 STATE_SURVIVAL = STATE_TOKENS + 4 * NODES;
+constexpr u32 STATE_WORDS = STATE_SURVIVAL + NODES;
 
 struct Tree {
     float survival[NODES];
     u32 parent[NODES];
     u32 place[NODES]; // (depth - 1) * K + candidate; of the root 0
-    u32 n_rows;
+    u32 n_nodes;
+    u32 n_rows; // nodes that pay
 };
 
 // The trellis of one request: row `parent`, depth of the children * K + candidate of the parent, has its children by rank.
@@ -109,6 +113,7 @@ __device__ void grow(u32 max_depth, const Trellis& trellis, Tree& tree) {
         tree.parent[0] = tree.place[0] = 0;
     }
     __syncwarp();
+    const u32 least = MAKES_ROWS ? 1 : key_of(MIN_SURVIVAL);
     Worth worth = {};
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
@@ -117,9 +122,11 @@ __device__ void grow(u32 max_depth, const Trellis& trellis, Tree& tree) {
     }
     float expected = 1.0f;
     if (lane == 0) worth.tokens[0] = expected;
-    for (u32 node = 1; node < NODES; node++) {
+    u32 n_nodes = 1;
+    while (n_nodes < NODES) {
         const u32 best = __reduce_max_sync(FULL_WARP, max(key[0], key[1]));
-        if (best == 0) break;
+        if (best < least) break;
+        const u32 node = n_nodes++;
         const u32 taken = __reduce_min_sync(FULL_WARP, key[0] == best ? slot[0] : key[1] == best ? slot[1] : NONE);
         const u32 above = node_of(taken), parent = parent_of(taken), rank = rank_of(taken);
         const float survival = __uint_as_float(best);
@@ -140,20 +147,25 @@ __device__ void grow(u32 max_depth, const Trellis& trellis, Tree& tree) {
             tree.place[node] = depth * K + candidate;
         }
         __syncwarp();
-        if (node % LOOKS == 0 && !worth.may_grow(node, survival, expected)) break;
+        if (MAKES_ROWS && node % LOOKS == 0 && !worth.may_grow(node, survival, expected)) break;
     }
-    const u32 last = worth.best();
-    if (lane == 0) tree.n_rows = last + 1;
+    const u32 n_rows = MAKES_ROWS ? worth.best() + 1 : n_nodes;
+    if (lane == 0) {
+        tree.n_nodes = n_nodes;
+        tree.n_rows = n_rows;
+    }
 }
 
-// The rows of the tree, and the tree for the host. A thread has a node.
+// The tree for the host, and the rows of it. A thread has a node.
 __device__ void write(u32* rows, u32 request, u32 prefix, const u32* ids, u32* state, const Tree& tree) {
     const u32 node = threadIdx.x;
-    if (node >= tree.n_rows) return;
+    if (node >= tree.n_nodes) return;
     const u32 depth = node == 0 ? 0 : tree.place[node] / K + 1;
     if (node > 0) state[STATE_TOKENS + node] = ids[tree.place[node]];
     const u32 token = state[STATE_TOKENS + node];
     state[STATE_LINKS + node] = tree.parent[node];
+    state[STATE_SURVIVAL + node] = __float_as_uint(tree.survival[node]);
+    if (!MAKES_ROWS || node >= tree.n_rows) return;
     u64 ancestors = 1ull;
     for (u32 above = node; above > 0; above = tree.parent[above]) ancestors |= 1ull << above;
     uint4* words = (uint4*)(rows + node * ROW_WORDS);
@@ -162,7 +174,7 @@ __device__ void write(u32* rows, u32 request, u32 prefix, const u32* ids, u32* s
     words[2] = make_uint4(0, 0, 0, 0);
 }
 
-// Blocks: one.
+// Blocks: [requests].
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     grow_trellis(u32* rows, u32* requests, const u32* ids, // [rows, K]
                  const float* values, const u32* order, // [requests * DEPTH, K, K]
@@ -170,33 +182,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __shared__ Trellis trellis;
     __shared__ Tree tree;
     wait_for_previous();
-    u32 first_row = 0;
-    for (u32 request = 0; request < requests[1]; request++, state += STATE_WORDS) {
-        u32* words = requests + HEADER_WORDS + request * REQUEST_WORDS;
-        const u32 prefix = words[REQUEST_PREFIX], block_row = words[REQUEST_FIRST_ROW];
-        u32 n_rows = 0;
-        if (words[REQUEST_ROWS] > 0) {
-            // The bonus token takes one place; a node deeper than the rest could never be emitted.
-            const u32 max_depth = min(DEPTH, state[STATE_LIMIT] - prefix - 2);
-            if (threadIdx.x == 0) {
-                trellis.value = values + (u64)request * DEPTH * K * K;
-                trellis.order = order + (u64)request * DEPTH * K * K;
-            }
-            __syncthreads();
-            trellis.load(max_depth);
-            __syncthreads();
-            if (threadIdx.x < 32) grow(max_depth, trellis, tree);
-            __syncthreads();
-            n_rows = tree.n_rows;
-            write(rows + first_row * ROW_WORDS, request, prefix, ids + (block_row + FIRST) * K, state, tree);
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            words[REQUEST_FIRST_ROW] = first_row;
-            words[REQUEST_ROWS] = n_rows;
-            state[STATE_ROWS] = n_rows;
-        }
-        first_row += n_rows;
+    const u32 request = blockIdx.x;
+    u32* words = requests + HEADER_WORDS + request * REQUEST_WORDS;
+    // Without a block nothing is to be done: `open_block` has said that there are no rows and no nodes.
+    if (request >= requests[1] || words[REQUEST_ROWS] == 0) return;
+    const u32 prefix = words[REQUEST_PREFIX], block_row = words[REQUEST_FIRST_ROW];
+    state += request * STATE_WORDS;
+    // The bonus token takes one place; a node deeper than the rest could never be emitted.
+    const u32 max_depth = min(DEPTH, state[STATE_LIMIT] - prefix - 2);
+    if (threadIdx.x == 0) {
+        trellis.value = values + (u64)request * DEPTH * K * K;
+        trellis.order = order + (u64)request * DEPTH * K * K;
     }
-    if (threadIdx.x == 0) requests[0] = first_row;
+    __syncthreads();
+    trellis.load(max_depth);
+    __syncthreads();
+    if (threadIdx.x < 32) grow(max_depth, trellis, tree);
+    __syncthreads();
+    write(rows, request, prefix, ids + (block_row + FIRST) * K, state, tree);
+    if (threadIdx.x == 0) {
+        state[STATE_NODES] = tree.n_nodes;
+        state[STATE_ROWS] = tree.n_rows;
+        if (MAKES_ROWS) requests[0] = words[REQUEST_ROWS] = tree.n_rows;
+    }
 }

@@ -227,24 +227,25 @@ impl TinyModel {
         pass
     }
 
-    /// Drafting from blocks, on what the host wrote for their parallel stage.
+    /// Drafting from blocks of up to so many requests, on what the host wrote for their parallel stage.
     pub fn trellis_pass(
         &self,
         block: BlockShape,
+        requests: usize,
         costs: &[f32],
         [k, rank, hidden]: [usize; 3],
         confident: bool,
     ) -> Pass {
-        let mut pass = Pass::new("trellis", block.rows * MAX_REQUESTS);
-        let batch = self.batch_buffers(&mut pass);
-        let accepted = self.accepted(&mut pass);
-        let rows = block.rows * MAX_REQUESTS;
+        let rows = block.rows * requests;
+        let mut pass = Pass::new("trellis", rows);
+        let batch = self.batch_buffers_for(requests, &mut pass);
         let mut add = |name: &str, dtype, shape: &[usize]| pass.add(name, Role::Output, dtype, shape);
-        let state = add("state", DType::U32, &[MAX_REQUESTS, report_words(costs.len())]);
+        let accepted = add("accepted", DType::U32, &[requests, accepted_words(MAX_NODES)]);
+        let state = add("state", DType::U32, &[requests, report_words(costs.len())]);
         let ids = add("ids", DType::U32, &[rows, k]);
         let scores = add("scores", DType::F32, &[MAX_ROWS, k]);
         let states = add("hidden", DType::F32, &[MAX_ROWS, hidden]);
-        let shape = [MAX_REQUESTS * block.depth(), k, k];
+        let shape = [requests * block.depth(), k, k];
         let (trellis, order) = (add("trellis", DType::F32, &shape), add("order", DType::U32, &shape));
         let words = [hidden + rank + 1 + 2 * block.depth()];
         let confidence = confident.then(|| add("confidence", DType::F32, &words));
@@ -285,11 +286,15 @@ impl TinyModel {
     }
 
     fn batch_buffers(&self, pass: &mut Pass) -> BatchBuffers {
-        let request_words = HEADER_WORDS + MAX_REQUESTS * Request::WORDS;
+        self.batch_buffers_for(MAX_REQUESTS, pass)
+    }
+
+    fn batch_buffers_for(&self, requests: usize, pass: &mut Pass) -> BatchBuffers {
+        let request_words = HEADER_WORDS + requests * Request::WORDS;
         BatchBuffers {
             rows: pass.add("rows", Role::Input, DType::U32, &[MAX_ROWS, Row::WORDS]),
             requests: pass.add("requests", Role::Input, DType::U32, &[request_words]),
-            pages: pass.add("pages", Role::Input, DType::U32, &[MAX_REQUESTS, self.sizes.pages_per_request()]),
+            pages: pass.add("pages", Role::Input, DType::U32, &[requests, self.sizes.pages_per_request()]),
         }
     }
 

@@ -69,9 +69,9 @@ fn launches(device: &Device) -> Vec<Launch> {
         let model = TinyModel { sizes, seed: 0 };
         let shape = "4x2x2x1".parse().expect("a shape");
         launches.extend(lower_pass(&model.grow_pass(&shape, 16), device).expect("a shape fits any GPU"));
-        for (rank, confident) in [(0, false), (64, true)] {
+        for (requests, rank, confident) in [(1, 0, false), (3, 64, true), (45, 64, true)] {
             let block = BlockShape { rows: 7, first: 0, fill: Fill::Mask(1) };
-            let pass = model.trellis_pass(block, &[1.0; 64], [sizes.vocab.min(64), rank, 576], confident);
+            let pass = model.trellis_pass(block, requests, &[1.0; 64], [sizes.vocab.min(64), rank, 576], confident);
             launches.extend(lower_pass(&pass, device).expect("a block fits any GPU"));
         }
         for rows in [1, 16, 256] {

@@ -3,8 +3,8 @@
 
 use super::{Argument, Launch, Lowering};
 use crate::MAX_NODES;
-use crate::layout::ngram_nodes;
-use crate::op::{Fill, Op};
+use crate::layout::{ngram_nodes, report_nodes};
+use crate::op::{Fill, MAX_OPENED, MIN_SURVIVAL, Op};
 use crate::pass::{Buf, DType};
 use crate::spec::{KernelSpec, Value};
 
@@ -44,12 +44,14 @@ impl Lowering<'_> {
     pub(super) fn open_block(&self) -> Vec<Launch> {
         let &Op::OpenBlock { accepted, state, ref block, .. } = self.op else { unreachable!("lowering another op") };
         let spec = KernelSpec::new("open_block")
+            .size("REQUESTS", "b", self.max_requests())
             .size("NODES", "n", self.report_nodes(state))
             .size("ROWS", "r", block.rows)
             .flag("READS_STATE", "state", block.fill == Fill::State)
             .size("MASK", "m", if let Fill::Mask(token) = block.fill { token as usize } else { 0 });
         let operands = [self.batch.rows, self.batch.requests, accepted, state];
-        vec![launch(spec, operands.map(Argument::from).to_vec(), 1, 64)]
+        let threads = if self.max_requests() == 1 { 64 } else { MAX_OPENED };
+        vec![launch(spec, operands.map(Argument::from).to_vec(), 1, threads)]
     }
 
     pub(super) fn trellis(&self) -> Vec<Launch> {
@@ -93,14 +95,16 @@ impl Lowering<'_> {
             .size("K", "k", self.desc(ids).shape[1])
             .size("ROWS", "r", block.rows)
             .with("FIRST", block.first)
+            .flag("MAKES_ROWS", "rows", self.max_requests() == 1)
+            .with("MIN_SURVIVAL", MIN_SURVIVAL)
             .with("COSTS", Value::Words(costs.iter().map(|cost| cost.to_bits()).collect()));
         let operands = [self.batch.rows, self.batch.requests, ids, trellis, order, state];
-        vec![launch(spec, operands.map(Argument::from).to_vec(), 1, 512)]
+        vec![launch(spec, operands.map(Argument::from).to_vec(), self.max_requests(), 512)]
     }
 
     /// Nodes of the trees that a state reports.
     fn report_nodes(&self, state: Buf) -> usize {
-        (self.desc(state).shape[1] - 4) / 4
+        report_nodes(self.desc(state).shape[1])
     }
 }
 
@@ -137,7 +141,9 @@ mod tests {
         let launch = lower(&op, &pass, &Device::H100).unwrap().remove(0);
         assert_eq!(launch.spec.name(), "draft_ngram__t4096_n16_d16");
         assert!(source(&launch).contains("constexpr u32 NODES = 16u;"));
-        for (buffer, words, problem) in [(4, 4095, "history of 4095 tokens"), (5, 4 + 4 * 17 + 24, "2 trees of 17")] {
+        for (buffer, words, problem) in
+            [(4, 4095, "history of 4095 tokens"), (5, ngram_state_words(17), "2 trees of 17")]
+        {
             let mut pass = pass.clone();
             pass.buffers[buffer].shape[1] = words;
             let refused = op.check(&pass).unwrap_err().to_string();

@@ -63,6 +63,7 @@ impl Step<'_> {
             let link = if i == 0 { 0 } else { node.parent | node.class << 8 | node.depth << 16 };
             self.set_word(state, at + 4 + i, node.token);
             self.set_word(state, at + 4 + max_nodes + i, link as u32);
+            self.set_word(state, at + 4 + 4 * max_nodes + i, node.survival.to_bits());
         }
         let parents = nodes.iter().map(|node| node.parent).collect();
         let tree = Tree { parents, tokens: nodes.iter().map(|node| node.token).collect() };
@@ -89,6 +90,8 @@ impl Step<'_> {
         self.set_word(state, at + 3, n as u32);
         for i in 0..n {
             self.set_word(history, request * self.width(history) + prefix + 1 + i, drawn[i]);
+        }
+        for i in 0..n.min(max_nodes) {
             self.set_word(state, at + 4 + 2 * max_nodes + i, path[i]);
             self.set_word(state, at + 4 + 3 * max_nodes + i, drawn[i]);
         }

@@ -2,7 +2,8 @@
 //!
 //! Survivals are f32, as in `drafting`: they only rank nodes, and another rounding would be another tree.
 
-use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, report_words};
+use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, report_nodes, report_words};
+use treespark_kernel_gen::op::MIN_SURVIVAL;
 use treespark_kernel_gen::{Fill, MAX_NODES, Op, Request, Row};
 
 use super::Step;
@@ -11,21 +12,24 @@ use crate::batch::Tree;
 impl Step<'_> {
     pub(super) fn open_block(&mut self, op: &Op) {
         let &Op::OpenBlock { accepted, state, block, .. } = op else { unreachable!() };
-        let nodes = (self.width(state) - 4) / 4;
+        let nodes = report_nodes(self.width(state));
         let mut row = 0;
         for request in 0..self.n_requests() {
             let (at, from) = (request * self.width(state), request * accepted_words(MAX_NODES));
             let words = HEADER_WORDS + request * Request::WORDS;
             let n = self.word(accepted, from) as usize;
-            let prefix = self.request(request).prefix + n as u32;
+            let Request { prefix, first_row, .. } = self.request(request);
+            let prefix = prefix + n as u32;
             let drawn: Vec<u32> = (0..n).map(|i| self.word(accepted, from + 1 + MAX_NODES + i)).collect();
             let root = drawn.last().copied().unwrap_or_else(|| self.word(state, at + 4));
-            for (i, &token) in drawn.iter().enumerate() {
+            for (i, &token) in drawn.iter().enumerate().take(nodes) {
                 self.set_word(state, at + 4 + 2 * nodes + i, self.word(accepted, from + 1 + i));
                 self.set_word(state, at + 4 + 3 * nodes + i, token);
             }
             let rows = if prefix + 1 < self.word(state, at) { block.rows } else { 0 };
-            [(2, 0), (3, n as u32), (4, root)].into_iter().for_each(|(i, word)| self.set_word(state, at + i, word));
+            [(1, 0), (2, 0), (3, n as u32), (4, root)]
+                .into_iter()
+                .for_each(|(i, word)| self.set_word(state, at + i, word));
             for (i, word) in [prefix, row as u32, rows as u32].into_iter().enumerate() {
                 self.set_word(self.batch.requests, words + i, word);
             }
@@ -37,7 +41,7 @@ impl Step<'_> {
                     Fill::Mask(token) if node > 0 => (token, node as u32),
                     Fill::Mask(_) => (root, 0),
                     Fill::State if n == 0 => (root, 0),
-                    Fill::State => (root, self.word(accepted, from + n)),
+                    Fill::State => (root, first_row + self.word(accepted, from + n)),
                 };
                 self.set_batch_row(row, Row { token, position, request: request as u32, node, ancestors });
                 row += 1;
@@ -100,51 +104,66 @@ impl Step<'_> {
     }
 
     pub(super) fn grow_trellis(&mut self, op: &Op) {
-        let Op::GrowTrellis { block, ids, trellis, order, state, costs, .. } = op else { unreachable!() };
-        let (k, nodes) = (self.width(*ids), costs.len());
-        let mut first_row = 0;
+        let Op::GrowTrellis { state, costs, .. } = op else { unreachable!() };
+        let nodes = costs.len();
+        let is_alone = self.pass.buffer(self.batch.requests).len() == HEADER_WORDS + Request::WORDS;
         for request in 0..self.n_requests() {
-            let batch = self.request(request);
-            let (at, words) = (request * report_words(nodes), HEADER_WORDS + request * Request::WORDS);
-            let mut tree = Vec::new();
-            if batch.n_rows > 0 {
-                let max_depth = block.depth().min((self.word(*state, at) - batch.prefix) as usize - 2);
-                let child = |depth: usize, i: usize, rank: usize| {
-                    let at = ((request * block.depth() + depth) * k + i) * k + rank;
-                    (self.word(*order, at) as usize, self.get(*trellis, at) as f32)
-                };
-                tree = likeliest(max_depth, k, nodes, child);
+            if self.request(request).n_rows == 0 {
+                continue;
             }
-            let (mut best, mut expected) = ((0, 0.0), 0.0);
-            for (n, place) in tree.iter().enumerate() {
-                expected += place.survival;
-                if expected / costs[n] > best.1 {
-                    best = (n + 1, expected / costs[n]);
-                }
+            let mut places = self.likeliest_of(op, request);
+            if !is_alone {
+                places.retain(|place| place.survival >= MIN_SURVIVAL);
             }
-            let token = |place: &Place| match place.depth {
-                0 => self.word(*state, at + 4),
-                depth => {
-                    let row = batch.first_row as usize + block.first + depth - 1;
-                    self.word(*ids, row * k + place.candidate)
-                }
-            };
-            let tokens: Vec<u32> = tree.iter().map(token).collect();
-            let shape = Tree { parents: tree.iter().map(|place| place.parent).collect(), tokens };
-            for (n, place) in tree.iter().enumerate().take(best.0) {
-                self.set_word(*state, at + 4 + n, shape.tokens[n]);
+            let rows = if is_alone { worth_it(&places, costs) } else { places.len() };
+            let tokens: Vec<u32> = places.iter().map(|place| self.token_of(op, request, place)).collect();
+            let at = request * report_words(nodes);
+            self.set_word(*state, at + 1, places.len() as u32);
+            self.set_word(*state, at + 2, rows as u32);
+            for (n, place) in places.iter().enumerate() {
+                self.set_word(*state, at + 4 + n, tokens[n]);
                 self.set_word(*state, at + 4 + nodes + n, place.parent as u32);
-                let (token, ancestors) = (shape.tokens[n], shape.ancestor_words(n));
-                let position = batch.prefix + place.depth as u32;
-                let row = Row { token, position, request: request as u32, node: n as u32, ancestors };
-                self.set_batch_row(first_row + n, row);
+                self.set_word(*state, at + 4 + 4 * nodes + n, place.survival.to_bits());
             }
-            self.set_word(*state, at + 2, best.0 as u32);
-            self.set_word(self.batch.requests, words + 1, first_row as u32);
-            self.set_word(self.batch.requests, words + 2, best.0 as u32);
-            first_row += best.0;
+            if is_alone {
+                self.set_tree_rows(&places[..rows], &tokens);
+            }
         }
-        self.set_word(self.batch.requests, 0, first_row as u32);
+    }
+
+    /// As many nodes as a tree may have.
+    fn likeliest_of(&self, op: &Op, request: usize) -> Vec<Place> {
+        let Op::GrowTrellis { block, ids, trellis, order, state, costs, .. } = op else { unreachable!() };
+        let k = self.width(*ids);
+        let limit = self.word(*state, request * report_words(costs.len()));
+        let max_depth = block.depth().min((limit - self.request(request).prefix) as usize - 2);
+        let child = |depth: usize, i: usize, rank: usize| {
+            let at = ((request * block.depth() + depth) * k + i) * k + rank;
+            (self.word(*order, at) as usize, self.get(*trellis, at) as f32)
+        };
+        likeliest(max_depth, k, costs.len(), child)
+    }
+
+    fn token_of(&self, op: &Op, request: usize, place: &Place) -> u32 {
+        let &Op::GrowTrellis { block, ids, state, .. } = op else { unreachable!() };
+        if place.depth == 0 {
+            return self.word(state, request * self.width(state) + 4);
+        }
+        let row = self.request(request).first_row as usize + block.first + place.depth - 1;
+        self.word(ids, row * self.width(ids) + place.candidate)
+    }
+
+    /// The rows of the only request's tree.
+    fn set_tree_rows(&mut self, places: &[Place], tokens: &[u32]) {
+        let prefix = self.request(0).prefix;
+        let tree = Tree { parents: places.iter().map(|place| place.parent).collect(), tokens: tokens.to_vec() };
+        for (n, place) in places.iter().enumerate() {
+            let (position, ancestors) = (prefix + place.depth as u32, tree.ancestor_words(n));
+            self.set_batch_row(n, Row { token: tokens[n], position, request: 0, node: n as u32, ancestors });
+        }
+        for at in [0, HEADER_WORDS + 2] {
+            self.set_word(self.batch.requests, at, places.len() as u32);
+        }
     }
 
     fn set_batch_row(&mut self, index: usize, row: Row) {
@@ -160,6 +179,18 @@ struct Place {
     depth: usize,
     candidate: usize,
     parent: usize,
+}
+
+/// How many of the nodes to verify: expected tokens over cost are most.
+fn worth_it(places: &[Place], costs: &[f32]) -> usize {
+    let (mut best, mut expected) = ((0, 0.0), 0.0);
+    for (n, place) in places.iter().enumerate() {
+        expected += place.survival;
+        if expected / costs[n] > best.1 {
+            best = (n + 1, expected / costs[n]);
+        }
+    }
+    best.0
 }
 
 /// The likeliest paths, one node after the other: of all children of chosen nodes always the best that is left.
