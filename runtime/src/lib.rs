@@ -47,6 +47,7 @@ pub mod draw;
 pub mod philox;
 pub mod llm;
 pub mod eval;
+pub mod bench_serve;
 pub mod stop;
 pub mod stats;
 pub mod calibration;
