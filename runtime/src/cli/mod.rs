@@ -2,6 +2,7 @@
 //! everything else goes to standard error.
 
 mod args;
+mod bench_serve;
 mod chat;
 mod devices;
 mod eval;
@@ -36,6 +37,7 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => chat::run(&args, &interrupted),
         Command::Devices => devices::run(),
         Command::Eval(args) => eval::run(&args, &interrupted),
+        Command::BenchServe(args) => bench_serve::run(&args, &interrupted),
         Command::Tree(args) => show_tree::draw_shape(&args.shape),
     };
     match outcome {
