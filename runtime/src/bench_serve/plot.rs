@@ -27,7 +27,8 @@ fn draw(path: &Path, report: &Report) -> Result<(), Box<dyn std::error::Error>> 
         .x_label_area_size(40)
         .y_label_area_size(64)
         .build_cartesian_2d(0.0..most(|place| place.0), 0.0..most(|place| place.1))?;
-    chart.configure_mesh().x_desc("tokens/s of one user").y_desc("tokens/s of all").draw()?;
+    let mut mesh = chart.configure_mesh();
+    mesh.light_line_style(TRANSPARENT).x_desc("tokens/s of one user").y_desc("tokens/s of all").draw()?;
     for (index, policy) in report.policies.iter().enumerate() {
         let colour = Palette99::pick(index).to_rgba();
         let entries = || report.entries().iter().filter(|entry| entry.policy == *policy);
@@ -41,7 +42,9 @@ fn draw(path: &Path, report: &Report) -> Result<(), Box<dyn std::error::Error>> 
             Some(EmptyElement::at(place(entry)?) + Circle::new((0, 0), 3, colour.filled()) + label)
         }))?;
     }
-    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw()?;
+    // No policy is worth a point near the origin.
+    let mut labels = chart.configure_series_labels();
+    labels.position(SeriesLabelPosition::LowerLeft).background_style(WHITE.mix(0.8)).border_style(BLACK).draw()?;
     root.present()?;
     Ok(())
 }
