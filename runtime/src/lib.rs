@@ -49,6 +49,7 @@ pub mod philox;
 pub mod llm;
 pub mod serving;
 pub mod eval;
+pub mod bench_serve;
 pub mod stop;
 pub mod stats;
 pub mod calibration;

@@ -6,6 +6,7 @@ use treespark::devices::BackendChoice;
 use treespark::{DrafterChoice, GenerateOptions, LlmOptions, Sampling};
 use treespark_kernel_gen::TreeShape;
 
+use super::bench_serve::args::BenchServeArgs;
 use super::eval::args::EvalArgs;
 
 pub const ERROR: Style = AnsiColor::Red.on_default().bold();
@@ -26,7 +27,8 @@ const EXAMPLES: &str = "Examples:
   git diff | treespark generate --tree 4x2x2x1 --max-new-tokens 400
   treespark devices
   treespark tree 4x2x2x1
-  treespark eval --prompts gsm8k.jsonl --drafter ngram,dspark --budget 16,64";
+  treespark eval --prompts gsm8k.jsonl --drafter ngram,dspark --budget 16,64
+  treespark bench-serve --prompts gsm8k.jsonl --policy off,confidence --streams 1,16,64";
 
 #[derive(Subcommand)]
 pub enum Command {
@@ -38,6 +40,8 @@ pub enum Command {
     Devices,
     /// Measure accepted length and speed on sets of prompts
     Eval(EvalArgs),
+    /// Measure throughput and latency of a server under load
+    BenchServe(BenchServeArgs),
     /// Draw a tree shape
     Tree(TreeArgs),
 }

@@ -2,7 +2,6 @@
 
 pub mod args;
 
-use std::fs::OpenOptions;
 use std::io::Write;
 use std::ops::ControlFlow;
 
@@ -12,18 +11,16 @@ use treespark::eval::{Event, Plan, PromptSet, Reference, Report, run as run_plan
 use treespark::{DrafterChoice, GenerateOptions};
 use treespark_models::pretrained;
 
-use super::progress::{EvalBar, LoadBar};
-use super::{Interrupt, Outcome};
+use super::progress::{LoadBar, StepBar};
+use super::{Interrupt, Outcome, check_writable};
 use args::{EvalArgs, Turns};
 
 pub fn run(args: &EvalArgs, interrupt: &Interrupt) -> Result<Outcome> {
     let plan = plan(args)?;
     let reference = args.output.compare.as_deref().map(Reference::read).transpose()?;
     let mut report = Report::new(reference);
-    // A file that cannot be written is known before the long work.
     if let Some(path) = &args.output.json {
-        let file = OpenOptions::new().create(true).append(true).open(path);
-        file.with_context(|| format!("--json: {} cannot be written", path.display()))?;
+        check_writable("--json", path)?;
     }
 
     let measured = run_with_progress(&plan, &mut report, interrupt);
@@ -76,7 +73,7 @@ fn plan(args: &EvalArgs) -> Result<Plan> {
 }
 
 fn run_with_progress(plan: &Plan, report: &mut Report, interrupt: &Interrupt) -> Result<()> {
-    let (mut loading, bar) = (LoadBar::new(), EvalBar::new(plan.steps()));
+    let (mut loading, bar) = (LoadBar::new(), StepBar::new(plan.steps(), "prompts"));
     let result = run_plan(plan, report, &mut |event| {
         match event {
             Event::Load(progress) => loading.update(progress),

@@ -2,6 +2,7 @@
 //! everything else goes to standard error.
 
 mod args;
+mod bench_serve;
 mod chat;
 mod devices;
 mod eval;
@@ -9,10 +10,13 @@ mod generate;
 mod progress;
 mod show_tree;
 
+use std::fs::OpenOptions;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use anyhow::Context;
 use clap::Parser;
 
 use args::{Args, Command};
@@ -33,6 +37,7 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => chat::run(&args, &interrupted),
         Command::Devices => devices::run(),
         Command::Eval(args) => eval::run(&args, &interrupted),
+        Command::BenchServe(args) => bench_serve::run(&args, &interrupted),
         Command::Tree(args) => show_tree::draw_shape(&args.shape),
     };
     match outcome {
@@ -50,6 +55,13 @@ pub fn main() -> ExitCode {
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
     io.is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// A file that cannot be written is known before the long work.
+fn check_writable(option: &str, path: &Path) -> anyhow::Result<()> {
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    file.with_context(|| format!("{option}: {} cannot be written", path.display()))?;
+    Ok(())
 }
 
 /// Ctrl-C: asked for between rounds, so that a generation ends cleanly.

@@ -97,18 +97,18 @@ impl Drop for PromptBar {
     }
 }
 
-/// A bar over an evaluation.
-pub struct EvalBar(ProgressBar);
+/// A bar over a measurement of many steps.
+pub struct StepBar(ProgressBar);
 
-impl EvalBar {
-    pub fn new(prompts: usize) -> EvalBar {
+impl StepBar {
+    pub fn new(steps: usize, unit: &str) -> StepBar {
         if !std::io::stderr().is_terminal() {
-            return EvalBar(ProgressBar::hidden());
+            return StepBar(ProgressBar::hidden());
         }
-        let bar = ProgressBar::with_draw_target(Some(prompts as u64), ProgressDrawTarget::stderr());
-        let style = "{msg:36!} {bar:24} {pos}/{len} prompts {elapsed}, {eta} left";
-        bar.set_style(ProgressStyle::with_template(style).expect("a valid template"));
-        EvalBar(bar)
+        let bar = ProgressBar::with_draw_target(Some(steps as u64), ProgressDrawTarget::stderr());
+        let style = format!("{{msg:36!}} {{bar:24}} {{pos}}/{{len}} {unit} {{elapsed}}, {{eta}} left");
+        bar.set_style(ProgressStyle::with_template(&style).expect("a valid template"));
+        StepBar(bar)
     }
 
     /// What is being measured.

@@ -7,7 +7,7 @@ use super::tally::{DEPTHS, Figures};
 /// Columns that are aligned to the left; numbers follow.
 const NAMES: usize = 3;
 /// Shown where there is no number.
-const NOTHING: &str = "-";
+pub(crate) const NOTHING: &str = "-";
 
 /// Aligned lines: one for every entry, then the means, the lowest ratios and what is to be known about the figures.
 pub fn render(report: &Report) -> String {
@@ -23,7 +23,7 @@ pub fn render(report: &Report) -> String {
         rows.push(row("mean over sets", &mean.combination, counts, &mean.figures, mean.different_prompts));
     }
     // Nothing but the head: ended before the first prompt was answered.
-    let mut text = if rows.len() > 1 { align(&without_empty_columns(rows)) } else { String::new() };
+    let mut text = if rows.len() > 1 { align(&without_empty_columns(rows), NAMES) } else { String::new() };
     for mean in &means {
         text += &lowest(mean);
     }
@@ -90,20 +90,21 @@ fn lowest(mean: &Mean) -> String {
     format!("lowest of {name}, budget {budget}, temperature {temperature}: {ratio:.2} times plain, on {set}\n")
 }
 
-fn without_empty_columns(rows: Vec<Vec<String>>) -> Vec<Vec<String>> {
+pub(crate) fn without_empty_columns(rows: Vec<Vec<String>>) -> Vec<Vec<String>> {
     let filled: Vec<bool> =
         (0..rows[0].len()).map(|column| rows[1..].iter().any(|row| row[column] != NOTHING)).collect();
     let keep = |row: Vec<String>| row.into_iter().zip(&filled).filter(|(_, filled)| **filled).map(|(cell, _)| cell);
     rows.into_iter().map(|row| keep(row).collect()).collect()
 }
 
-fn align(rows: &[Vec<String>]) -> String {
+/// The first so many columns hold names, which are aligned to the left.
+pub(crate) fn align(rows: &[Vec<String>], names: usize) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
     let mut text = String::new();
     for row in rows {
         let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, &width))| {
-            if column < NAMES { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+            if column < names { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
         });
         text += cells.collect::<Vec<_>>().join("  ").trim_end();
         text.push('\n');
