@@ -45,9 +45,9 @@ pub fn run(args: &PassArgs) -> Result<()> {
     for &rows in &args.rows {
         let tree = bushy(rows, token)?;
         let host = Samples::take(args.repeats, || {
-            let mut entries = [Entry { seq: &mut seq, tree: tree.clone(), given: 1 }];
+            let mut entries = [Entry::of_tree(&mut seq, tree.clone())];
             network.verify(device.backend(), &mut entries)?;
-            network.accepted(device.backend(), &mut entries).map(drop)
+            network.outcomes(device.backend(), &mut entries, None).map(drop)
         })?;
         let alone = match bandwidth {
             Some(bandwidth) => Some(Alone::measure(&mut device, &mut network, args, rows, bandwidth)?),

@@ -8,7 +8,7 @@ use crate::backend::Backend;
 use crate::batch::Entry;
 use crate::draft::{Draft, Drafter, Plan};
 use crate::error::{Error, Result};
-use crate::network::Network;
+use crate::network::{Network, Outcome};
 use crate::scheduler::{Policy, Scheduler};
 use crate::sequence::Sequence;
 use crate::stats::Statistics;
@@ -22,6 +22,8 @@ pub struct Engine {
     pub(crate) context: usize,
     /// Nodes of the largest tree where the device drafts; `None` where the host does.
     nodes_on_device: Option<usize>,
+    /// The same where it drafts for many sequences, behind a pass that the host makes up.
+    nodes_for_many: Option<usize>,
 }
 
 /// What one round did.
@@ -52,13 +54,16 @@ impl Engine {
         let on_device = backend.drafts() && plan.shape.is_none();
         let nodes = drafter.nodes_on_device().filter(|_| on_device).map(|nodes| nodes.min(plan.max_nodes));
         // There is nothing to grow from a block where a tree is its root.
-        let nodes_on_device = nodes.filter(|&nodes| nodes > 1 || !target.grows_blocks());
-        Engine { backend, target, drafter, scheduler, context, nodes_on_device }
+        let nodes = nodes.filter(|&nodes| nodes > 1 || !target.grows_blocks());
+        let is_for_many = target.max_requests() > 1;
+        let nodes_on_device = nodes.filter(|_| !is_for_many);
+        let nodes_for_many = nodes.filter(|_| is_for_many && target.grows_blocks());
+        Engine { backend, target, drafter, scheduler, context, nodes_on_device, nodes_for_many }
     }
 
     /// The same with the host drafting, also where the device could: a round then tells what the drafter expected.
     pub fn drafting_on_the_host(self) -> Engine {
-        Engine { nodes_on_device: None, ..self }
+        Engine { nodes_on_device: None, nodes_for_many: None, ..self }
     }
 
     /// Compiles what prompts and rounds will run, where the device can draft: elsewhere sequences wait for it, once.
@@ -133,12 +138,16 @@ impl Engine {
         seqs: &mut [&mut Sequence],
         stats: &mut Statistics,
     ) -> Result<Vec<(usize, Result<Round>)>> {
+        let nodes = self.nodes_for_many;
         let Engine { backend, target, drafter, scheduler, .. } = self;
         let backend = backend.as_mut();
         let mut clock = stats.start_round();
 
-        // Draft. Node 0 is the last committed token; every other node is a guess.
-        let drafts = draft(backend, target, drafter.as_mut(), scheduler, seqs)?;
+        // Draft. Where the device drafts, the round before has. Node 0 is the last committed token; every other node is a guess.
+        let drafts = match nodes {
+            Some(_) => drafted(seqs),
+            None => draft(backend, target, drafter.as_mut(), scheduler, seqs)?,
+        };
         clock.drafted(stats);
 
         // Schedule. The likeliest nodes of all sequences are verified, as many as pay.
@@ -147,16 +156,15 @@ impl Engine {
         // Verify. One target pass; a node sees the committed prefix and its own ancestors, and the target draws its own
         // token at every node. The path whose tokens equal those draws is accepted, plus one bonus token; its rows move
         // next to the prefix.
+        entries.iter_mut().for_each(|entry| entry.drafts = nodes.is_some() && may_draft(scheduler, entry));
         target.verify(backend, &mut entries)?;
-        let accepted = target.accepted(backend, &mut entries)?; // the round's only wait on the target
+        let outcomes = target.outcomes(backend, &mut entries, nodes)?; // the round's only wait on the target
         clock.verified(stats);
 
         // Accept. A stop token or the end of the context may lie inside the path.
         let mut rounds = Vec::new();
-        for ((place, entry), accepted) in places.into_iter().zip(entries).zip(accepted) {
-            let logits = target.logits(backend, &entry, &accepted)?;
-            let round = accept(entry, accepted, drafts[place].as_ref(), drafter.as_mut(), stats);
-            rounds.push((place, round.map(|round| Round { logits, ..round })));
+        for ((place, entry), outcome) in places.into_iter().zip(entries).zip(outcomes) {
+            rounds.push((place, accept(entry, outcome, drafts[place].as_ref(), drafter.as_mut(), stats)));
         }
         clock.accepted(stats);
         Ok(rounds)
@@ -207,9 +215,9 @@ impl Engine {
 
     /// Pages that the sequence's next round needs beside those that it has, if it runs so many tokens of its prompt before.
     pub fn pages_for(&self, seq: &Sequence, prompt: usize) -> usize {
-        // A block is filled behind the last token, and a tree verified; whichever is larger. A part of a prompt comes before.
+        // Behind a part of a prompt comes a tree, and behind that perhaps a block.
         let part = seq.pending().len().min(PROMPT_ROWS).max(prompt);
-        let behind = self.scheduler.max_nodes().max(self.target.block_rows());
+        let behind = self.scheduler.max_nodes() + self.target.block_rows();
         seq.kv.missing(self.target.pool(), part + behind)
     }
 
@@ -262,6 +270,20 @@ fn draft(
     Ok(drafts)
 }
 
+/// What the device has drafted behind the round before.
+fn drafted(seqs: &mut [&mut Sequence]) -> Vec<Option<Draft>> {
+    let draft = |seq: &mut &mut Sequence| {
+        let draft = seq.draft.take().map(|draft| if seq.policy.chain { draft.spine() } else { draft });
+        (seq.pending().len() == 1).then(|| draft.unwrap_or_else(|| Draft::root(seq.last())))
+    };
+    seqs.iter_mut().map(draft).collect()
+}
+
+/// Whether the device may draft behind an entry.
+fn may_draft(scheduler: &Scheduler, entry: &Entry<'_>) -> bool {
+    !entry.is_part() && scheduler.plan(entry.seq.policy, entry.seq.room()).max_nodes > 1
+}
+
 /// The entries of a pass, and whose they are: of those with a draft as many nodes as pay, of the others parts of prompts, whoever
 /// comes first.
 fn schedule<'a>(
@@ -296,7 +318,7 @@ fn schedule<'a>(
             None => continue,
         };
         places.push(place);
-        entries.push(Entry { seq, tree, given });
+        entries.push(Entry { seq, tree, given, drafts: false });
     }
     (places, entries)
 }
@@ -304,13 +326,14 @@ fn schedule<'a>(
 /// Takes what was accepted into a sequence.
 fn accept(
     entry: Entry<'_>,
-    accepted: Accepted,
+    outcome: Outcome,
     draft: Option<&Draft>,
     drafter: &mut dyn Drafter,
     stats: &mut Statistics,
 ) -> Result<Round> {
     let is_part = entry.is_part();
-    let Entry { seq, mut tree, given } = entry;
+    let Entry { seq, mut tree, given, .. } = entry;
+    let Outcome { accepted, logits, draft: next } = outcome;
     let mut accepted = accepted.checked(seq.kv.len())?;
     seq.kv.commit(accepted.path.len());
     if given > 1 {
@@ -326,6 +349,7 @@ fn accept(
     if let Some(draft) = draft {
         drafter.observe(seq, draft, &accepted);
     }
+    seq.draft = next;
     let survival = draft.map_or(Vec::new(), |draft| draft.survival[..tree.len()].to_vec());
-    Ok(Round { tree, survival, accepted, tokens, logits: Vec::new() })
+    Ok(Round { tree, survival, accepted, tokens, logits })
 }

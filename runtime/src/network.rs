@@ -4,11 +4,12 @@
 
 mod block;
 mod growth;
+mod many;
 mod measure;
 mod rounds;
 
 pub use block::Block;
-use block::floats;
+pub use many::Outcome;
 
 use std::collections::HashMap;
 
@@ -23,7 +24,7 @@ use crate::kv::{KvCache, PagePool};
 use crate::memory::{Memory, MemoryUse};
 use crate::sampling::Sampling;
 use crate::sequence::Sequence;
-use crate::tree::{ACCEPTED_WORDS, Accepted, TokenTree};
+use crate::tree::TokenTree;
 
 /// What a pass computes beside the layers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -38,8 +39,10 @@ enum Kind {
     Grow(TreeShape),
     /// A speculator's parallel stage, for the host to grow a tree from.
     Block,
-    /// The same, and the device grows trees of up to so many nodes: the end of the two below, with a speculator.
+    /// The same, and the device grows trees of up to so many nodes: the end of the three below, with a speculator.
     GrowBlock { nodes: usize },
+    /// Begins the blocks of many sequences, from which trees of up to so many nodes are grown.
+    OpenBlocks { nodes: usize },
     /// All of a round, then a draft of the next on the device, of up to so many nodes.
     Round { nodes: usize },
     /// The device's draft of the first round.
@@ -269,8 +272,10 @@ impl Network {
     /// overwrites them. Enqueues, does not wait.
     pub fn verify(&mut self, backend: &mut dyn Backend, entries: &mut [Entry<'_>]) -> Result<()> {
         let mut batch = Batch::new(self.dims.pages_per_request);
-        for Entry { seq, tree, given } in entries.iter_mut() {
-            seq.kv.reserve(&mut self.pool, tree.len())?;
+        let block_rows = self.block_rows();
+        for Entry { seq, tree, given, drafts } in entries.iter_mut() {
+            // A block may follow before anyone knows how much of the tree is accepted.
+            seq.kv.reserve(&mut self.pool, tree.len() + if *drafts { block_rows } else { 0 })?;
             seq.last_row = batch.n_rows();
             batch.add_given(&seq.kv, tree, *given, &seq.sampling);
         }
@@ -290,31 +295,6 @@ impl Network {
     pub fn verify_pass(&mut self, backend: &mut dyn Backend, nodes: usize) -> Result<(Pass, PassId)> {
         let pass = self.llama().verify_pass(compiled_rows(nodes))?;
         Ok((pass, self.pass(backend, Kind::Verify, nodes)?))
-    }
-
-    /// What the last verify pass accepted of each of its entries. Waits for the device.
-    pub fn accepted(&self, backend: &mut dyn Backend, entries: &mut [Entry<'_>]) -> Result<Vec<Accepted>> {
-        if entries.iter().all(Entry::is_part) {
-            return Ok(entries.iter().map(|entry| Accepted::given(&entry.tree)).collect());
-        }
-        let words = backend.read(self.memory.get("accepted"), 0, entries.len() * ACCEPTED_WORDS)?;
-        let accepted: Vec<Accepted> =
-            words.chunks_exact(ACCEPTED_WORDS).map(|words| Accepted::from_words(words, MAX_NODES)).collect();
-        for (Entry { seq, .. }, accepted) in entries.iter_mut().zip(&accepted) {
-            seq.last_row += accepted.path[accepted.draft_len()];
-        }
-        Ok(accepted)
-    }
-
-    /// The logits behind which an entry's tokens were drawn, if its sequence wants them. Waits.
-    pub fn logits(&self, backend: &mut dyn Backend, entry: &Entry<'_>, accepted: &Accepted) -> Result<Vec<Vec<f32>>> {
-        if !entry.seq.wants_logits || entry.is_part() {
-            return Ok(Vec::new());
-        }
-        let (logits, vocab) = (self.memory.get("logits"), self.config.vocab_size);
-        let first_row = entry.seq.last_row - accepted.path[accepted.draft_len()];
-        let rows = accepted.path[entry.given - 1..].iter().map(|node| first_row + node);
-        rows.map(|row| floats(backend, logits, row * vocab, vocab)).collect()
     }
 
     /// The pages of the cache.
@@ -396,6 +376,7 @@ impl Network {
             Kind::Grow(shape) => llama.grow_pass(shape.clone()),
             Kind::Round { nodes } if self.speculator.is_some() => llama.round_pass_with_block(rows, *nodes),
             Kind::Round { nodes } => llama.round_pass(rows, drafter(*nodes)),
+            Kind::OpenBlocks { nodes } => llama.block_pass(*nodes),
             Kind::First { nodes } if self.speculator.is_some() => llama.block_pass(*nodes),
             Kind::First { nodes } => llama.ngram_pass(drafter(*nodes)),
         }?;

@@ -59,7 +59,7 @@ impl TokenTree {
 }
 
 /// The path whose tokens are the target's own, and the draws along it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Accepted {
     /// Accepted node ids, ascending, the root first.
     pub path: Vec<usize>,

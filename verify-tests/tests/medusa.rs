@@ -47,9 +47,10 @@ fn heads_agree(backend: &mut dyn Backend, name: &str) {
         Network::load_with_speculator(backend, &model, Some(&speculator), LIMITS, &mut |_, _| {}).unwrap();
     let mut seq = Sequence::new(tokens.clone(), Sampling::default(), 8, vec![], CONTEXT, vocab);
     network.extend(backend, &mut seq.kv, &tokens[..tokens.len() - 1], &mut |_| {}).unwrap();
-    let mut entries = [Entry { tree: TokenTree::root(seq.last()), seq: &mut seq, given: 1 }];
+    let root = TokenTree::root(seq.last());
+    let mut entries = [Entry::of_tree(&mut seq, root)];
     network.verify(backend, &mut entries).unwrap();
-    let accepted = network.accepted(backend, &mut entries).unwrap().remove(0);
+    let accepted = network.outcomes(backend, &mut entries, None).unwrap().remove(0).accepted;
     seq.kv.commit(accepted.path.len());
     seq.push(&accepted.tokens);
     let block = network.draft_blocks(backend, &mut [&mut seq]).unwrap().remove(0);

@@ -40,10 +40,10 @@ impl Network {
             let requests = rows.min(most);
             let tree = TokenTree::chain(&vec![0; (rows / requests).min(64)])?;
             let seconds = least_seconds(&mut || {
-                let entry = |seq| Entry { seq, tree: tree.clone(), given: 1 };
+                let entry = |seq| Entry::of_tree(seq, tree.clone());
                 let mut entries: Vec<Entry<'_>> = seqs[..requests].iter_mut().map(entry).collect();
                 self.verify(backend, &mut entries)?;
-                self.accepted(backend, &mut entries).map(drop)
+                self.outcomes(backend, &mut entries, None).map(drop)
             })?;
             passes.push((requests * tree.len(), seconds));
             progress(passes.len(), steps);
