@@ -179,7 +179,9 @@ fn policies_meet_the_same_requests_and_failures_are_counted() {
         let percentiles = ["p50", "p90", "p99"].map(|part| point["ttft_ms"][part].as_f64().unwrap());
         assert!(percentiles[0] >= 2.0 && percentiles.is_sorted(), "{point}");
         assert!(point["e2e_ms"]["p50"].as_f64() > point["ttft_ms"]["p50"].as_f64());
-        assert!(point["user_tokens_per_second"]["mean"].as_f64() >= point["user_tokens_per_second"]["p10"].as_f64());
+        let user = ["mean", "p10"].map(|name| point["user_tokens_per_second"][name].as_f64().unwrap());
+        // One answer that stalls may draw the mean below the tenth percentile.
+        assert!(user.iter().all(|&speed| 0.0 < speed && speed.is_finite()), "{point}");
         let ratio = &point["times_first_policy"]["tokens_per_second"];
         assert_eq!(ratio.is_f64(), fixed, "{point}");
     }
