@@ -37,7 +37,7 @@ enum Kind {
     Draft,
     /// From these, a tree's next level: the last of the shape.
     Grow(TreeShape),
-    /// A speculator's parallel stage, for the host to grow a tree from.
+    /// A speculator's parallel stage, for the host to grow trees from. Its rows are those of whole blocks.
     Block,
     /// The same, and the device grows trees of up to so many nodes: the end of the three below, with a speculator.
     GrowBlock { nodes: usize },
@@ -371,8 +371,8 @@ impl Network {
             Kind::Extend => llama.extend_pass(rows),
             Kind::Verify => llama.verify_pass(rows),
             Kind::Draft => llama.draft_pass(rows),
-            Kind::Block => self.block_pass(None),
-            Kind::GrowBlock { nodes } => self.block_pass(Some(&costs(*nodes))),
+            Kind::Block => self.block_pass(rows / self.block().rows, None),
+            Kind::GrowBlock { nodes } => self.block_pass(rows / self.block().rows, Some(&costs(*nodes))),
             Kind::Grow(shape) => llama.grow_pass(shape.clone()),
             Kind::Round { nodes } if self.speculator.is_some() => llama.round_pass_with_block(rows, *nodes),
             Kind::Round { nodes } => llama.round_pass(rows, drafter(*nodes)),

@@ -24,46 +24,77 @@ pub struct Block {
 impl Network {
     /// Drafts a block behind the last token of every sequence. Waits.
     pub fn draft_blocks(&mut self, backend: &mut dyn Backend, seqs: &mut [&mut Sequence]) -> Result<Vec<Block>> {
-        seqs.iter_mut().map(|seq| self.draft_block(backend, seq)).collect()
+        let of_a_pass = (self.dims.head_rows / self.block_rows()).max(1);
+        let mut blocks = Vec::with_capacity(seqs.len());
+        for seqs in seqs.chunks_mut(of_a_pass.min(self.dims.max_requests)) {
+            self.fill_blocks(backend, seqs)?;
+            blocks.extend(self.read_blocks(backend, seqs.len())?);
+        }
+        Ok(blocks)
     }
 
-    fn draft_block(&mut self, backend: &mut dyn Backend, seq: &mut Sequence) -> Result<Block> {
-        let BlockShape { rows, first, fill } = self.block();
-        seq.kv.reserve(&mut self.pool, rows)?;
+    fn fill_blocks(&mut self, backend: &mut dyn Backend, seqs: &mut [&mut Sequence]) -> Result<()> {
+        let BlockShape { rows, fill, .. } = self.block();
         let mut batch = Batch::new(self.dims.pages_per_request);
-        match fill {
-            Fill::Mask(mask) => {
-                let mut tokens = vec![mask; rows];
-                tokens[0] = seq.last();
-                batch.add_block(&seq.kv, &tokens, &seq.sampling);
+        for seq in seqs.iter_mut() {
+            seq.kv.reserve(&mut self.pool, rows)?;
+            match fill {
+                Fill::Mask(mask) => {
+                    let mut tokens = vec![mask; rows];
+                    tokens[0] = seq.last();
+                    batch.add_block(&seq.kv, &tokens, &seq.sampling);
+                }
+                Fill::State => batch.add_readers(&seq.kv, rows, seq.last(), seq.last_row, &seq.sampling),
             }
-            Fill::State => batch.add_readers(&seq.kv, rows, seq.last(), seq.last_row, &seq.sampling),
         }
-        let pass = self.pass(backend, Kind::Block, rows)?;
-        self.write_and_run(backend, pass, &batch)?;
-        let width = self.candidates();
-        let mut candidates = Vec::new();
-        for row in first..rows {
-            // Heads with matrices of their own have ranked each in its own buffer.
-            let of_row = |name: &str| {
-                let own = self.memory.find(&format!("{name}.{row}"));
-                own.unwrap_or_else(|| self.memory.get(name))
-            };
-            let ids = backend.read(of_row("draft.ids"), row * width, width)?;
-            let scores = floats(backend, of_row("draft.scores"), row * width, width)?;
-            candidates.push(ids.into_iter().zip(scores).collect());
-        }
-        let mut hidden = Vec::new();
-        if let Some(SpeculatorConfig::Dspark(dspark)) = &self.speculator {
-            let width = dspark.backbone.hidden;
-            let all = floats(backend, self.memory.get("draft.hidden"), first * width, (rows - first) * width)?;
-            hidden = all.chunks_exact(width).map(<[f32]>::to_vec).collect();
-        }
-        Ok(Block { hidden, candidates })
+        let blocks = seqs.len().next_power_of_two().min(self.dims.head_rows / rows);
+        let pass = self.pass(backend, Kind::Block, blocks * rows)?;
+        self.write_and_run(backend, pass, &batch)
     }
 
-    pub(super) fn block_pass(&self, costs: Option<&[f32]>) -> Result<Pass, PassError> {
-        self.speculator().draft_pass(&self.llama(), self.candidates(), costs)
+    /// So many blocks that were filled last.
+    fn read_blocks(&self, backend: &mut dyn Backend, blocks: usize) -> Result<Vec<Block>> {
+        let BlockShape { rows, first, .. } = self.block();
+        let ids = self.ranked(backend, "draft.ids", blocks)?;
+        let scores = self.ranked(backend, "draft.scores", blocks)?;
+        let candidates = |row: usize| {
+            let of_row = row * self.candidates()..(row + 1) * self.candidates();
+            let scores = scores[of_row.clone()].iter().map(|&bits| f32::from_bits(bits));
+            ids[of_row].iter().copied().zip(scores).collect()
+        };
+        let (mut hidden, mut width) = (Vec::new(), 0);
+        if let Some(SpeculatorConfig::Dspark(dspark)) = &self.speculator {
+            width = dspark.backbone.hidden;
+            hidden = floats(backend, self.memory.get("draft.hidden"), 0, blocks * rows * width)?;
+        }
+        let states = |row: usize| hidden[row * width..(row + 1) * width].to_vec();
+        let block = |block: usize| {
+            let rows = block * rows + first..(block + 1) * rows;
+            let hidden = if width > 0 { rows.clone().map(states).collect() } else { Vec::new() };
+            Block { hidden, candidates: rows.map(candidates).collect() }
+        };
+        Ok((0..blocks).map(block).collect())
+    }
+
+    /// What was ranked of each row of so many blocks. Heads with matrices of their own have ranked each in a buffer of its own.
+    fn ranked(&self, backend: &mut dyn Backend, name: &str, blocks: usize) -> Result<Vec<u32>> {
+        let (BlockShape { rows, first, .. }, width) = (self.block(), self.candidates());
+        if let Some(shared) = self.memory.find(name) {
+            return backend.read(shared, 0, blocks * rows * width);
+        }
+        let mut words = vec![0; blocks * rows * width];
+        for row in first..rows {
+            let own = backend.read(self.memory.get(&format!("{name}.{row}")), 0, words.len())?;
+            for at in (0..blocks).map(|block| (block * rows + row) * width) {
+                words[at..at + width].copy_from_slice(&own[at..at + width]);
+            }
+        }
+        Ok(words)
+    }
+
+    /// The pass that fills up to so many blocks, of a request each.
+    pub(super) fn block_pass(&self, blocks: usize, costs: Option<&[f32]>) -> Result<Pass, PassError> {
+        self.speculator().draft_pass(&self.llama(), blocks, self.candidates(), costs)
     }
 
     /// What filling so many blocks costs, relative to a pass of one row: as measured, or as many weights as it reads, of those
@@ -80,7 +111,7 @@ impl Network {
         if self.speculator.is_none() {
             return Ok(0.0);
         }
-        let passes = [self.block_pass(None)?, self.llama().verify_pass(1)?];
+        let passes = [self.block_pass(1, None)?, self.llama().verify_pass(1)?];
         let [draft, plain] = passes.map(|pass| pass.weight_bytes() as f32);
         Ok(draft / plain)
     }
