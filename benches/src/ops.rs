@@ -31,7 +31,7 @@ pub fn run(args: &OpsArgs) -> Result<()> {
     if let Some(config) = &config {
         let costs: Vec<f32> = (1..=nodes).map(|rows| bench.device.backend().info().cost.of(rows)).collect();
         let costs = (bench.device.backend().drafts() && config.fits_devices()).then_some(costs.as_slice());
-        let pass = config.draft_pass(&llama, CANDIDATES, costs)?;
+        let pass = config.draft_pass(&llama, 1, CANDIDATES, costs)?;
         print(&mut bench, &pass, &add_block(config.block(), &sampling))?;
     }
     Ok(())

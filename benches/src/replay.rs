@@ -197,7 +197,7 @@ impl Passes {
             verify.push((rows, vec![bench.compile(&pass)?, commit]));
         }
         let costs = on_device.then_some(&[1.0; NODES][..]);
-        let mut draft = vec![bench.compile(&speculator.draft_pass(&llama, CANDIDATES, costs)?)?];
+        let mut draft = vec![bench.compile(&speculator.draft_pass(&llama, 1, CANDIDATES, costs)?)?];
         if on_device {
             draft.insert(0, bench.compile(&llama.block_pass(NODES)?)?);
         }

@@ -111,12 +111,18 @@ impl DsparkConfig {
         self.decoder().commit(builder);
     }
 
-    /// The parallel stage, over the rows of a block: `draft.hidden`, and of each row the `candidates` best tokens,
-    /// `draft.ids` with `draft.scores`. With `costs` of a pass of 1, 2, .. rows, as many as a tree may have nodes, the
+    /// The parallel stage, over the rows of up to `blocks` blocks: `draft.hidden`, and of each row the `candidates` best
+    /// tokens, `draft.ids` with `draft.scores`. With `costs` of a pass of 1, 2, .. rows, as many as a tree may have nodes, the
     /// device also grows the next round's trees.
-    pub fn draft_pass(&self, target: &Llama, candidates: usize, costs: Option<&[f32]>) -> Result<Pass, PassError> {
+    pub fn draft_pass(
+        &self,
+        target: &Llama,
+        blocks: usize,
+        candidates: usize,
+        costs: Option<&[f32]>,
+    ) -> Result<Pass, PassError> {
         let (config, decoder) = (&self.backbone, self.decoder());
-        let mut b = target.builder("draft a block", self.block);
+        let mut b = target.builder("draft a block", blocks * self.block);
         let (batch, x, eps) = (b.batch, decoder.x(&mut b), config.rms_eps);
         let table = b.weight(if self.has_embedding { "draft.embed" } else { "embed" });
         b.push(Op::Embed { batch, table, out: x });

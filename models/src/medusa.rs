@@ -123,15 +123,16 @@ impl MedusaConfig {
         b.push(Op::Norm { batch, eps: self.eps, x, norm, out });
     }
 
-    /// `draft.ids` and `draft.scores` of a row for each head. Heads with matrices of their own rank all rows each, and leave
-    /// `draft.ids.{i}` and `draft.scores.{i}`, of which row i counts.
+    /// `draft.ids` and `draft.scores` of a row for each head, of up to `blocks` blocks. Heads with matrices of their own rank
+    /// all rows each, and leave `draft.ids.{i}` and `draft.scores.{i}`, of which row i of every block counts.
     pub(crate) fn draft_pass(
         &self,
         target: &Llama,
+        blocks: usize,
         candidates: usize,
         costs: Option<&[f32]>,
     ) -> Result<Pass, PassError> {
-        let mut b = target.builder("draft with heads", self.heads);
+        let mut b = target.builder("draft with heads", blocks * self.heads);
         let (batch, states, out) = (b.batch, self.states(&mut b), b.scratch("draft.x", &[self.hidden]));
         let (weight, bias) = (b.weight("draft.blocks"), b.weight("draft.block_bias"));
         b.push(Op::ResBlock { batch, states, weight, bias, out });
@@ -156,5 +157,58 @@ impl MedusaConfig {
 
     fn states(&self, b: &mut Builder) -> Buf {
         b.pass.add("draft.states", Role::Output, DType::F32, &[b.dims.max_rows, self.hidden])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::json;
+    use treespark_kernel_gen::{MAX_NODES, TreeSpec};
+
+    use super::*;
+    use crate::{Dims, SpeculatorConfig};
+
+    fn target() -> Config {
+        let json = json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 100,
+            "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": true,
+        });
+        Config::from_json(&json, DType::BF16, Path::new("config.json")).unwrap()
+    }
+
+    #[test]
+    fn a_draft_pass_fills_blocks_of_several_requests() {
+        let dims = Dims {
+            max_rows: 64,
+            head_rows: 20,
+            max_requests: 8,
+            context: 64,
+            page_size: 16,
+            pages: 8,
+            pages_per_request: 4,
+            top_k: 4,
+            cache_dtype: DType::BF16,
+            tree: TreeSpec::Any(MAX_NODES),
+        };
+        let config = target();
+        for has_matrices in [false, true] {
+            let speculator = SpeculatorConfig::Medusa(MedusaConfig::of_target(&config, 5, has_matrices));
+            let llama = Llama { config: &config, dims: &dims, speculator: Some(&speculator) };
+            for blocks in [1, 3, 4] {
+                let pass = speculator.draft_pass(&llama, blocks, 16, None).unwrap();
+                assert_eq!(pass.rows, 5 * blocks);
+            }
+            // The logits hold 20 rows.
+            assert_eq!(speculator.draft_pass(&llama, 5, 16, None).unwrap_err().field, "logits");
+        }
+        let speculator = SpeculatorConfig::Medusa(MedusaConfig::of_target(&config, 5, false));
+        let llama = Llama { config: &config, dims: &dims, speculator: Some(&speculator) };
+        let pass = speculator.draft_pass(&llama, 4, 16, Some(&[1.0; 64])).unwrap();
+        // Trees of all requests have more nodes than the batch has rows: which of them get one, the host says.
+        assert_eq!(pass.ops.last().map(Op::name), Some("grow_trellis"));
+        llama.round_pass_with_block(16, 64).unwrap();
     }
 }

@@ -37,7 +37,8 @@ impl Batch {
         self.add_rows(kv, tokens.iter().enumerate().map(|(node, &token)| (node, token, node, seen)), sampling);
     }
 
-    /// Adds a request with a row for each depth from the root's on, all of which read the hidden state of one node.
+    /// Adds a request with a row for each depth from the root's on, all of which read the hidden state of one node: by its row
+    /// in the pass that verified it, which is the node itself where the pass had one request.
     pub fn add_readers(&mut self, kv: &KvCache, rows: usize, token: u32, node: usize, sampling: &Sampling) {
         let mut seen = [0; ANCESTOR_WORDS];
         seen[node / 32] |= 1 << (node % 32);

@@ -36,7 +36,7 @@ enum Kind {
     Grow(TreeShape),
     /// Moves accepted rows.
     Commit,
-    /// A speculator's parallel stage, for the host to grow a tree from.
+    /// A speculator's parallel stage, for the host to grow a tree from. Its rows are those of whole blocks.
     Block,
     /// The same, and the device grows trees of up to so many nodes: the end of the two below, with a speculator.
     GrowBlock { nodes: usize },
@@ -294,8 +294,8 @@ impl Network {
             Kind::Verify => llama.verify_pass(rows),
             Kind::Draft => llama.draft_pass(rows),
             Kind::Commit => llama.commit_pass(),
-            Kind::Block => self.block_pass(None),
-            Kind::GrowBlock { nodes } => self.block_pass(Some(&costs(*nodes))),
+            Kind::Block => self.block_pass(rows / self.block().rows, None),
+            Kind::GrowBlock { nodes } => self.block_pass(rows / self.block().rows, Some(&costs(*nodes))),
             Kind::Grow(shape) => llama.grow_pass(shape.clone()),
             Kind::Round { nodes } if self.speculator.is_some() => llama.round_pass_with_block(rows, *nodes),
             Kind::Round { nodes } => llama.round_pass(rows, drafter(*nodes)),

@@ -59,8 +59,9 @@ impl Network {
         Ok(Block { hidden, candidates })
     }
 
-    pub(super) fn block_pass(&self, costs: Option<&[f32]>) -> Result<Pass, PassError> {
-        self.speculator().draft_pass(&self.llama(), self.candidates(), costs)
+    /// The pass that fills up to so many blocks, of a request each.
+    pub(super) fn block_pass(&self, blocks: usize, costs: Option<&[f32]>) -> Result<Pass, PassError> {
+        self.speculator().draft_pass(&self.llama(), blocks, self.candidates(), costs)
     }
 
     /// What filling a block costs, relative to a pass of one row: as many weights as it reads, of those that the pass reads.
@@ -72,7 +73,7 @@ impl Network {
         if self.speculator.is_none() {
             return Ok(0.0);
         }
-        let passes = [self.block_pass(None)?, self.llama().verify_pass(1)?];
+        let passes = [self.block_pass(1, None)?, self.llama().verify_pass(1)?];
         let [draft, plain] = passes.map(|pass| pass.weight_bytes() as f32);
         Ok(draft / plain)
     }
