@@ -221,3 +221,23 @@ impl<'a> RoundReport<'a> {
         &self.words[4 + 3 * self.max_nodes..][..self.accepted().min(self.max_nodes)]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_read_as_it_is_laid_out() {
+        const NODES: usize = 3;
+        assert_eq!((report_nodes(report_words(NODES)), ngram_nodes(ngram_state_words(NODES))), (NODES, NODES));
+        let survival = [1.0f32, 0.5, 0.25].map(f32::to_bits);
+        // A part of a prompt, of five nodes, was accepted.
+        let words = [&[90, 3, 2, 5, 7, 8, 9, 0, 0x0100, 0x0201, 0, 1, 2, 4, 5, 6], &survival[..], &[99]].concat();
+        let report = RoundReport::new(&words, NODES);
+        assert_eq!((report.nodes(), report.rows(), report.accepted()), (3, 2, 5));
+        assert_eq!((report.path(), report.drawn()), (&[0, 1, 2][..], &[4, 5, 6][..]));
+        assert_eq!([0, 1, 2].map(|node| report.token(node)), [7, 8, 9]);
+        assert_eq!([0, 1, 2].map(|node| report.parent(node)), [0, 0, 1]);
+        assert_eq!([0, 1, 2].map(|node| report.survival(node)), [1.0, 0.5, 0.25]);
+    }
+}

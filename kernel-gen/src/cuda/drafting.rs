@@ -117,8 +117,8 @@ mod tests {
     use super::*;
     use crate::cuda::{Device, lower};
     use crate::emit::{Lang, emit};
-    use crate::layout::{HEADER_WORDS, accepted_words, ngram_state_words};
-    use crate::op::Batch;
+    use crate::layout::{HEADER_WORDS, accepted_words, ngram_state_words, report_words};
+    use crate::op::{Batch, BlockShape};
     use crate::{Pass, Request, Role, Row};
 
     fn source(launch: &Launch) -> String {
@@ -147,6 +147,50 @@ mod tests {
             let mut pass = pass.clone();
             pass.buffers[buffer].shape[1] = words;
             let refused = op.check(&pass).unwrap_err().to_string();
+            assert!(refused.contains(problem), "{refused}");
+        }
+    }
+
+    /// A block of five rows for each of so many requests, opened, and the tree grown from it; and rows of the batch.
+    fn block(requests: usize, rows: usize) -> (Pass, [Op; 2]) {
+        let mut pass = Pass::new("block", 5 * requests);
+        let mut add = |name: &str, dtype, shape: &[usize]| pass.add(name, Role::Input, dtype, shape);
+        let batch = Batch {
+            rows: add("rows", DType::U32, &[rows, Row::WORDS]),
+            requests: add("requests", DType::U32, &[HEADER_WORDS + requests * Request::WORDS]),
+            pages: add("pages", DType::U32, &[requests, 8]),
+        };
+        let accepted = add("accepted", DType::U32, &[requests, accepted_words(MAX_NODES)]);
+        let (state, ids) =
+            (add("state", DType::U32, &[requests, report_words(16)]), add("ids", DType::U32, &[rows, 8]));
+        let shape = [5 * requests, 8, 8];
+        let (trellis, order) = (add("trellis", DType::F32, &shape), add("order", DType::U32, &shape));
+        let block = BlockShape { rows: 5, first: 0, fill: Fill::Mask(7) };
+        let open = Op::OpenBlock { batch, accepted, state, block };
+        (pass, [open, Op::GrowTrellis { batch, block, ids, trellis, order, state, costs: vec![1.0; 16] }])
+    }
+
+    #[test]
+    fn one_request_of_room_is_given_rows_and_several_are_not() {
+        for (requests, rows, open, grow, threads) in [
+            (1, 16, "open_block__b1_n16_r5_m7", "grow_trellis__n16_k8_r5_rows", 64),
+            // Their trees have more nodes than there are rows.
+            (128, 640, "open_block__b128_n16_r5_m7", "grow_trellis__n16_k8_r5", 1024),
+        ] {
+            let (pass, ops) = block(requests, rows);
+            let [opened, grown] = ops.map(|op| {
+                op.check(&pass).unwrap();
+                lower(&op, &pass, &Device::H100).unwrap().remove(0)
+            });
+            assert_eq!((opened.spec.name(), opened.grid, opened.threads), (open, [1, 1, 1], threads));
+            assert_eq!((grown.spec.name(), grown.grid), (grow, [requests, 1, 1]));
+            assert!(source(&grown).contains(&format!("MAKES_ROWS = {};", requests == 1)));
+        }
+        for (requests, rows, problem) in
+            [(1, 15, "15 rows for one"), (128, 639, "the buffer holds 639"), (1025, 5125, "expected up to 1024")]
+        {
+            let (pass, [open, grow]) = block(requests, rows);
+            let refused = open.check(&pass).and(grow.check(&pass)).unwrap_err().to_string();
             assert!(refused.contains(problem), "{refused}");
         }
     }
