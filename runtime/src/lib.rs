@@ -47,6 +47,7 @@ pub mod draw;
 pub mod philox;
 pub mod llm;
 pub mod serving;
+pub mod server;
 pub mod eval;
 pub mod stop;
 pub mod stats;

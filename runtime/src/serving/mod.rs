@@ -1,8 +1,10 @@
 //! Many requests at once: a thread that owns the engine and runs its rounds, and a handle that everyone else holds.
 
 pub mod ask;
+pub mod options;
 
 pub use ask::{Answer, Ask, Emitted, Event, Logprobs, Refusal, Usage};
+pub use options::ServiceOptions;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -56,7 +58,7 @@ pub struct RoundView {
 }
 
 /// What was counted since the start.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, serde::Serialize)]
 pub struct Counters {
     pub rounds: u64,
     pub requests: u64,
@@ -167,6 +169,11 @@ impl Service {
         });
         let shared = loaded.recv().expect("the engine's thread answers")?;
         Ok(Service { shared, asks, thread: Arc::new(thread) })
+    }
+
+    /// The same, within limits. They are not kept yet.
+    pub fn start_with(_: ServiceOptions, load: impl FnOnce() -> Result<Llm> + Send + 'static) -> Result<Service> {
+        Service::start(load)
     }
 
     /// Takes an ask, or says why not.
