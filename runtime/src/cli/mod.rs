@@ -7,6 +7,7 @@ mod devices;
 mod eval;
 mod generate;
 mod progress;
+mod serve;
 mod show_tree;
 
 use std::process::ExitCode;
@@ -31,6 +32,7 @@ pub fn main() -> ExitCode {
     let outcome = match Args::parse().command {
         Command::Generate(args) => generate::run(&args, &interrupted),
         Command::Chat(args) => chat::run(&args, &interrupted),
+        Command::Serve(args) => serve::run(&args, &interrupted),
         Command::Devices => devices::run(),
         Command::Eval(args) => eval::run(&args, &interrupted),
         Command::Tree(args) => show_tree::draw_shape(&args.shape),
