@@ -48,6 +48,7 @@ pub mod draw;
 pub mod philox;
 pub mod llm;
 pub mod serving;
+pub mod server;
 pub mod eval;
 pub mod bench_serve;
 pub mod stop;
@@ -57,7 +58,7 @@ pub mod error;
 
 pub use engine::{Engine, Round};
 pub use error::{Error, Result};
-pub use llm::{DrafterChoice, GenerateOptions, Generation, Llm, LlmOptions, LoadProgress, Step};
+pub use llm::{DrafterChoice, GenerateOptions, Generation, Llm, LlmOptions, LoadProgress, Many, Step};
 pub use sampling::Sampling;
 pub use sequence::{FinishReason, Sequence};
 pub use stats::Statistics;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use treespark_kernel_gen::{MAX_NODES, TreeShape};
 use treespark_models::{ChatTemplate, Message, Model, Speculator, TextStream, Tokenizer, hub, pretrained};
 
-use crate::backend::PassCost;
+use crate::backend::{Backend, PassCost};
 use crate::devices::{self, BackendChoice};
 use crate::draft::block::BlockDrafter;
 use crate::draft::model::ModelDrafter;
@@ -91,10 +91,28 @@ pub struct LlmOptions {
     pub backend: BackendChoice,
     /// Tokens of a sequence, prompt included; `None` takes the model's own, up to 8192.
     pub context: Option<usize>,
-    /// Sequences that run at once; more than one is for a [`Service`](crate::serving::Service).
-    pub max_requests: usize,
+    /// For many sequences at once, which a [`Service`](crate::serving::Service) runs; `None` is one at a time.
+    pub many: Option<Many>,
+}
+
+/// Room for many sequences.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Many {
+    /// Sequences that run at once; `None`: as many as the device serves well.
+    pub max_requests: Option<usize>,
     /// Tokens that the cache holds, of all sequences together; `None`: as many as they may need, and the memory has room for.
     pub cache_tokens: Option<usize>,
+}
+
+impl Many {
+    fn max_requests(&self, backend: &dyn Backend) -> usize {
+        self.max_requests.unwrap_or(match backend.drafts() {
+            true => 128,
+            // Where rows cost what they compute, many sequences are no faster than few.
+            false if backend.info().cost.of(16) < 2.0 => 32,
+            false => 8,
+        })
+    }
 }
 
 impl Default for LlmOptions {
@@ -107,8 +125,7 @@ impl Default for LlmOptions {
             all_nodes: false,
             backend: BackendChoice::Auto,
             context: None,
-            max_requests: 1,
-            cache_tokens: None,
+            many: None,
         }
     }
 }
@@ -186,12 +203,10 @@ impl Llm {
         }
 
         let mut backend = devices::open(&options.backend)?;
-        let limits = Limits {
-            cache_tokens: options.cache_tokens,
-            ..Limits::new(context, options.tree.as_ref().map_or(chosen, TreeShape::len))
-        };
-        let mut limits = limits.for_many(options.max_requests, backend.drafts())?;
-        if options.max_requests > 1 {
+        let mut limits = Limits::new(context, options.tree.as_ref().map_or(chosen, TreeShape::len));
+        if let Some(many) = options.many {
+            limits = limits.for_many(many.max_requests(backend.as_ref()), backend.drafts())?;
+            limits.cache_tokens = many.cache_tokens;
             let free = backend.free_bytes();
             let plan = MemoryPlan::new(&model, speculator.as_ref(), draft.as_ref(), &limits, free)?;
             limits.cache_tokens = Some(plan.tokens);
@@ -213,7 +228,7 @@ impl Llm {
         let scheduler = Scheduler::new(options.tree.clone(), limits.max_nodes.min(MAX_NODES), cost);
         let mut engine = Engine::new(backend, target, drafter, scheduler, context);
         engine.prepare()?;
-        if options.max_requests > 1 {
+        if options.many.is_some() {
             engine.serve_many(&mut |done, total| progress(LoadProgress::Timing { done, total }))?;
         }
         let (template, stop_tokens) = (model.chat_template()?, model.stop_tokens(&tokenizer));

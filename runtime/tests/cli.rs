@@ -1,8 +1,12 @@
 //! The command line on bad input: a clear message on standard error, exit code other than 0, and no panic.
 
+mod whole_model;
+
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
+
+use whole_model::{tiny_llama, whole_model};
 
 /// Runs `treespark`, with this standard input, on the CPU backend unless the arguments say otherwise.
 fn treespark(args: &[&str], stdin: &[u8]) -> Output {
@@ -28,33 +32,6 @@ fn refused(args: &[&str], stdin: &[u8], words: &[&str]) {
     for word in words {
         assert!(message.contains(word), "{args:?}: no '{word}' in: {message}");
     }
-}
-
-/// The tiny Llama model of the parity fixtures; it has no tokenizer.
-fn tiny_llama() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../verify-tests/fixtures/parity/tiny-llama")
-}
-
-/// A copy of it, made whole by a tokenizer that knows printable ASCII and a chat template.
-fn whole_model() -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    for name in ["config.json", "model.safetensors"] {
-        std::fs::copy(tiny_llama().join(name), folder.path().join(name)).unwrap();
-    }
-    let printable = (b'!'..=b'~').map(char::from);
-    let vocab: serde_json::Map<_, _> =
-        printable.chain(['\u{120}', '\u{10a}']).zip(0..).map(|(c, id): (_, u32)| (c.to_string(), id.into())).collect();
-    let byte_level =
-        serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
-    let tokenizer = serde_json::json!({
-        "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null, "truncation": null,
-        "padding": null, "pre_tokenizer": byte_level, "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
-    });
-    std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    let template = serde_json::json!({"chat_template": "{{ messages[0].content }}"});
-    std::fs::write(folder.path().join("tokenizer_config.json"), template.to_string()).unwrap();
-    folder
 }
 
 /// The whole model with one of its files changed.

@@ -8,6 +8,7 @@ use treespark_kernel_gen::TreeShape;
 
 use super::bench_serve::args::BenchServeArgs;
 use super::eval::args::EvalArgs;
+use super::serve::ServeArgs;
 
 pub const ERROR: Style = AnsiColor::Red.on_default().bold();
 
@@ -25,6 +26,7 @@ const EXAMPLES: &str = "Examples:
   treespark generate --raw -p \"Once upon a time\" --temperature 0.8 --top-p 0.95 --seed 7
   treespark chat --model path/to/model
   git diff | treespark generate --tree 4x2x2x1 --max-new-tokens 400
+  treespark serve --port 8080
   treespark devices
   treespark tree 4x2x2x1
   treespark eval --prompts gsm8k.jsonl --drafter ngram,dspark --budget 16,64
@@ -36,6 +38,8 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Talk with the model
     Chat(ChatArgs),
+    /// Serve many clients at once by HTTP, as OpenAI's API does
+    Serve(ServeArgs),
     /// List the devices, and which one is taken and why
     Devices,
     /// Measure accepted length and speed on sets of prompts

@@ -8,6 +8,7 @@ mod devices;
 mod eval;
 mod generate;
 mod progress;
+mod serve;
 mod show_tree;
 
 use std::fs::OpenOptions;
@@ -35,6 +36,7 @@ pub fn main() -> ExitCode {
     let outcome = match Args::parse().command {
         Command::Generate(args) => generate::run(&args, &interrupted),
         Command::Chat(args) => chat::run(&args, &interrupted),
+        Command::Serve(args) => serve::run(&args, &interrupted),
         Command::Devices => devices::run(),
         Command::Eval(args) => eval::run(&args, &interrupted),
         Command::BenchServe(args) => bench_serve::run(&args, &interrupted),

@@ -121,7 +121,8 @@ impl Batcher {
         }
         self.dismiss_finished();
         let (running, waiting) = (self.running.len(), self.waiting.len());
-        let view = || RoundView { trees, running, waiting, seconds: start.elapsed().as_secs_f64() };
+        let rows = trees.iter().map(|tree| tree.tokens.len()).sum();
+        let view = || RoundView { trees, rows, running, waiting, seconds: start.elapsed().as_secs_f64() };
         Ok(watched.then(view))
     }
 

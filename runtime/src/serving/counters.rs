@@ -3,7 +3,7 @@
 use crate::engine::Round;
 
 /// What was counted since the start.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, serde::Serialize)]
 pub struct Counters {
     pub rounds: u64,
     pub requests: u64,
@@ -75,6 +75,8 @@ impl TreeView {
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct RoundView {
     pub trees: Vec<TreeView>,
+    /// Of all trees together.
+    pub rows: usize,
     pub running: usize,
     pub waiting: usize,
     pub seconds: f64,

@@ -55,7 +55,7 @@ pub struct ServiceOptions {
 
 impl Default for ServiceOptions {
     fn default() -> ServiceOptions {
-        ServiceOptions { max_queue: 1024, policy: Policy::CONFIDENCE }
+        ServiceOptions { max_queue: 256, policy: Policy::CONFIDENCE }
     }
 }
 

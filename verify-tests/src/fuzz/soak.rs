@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use treespark::devices::{self, BackendChoice};
 use treespark::scheduler::Policy;
 use treespark::serving::{Answer, Ask, Event, Refusal, Service, ServiceOptions};
-use treespark::{DrafterChoice, GenerateOptions, Llm, LlmOptions, Sampling};
+use treespark::{DrafterChoice, GenerateOptions, Llm, LlmOptions, Many, Sampling};
 use treespark_kernel_gen::DType;
 use treespark_models::{Model, hub};
 use treespark_verify_tests::cases::samplings;
@@ -86,7 +86,8 @@ impl fmt::Display for Tally {
 
 pub fn run(args: &Args) -> Result<bool> {
     let known = answer_alone(args).context("answering alone")?;
-    let options = LlmOptions { max_requests: args.max_requests, cache_tokens: Some(args.cache_tokens), ..llm(args) };
+    let many = Many { max_requests: Some(args.max_requests), cache_tokens: Some(args.cache_tokens) };
+    let options = LlmOptions { many: Some(many), ..llm(args) };
     let service = Service::start(move || Llm::load(&options), ServiceOptions { max_queue: 4, ..Default::default() })?;
     println!("{}, drafter {}, {} clients", service.facts().device, service.facts().drafter, args.clients);
     let tally = Mutex::new(Tally::default());
