@@ -246,9 +246,10 @@ pub enum Op {
         /// F32 `[R, k]`
         values: Buf,
     },
-    /// The deepest path whose tokens equal the draws at their parents (ties to the lowest node id), and the draws
-    /// along it. Node n is accepted iff every node of its path but the root has `token == draw(parent)`.
-    /// All nodes of a request's tree are rows of this pass; a request without rows accepts nothing.
+    /// The deepest path whose tokens equal the draws at their parents (ties to the lowest node id), and what follows each of
+    /// its nodes: the next one's token, behind the last the draw. Node n is accepted iff every node of its path but the root
+    /// has `token == draw(parent)` or is given: one of the first [`Request::given`](crate::Request::given) nodes, a chain from
+    /// which the others descend. All nodes of a request's tree are rows of this pass; a request without rows accepts nothing.
     Accept {
         batch: Batch,
         tree: TreeSpec,

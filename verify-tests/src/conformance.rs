@@ -23,6 +23,7 @@
 //! | a commit that overwrites what it has yet to read | `commit_moves_the_path_and_nothing_else` |
 //! | positions by slot instead of depth | `a_node_sees_exactly_its_root_path` |
 //! | equal siblings, children in any order, empty and full paths | `acceptance_equals_the_oracle` |
+//! | a prompt's token doubted, a drawn one reported in its place | `acceptance_equals_the_oracle`, `arb::givens` |
 //! | ties, the last token, a vocabulary that fills no tile | `ties_go_to_the_lowest_id`, `arb::HOUSE_MODELS` |
 //! | a NaN among the logits | `a_nan_draws_no_token` |
 //! | a block of which rows see only what comes before them | `a_block_sees_all_of_itself` |
