@@ -76,6 +76,7 @@ macro_rules! conformance {
             commit::commit_leaves_the_cache_of_plain_decoding
             commit::a_round_emits_what_plain_decoding_draws
             draws::draws_equal_the_oracle
+            draws::a_large_vocabulary_draws_as_the_oracle_does
             draws::perturbed_logits_equal_the_oracle
             draws::a_head_ranks_what_it_leaves
             draws::draws_follow_their_distribution
