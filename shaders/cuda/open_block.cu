@@ -99,6 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (t == 0) requests[0] = n_open * ROWS;
     __syncthreads();
 
+#pragma unroll 1
     for (u32 i = t; i < n_requests * NODES; i += THREADS) {
         const u32 request = i / NODES, node = i % NODES;
         if (node >= all.standing[request].n_accepted) continue;
@@ -106,6 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         state[request * STATE_WORDS + STATE_PATH + node] = its[ACCEPTED_PATH + node];
         state[request * STATE_WORDS + STATE_DRAWN + node] = its[ACCEPTED_TOKENS + node];
     }
+#pragma unroll 1
     for (u32 row = t; row < n_open * ROWS; row += THREADS) {
         const u32 request = all.open[row / ROWS];
         write_row(rows + row * ROW_WORDS, row % ROWS, request, all.standing[request]);
