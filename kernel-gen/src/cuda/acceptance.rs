@@ -1,4 +1,5 @@
-//! Embedding, a Medusa head's block, the norm by itself, and what follows the logits: mask, perturb, draw, top-k, accept, commit.
+//! Embedding, a Medusa head's block, the norm by itself, and what follows the logits: mask, perturb, draw, top-k, accept,
+//! commit.
 
 use super::{Argument, Launch, Lowering};
 use crate::MAX_NODES;
