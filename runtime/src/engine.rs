@@ -6,7 +6,7 @@ use treespark_kernel_gen::MAX_NODES;
 
 use crate::backend::Backend;
 use crate::batch::Entry;
-use crate::draft::{Draft, Drafter, Plan};
+use crate::draft::{Draft, Drafter, Plan, Proposal};
 use crate::error::{Error, Result};
 use crate::network::Network;
 use crate::scheduler::{Policy, Scheduler};
@@ -116,9 +116,9 @@ impl Engine {
 
     /// One speculative round of a sequence: draft, verify, accept, commit.
     pub fn round(&mut self, seq: &mut Sequence, stats: &mut Statistics) -> Result<Round> {
-        // What a repetition penalty needs to know of a sequence, the device does not note.
-        if let (Some(nodes), None, Policy::CONFIDENCE, false) =
-            (self.nodes_on_device, seq.seen(), seq.policy, seq.wants_logits)
+        // What a repetition penalty or a grammar needs to know of a sequence, the device does not note.
+        if let (Some(nodes), None, None, Policy::CONFIDENCE, false) =
+            (self.nodes_on_device, seq.seen(), &seq.grammar, seq.policy, seq.wants_logits)
         {
             return self.round_on_device(nodes, seq, stats);
         }
@@ -137,12 +137,12 @@ impl Engine {
         let backend = backend.as_mut();
         let mut clock = stats.start_round();
 
-        // Draft. Node 0 is the last committed token; every other node is a guess.
-        let drafts = draft(backend, target, drafter.as_mut(), scheduler, seqs)?;
+        // Draft. Node 0 is the last committed token; every other node is a guess. One that a grammar forbids is left out.
+        let proposals = propose(backend, target, drafter.as_mut(), scheduler, seqs)?;
         clock.drafted(stats);
 
         // Schedule. The likeliest nodes of all sequences are verified, as many as pay.
-        let (places, mut entries) = schedule(scheduler, seqs, &drafts, target.max_rows());
+        let (places, mut entries) = schedule(scheduler, seqs, &proposals, target.max_rows());
 
         // Verify. One target pass; a node sees the committed prefix and its own ancestors, and the target draws its own
         // token at every node. The path whose tokens equal those draws is accepted, plus one bonus token; its rows move
@@ -155,7 +155,7 @@ impl Engine {
         let mut rounds = Vec::new();
         for ((place, entry), accepted) in places.into_iter().zip(entries).zip(accepted) {
             let logits = target.logits(backend, &entry, &accepted)?;
-            let round = accept(entry, accepted, drafts[place].as_ref(), drafter.as_mut(), stats);
+            let round = accept(entry, accepted, proposals[place].as_ref(), drafter.as_mut(), stats);
             rounds.push((place, round.map(|round| Round { logits, ..round })));
         }
         clock.accepted(stats);
@@ -236,13 +236,13 @@ impl Engine {
 const PROMPT_ROWS: usize = 256;
 
 /// What the drafter proposes to those who may use it; of a sequence whose prompt is still to be run, none.
-fn draft(
+fn propose(
     backend: &mut dyn Backend,
     target: &mut Network,
     drafter: &mut dyn Drafter,
     scheduler: &Scheduler,
     seqs: &mut [&mut Sequence],
-) -> Result<Vec<Option<Draft>>> {
+) -> Result<Vec<Option<Proposal>>> {
     let wants = |plan: &Plan| plan.max_nodes > 1 && plan.max_depth > 0;
     let mut drafts: Vec<Option<Draft>> =
         seqs.iter().map(|seq| (seq.pending().len() == 1).then(|| Draft::root(seq.last()))).collect();
@@ -259,7 +259,8 @@ fn draft(
         let proposed = drafter.propose_all(backend, target, &mut drafting)?;
         places.into_iter().zip(proposed).for_each(|(place, draft)| drafts[place] = Some(draft));
     }
-    Ok(drafts)
+    let proposal = |(draft, seq): (Option<Draft>, &&mut Sequence)| Some(Proposal::new(draft?, seq.grammar.as_ref()));
+    Ok(drafts.into_iter().zip(seqs.iter()).map(proposal).collect())
 }
 
 /// The entries of a pass, and whose they are: of those with a draft as many nodes as pay, of the others parts of prompts, whoever
@@ -267,11 +268,12 @@ fn draft(
 fn schedule<'a>(
     scheduler: &mut Scheduler,
     seqs: &'a mut [&mut Sequence],
-    drafts: &[Option<Draft>],
+    proposals: &[Option<Proposal>],
     max_rows: usize,
 ) -> (Vec<usize>, Vec<Entry<'a>>) {
+    let drafts: Vec<Option<&Draft>> = proposals.iter().map(|proposal| Some(&proposal.as_ref()?.draft)).collect();
     let drafted: Vec<(&Draft, Policy)> =
-        drafts.iter().zip(seqs.iter()).filter_map(|(draft, seq)| Some((draft.as_ref()?, seq.policy))).collect();
+        drafts.iter().zip(seqs.iter()).filter_map(|(draft, seq)| Some(((*draft)?, seq.policy))).collect();
     let mut room = max_rows.saturating_sub(drafted.len()).min(PROMPT_ROWS);
     let mut part = |seq: &Sequence| {
         let rows = seq.pending().len().min(room).min(MAX_NODES);
@@ -283,7 +285,7 @@ fn schedule<'a>(
     let mut nodes = scheduler.nodes(&drafted, parts.iter().sum(), max_rows).into_iter();
     let (mut places, mut entries) = (Vec::new(), Vec::new());
     for (place, seq) in seqs.iter_mut().enumerate() {
-        let (tree, given) = match &drafts[place] {
+        let (tree, given) = match drafts[place] {
             Some(draft) => {
                 let mut tree = draft.tree.clone();
                 tree.truncate(nodes.next().expect("a number for each draft"));
@@ -305,7 +307,7 @@ fn schedule<'a>(
 fn accept(
     entry: Entry<'_>,
     accepted: Accepted,
-    draft: Option<&Draft>,
+    proposal: Option<&Proposal>,
     drafter: &mut dyn Drafter,
     stats: &mut Statistics,
 ) -> Result<Round> {
@@ -322,10 +324,13 @@ fn accept(
     if !is_part {
         tokens = seq.push(&accepted.tokens).to_vec();
         stats.record(drafter.name(), &tree, &accepted, tokens.len());
+        if let Some(grammar) = &mut seq.grammar {
+            grammar.advance(&tokens)?;
+        }
     }
-    if let Some(draft) = draft {
-        drafter.observe(seq, draft, &accepted);
+    if let Some(proposal) = proposal {
+        proposal.observe(drafter, seq, &accepted);
     }
-    let survival = draft.map_or(Vec::new(), |draft| draft.survival[..tree.len()].to_vec());
+    let survival = proposal.map_or(Vec::new(), |proposal| proposal.draft.survival[..tree.len()].to_vec());
     Ok(Round { tree, survival, accepted, tokens, logits: Vec::new() })
 }
