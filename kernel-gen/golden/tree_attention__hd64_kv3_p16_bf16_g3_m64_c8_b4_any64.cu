@@ -467,6 +467,7 @@ constexpr u32 REQUEST_WORDS = 12;
 constexpr u32 REQUEST_PREFIX = 0;
 constexpr u32 REQUEST_FIRST_ROW = 1;
 constexpr u32 REQUEST_ROWS = 2;
+constexpr u32 REQUEST_GIVEN = 11;
 
 constexpr u32 MAX_NODES = 256;
 constexpr u32 NONE = 0xffffffffu;

@@ -128,6 +128,11 @@ impl Op {
                 c.weight_shape("weight", *weight, &[vocab, hidden])?;
                 c.logits(*logits)
             }
+            Op::Mask { allowed, logits, .. } => {
+                c.logits(*logits)?;
+                let (rows, vocab) = (c.dims(*logits)[0], c.dims(*logits)[1]);
+                c.shape("allowed", *allowed, DType::U32, &[rows, vocab.div_ceil(32)])
+            }
             Op::Draw { seen, logits, draws, .. } => {
                 c.logits(*logits)?;
                 c.shape("seen", *seen, DType::U32, &[max_requests, c.dims(*logits)[1].div_ceil(32)])?;

@@ -126,6 +126,7 @@ pub fn lower(op: &Op, pass: &Pass, device: &Device) -> Result<Vec<Launch>, Lower
         Op::Norm { .. } => lowering.norm(),
         Op::Head { .. } => lowering.head(),
         Op::TreeAttention { .. } => lowering.tree_attention(),
+        Op::Mask { .. } => lowering.mask(),
         Op::Draw { .. } => lowering.draw(),
         Op::Perturb { .. } => lowering.perturb(),
         Op::TopK { .. } => lowering.top_k(),

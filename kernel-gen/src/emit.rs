@@ -81,11 +81,11 @@ macro_rules! sources {
 
 /// Kernel sources by stem, and what kernels share, by name.
 const WGSL_KERNELS: &[(&str, &str)] = sources!("wgsl/" ".wgsl":
-    "embed" "qkv" "tree_attention" "merge" "project" "gate_up" "res_block" "rms_norm" "head" "draw" "perturb" "top_k" "accept" "commit");
+    "embed" "qkv" "tree_attention" "merge" "project" "gate_up" "res_block" "rms_norm" "head" "mask" "draw" "perturb" "top_k" "accept" "commit");
 const WGSL_LIBRARY: &[(&str, &str)] = sources!("wgsl/lib/" ".wgsl":
     "layout" "formats" "matmul" "paged" "batch" "ancestors" "philox" "best");
 const CUDA_KERNELS: &[(&str, &str)] = sources!("cuda/" ".cu":
-    "embed" "qkv" "tree_attention" "plain_attention" "project" "gate_up" "res_block" "rms_norm" "head" "draw" "perturb" "top_k" "accept" "commit"
+    "embed" "qkv" "tree_attention" "plain_attention" "project" "gate_up" "res_block" "rms_norm" "head" "mask" "draw" "perturb" "top_k" "accept" "commit"
     "draft_ngram" "grow" "open_block" "trellis" "grow_trellis");
 const CUDA_LIBRARY: &[(&str, &str)] = sources!("cuda/lib/" ".cuh":
     "ptx" "wgmma" "layout" "formats" "paged" "chunks" "accumulator" "parts" "batch" "ancestors" "philox" "best" "score" "vectors" "matmul");

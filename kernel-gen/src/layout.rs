@@ -9,6 +9,7 @@
 //! requests  [HEADER_WORDS + max_requests * Request::WORDS]   header: n_rows, n_requests, 0, 0
 //! pages     [max_requests, pages_per_request]                page of the pool that holds slots p*PAGE .. (p+1)*PAGE
 //! seen      [max_requests, ceil(vocab / 32)]                 bit t set: token t occurred (for the repetition penalty)
+//! allowed   [rows of the logits, ceil(vocab / 32)]           bit t set: token t may be drawn at this row (under a grammar)
 //! accepted  [max_requests, accepted_words(max_nodes)]        count, path node ids, emitted tokens
 //! history   [max_requests, tokens]                           what an n-gram drafter on the device looks through
 //! state     [max_requests, ..]                               what a drafter tells the host (RoundReport) and remembers

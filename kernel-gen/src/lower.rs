@@ -159,6 +159,7 @@ pub fn lower(op: &Op, pass: &Pass, limits: &Limits) -> Result<Vec<KernelCall>, L
         Op::Norm { .. } => lowering.norm(),
         Op::Head { .. } => lowering.head(),
         Op::TreeAttention { .. } => lowering.tree_attention(),
+        Op::Mask { .. } => lowering.mask(),
         Op::Draw { .. } => lowering.draw(),
         Op::Perturb { .. } => lowering.perturb(),
         Op::TopK { .. } => lowering.top_k(),

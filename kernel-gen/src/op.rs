@@ -208,6 +208,15 @@ pub enum Op {
         /// F32 `[R, V]`
         logits: Buf,
     },
+    /// `logits[r][t]` becomes minus infinity unless bit t of `allowed[r]` is set: token t cannot be drawn at row r. What a
+    /// grammar says of the text behind each row. A row that allows no token draws token 0.
+    Mask {
+        batch: Batch,
+        /// U32 `[R, ceil(V / 32)]`, as many rows as the logits have
+        allowed: Buf,
+        /// F32 `[R, V]`
+        logits: Buf,
+    },
     /// The target's own token at every row, by the request's sampling parameters and position-keyed noise.
     ///
     /// Order: repetition penalty (tokens in `seen` and on the row's path), temperature, top-k, top-p, min-p; then the
@@ -246,9 +255,10 @@ pub enum Op {
         /// F32 `[R, k]`
         values: Buf,
     },
-    /// The deepest path whose tokens equal the draws at their parents (ties to the lowest node id), and the draws
-    /// along it. Node n is accepted iff every node of its path but the root has `token == draw(parent)`.
-    /// All nodes of a request's tree are rows of this pass; a request without rows accepts nothing.
+    /// The deepest path whose tokens equal the draws at their parents (ties to the lowest node id), and what follows each of
+    /// its nodes: the next one's token, behind the last the draw. Node n is accepted iff every node of its path but the root
+    /// has `token == draw(parent)` or is given: one of the first [`Request::given`](crate::Request::given) nodes, a chain from
+    /// which the others descend. All nodes of a request's tree are rows of this pass; a request without rows accepts nothing.
     Accept {
         batch: Batch,
         tree: TreeSpec,
@@ -356,6 +366,7 @@ impl Op {
             Op::ResBlock { .. } => "res_block",
             Op::Norm { .. } => "rms_norm",
             Op::Head { .. } => "head",
+            Op::Mask { .. } => "mask",
             Op::Draw { .. } => "draw",
             Op::Perturb { .. } => "perturb",
             Op::TopK { .. } => "top_k",
@@ -379,6 +390,7 @@ impl Op {
             | Op::ResBlock { batch, .. }
             | Op::Norm { batch, .. }
             | Op::Head { batch, .. }
+            | Op::Mask { batch, .. }
             | Op::Draw { batch, .. }
             | Op::Perturb { batch, .. }
             | Op::TopK { batch, .. }
@@ -433,6 +445,7 @@ impl Op {
             Op::Head { x, norm, weight, logits, .. } => {
                 list.extend([("x", x), ("norm", norm), ("weight", weight), ("logits", logits)]);
             }
+            Op::Mask { allowed, logits, .. } => list.extend([("allowed", allowed), ("logits", logits)]),
             Op::Draw { seen, logits, draws, .. } => {
                 list.extend([("seen", seen), ("logits", logits), ("draws", draws)]);
             }

@@ -135,7 +135,9 @@ impl Sizes {
             requests: p.add("requests", Role::Input, DType::U32, &[words]),
             pages: p.add("pages", Role::Input, DType::U32, &[MAX_REQUESTS, CONTEXT / cache.page_size]),
         };
-        let seen = p.add("seen", Role::Input, DType::U32, &[MAX_REQUESTS, self.vocab.div_ceil(32)]);
+        let bits = self.vocab.div_ceil(32);
+        let seen = p.add("seen", Role::Input, DType::U32, &[MAX_REQUESTS, bits]);
+        let allowed = p.add("allowed", Role::Input, DType::U32, &[rows.min(64), bits]);
         let heads = self.heads + 2 * self.kv_heads;
         let weight = |p: &mut Pass, name: &str, shape: [usize; 2]| p.add(name, Role::Weight, self.weight, &shape);
         let small = |p: &mut Pass, name: &str, len: usize| p.add(name, Role::Weight, DType::F32, &[len]);
@@ -211,6 +213,7 @@ impl Sizes {
                 Op::Accept { batch, tree, draws, accepted },
                 Op::Commit { batch, accepted, k_cache, v_cache },
                 Op::Perturb { batch, logits },
+                Op::Mask { batch, allowed, logits },
                 Op::ResBlock { batch, states: x, weight: blocks, bias, out: normed },
             ]);
         }

@@ -188,6 +188,14 @@ impl<'a> Builder<'a> {
         self.pass.add("accepted", Role::Output, DType::U32, &shape)
     }
 
+    /// Leaves each row the tokens that a grammar allows.
+    pub fn mask(&mut self) {
+        let (batch, logits) = (self.batch, self.logits());
+        let shape = [self.dims.head_rows, self.vocab.div_ceil(32)];
+        let allowed = self.pass.add("allowed", Role::Input, DType::U32, &shape);
+        self.push(Op::Mask { batch, allowed, logits });
+    }
+
     /// What ends a verify pass.
     pub fn draw_and_accept(&mut self) {
         let (batch, logits, tree, accepted) = (self.batch, self.logits(), self.dims.tree.clone(), self.accepted());

@@ -59,6 +59,15 @@ impl<'a> Llama<'a> {
         builder.finish()
     }
 
+    /// The same under a grammar: each row draws one of the tokens that are allowed behind it.
+    pub fn verify_masked_pass(&self, rows: usize) -> Result<Pass, PassError> {
+        let mut builder = self.builder("verify under a grammar", rows);
+        self.forward(&mut builder);
+        builder.mask();
+        builder.draw_and_accept();
+        builder.finish()
+    }
+
     /// The most likely continuations of every row: what a tree grows from.
     pub fn draft_pass(&self, rows: usize) -> Result<Pass, PassError> {
         let mut builder = self.builder("draft", rows);
@@ -251,6 +260,7 @@ mod tests {
             llama.extend_pass(16).unwrap(),
             llama.logits_pass(8).unwrap(),
             llama.verify_pass(8).unwrap(),
+            llama.verify_masked_pass(8).unwrap(),
             llama.draft_pass(4).unwrap(),
             llama.grow_pass("2x2".parse().unwrap()).unwrap(),
             llama.round_pass(8, DRAFTER).unwrap(),
@@ -294,6 +304,14 @@ out=ffn:f32[16, 48]
         assert_eq!(op_names(&pass), [&["embed"], &layer[..], &["qkv"]].concat());
         assert!(matches!(pass.ops.last(), Some(Op::Qkv { layer: 1, .. })));
         assert!(pass.buffers.iter().all(|b| b.name != "layers.1.o" && b.name != "logits"), "{pass}");
+    }
+
+    #[test]
+    fn a_grammar_stands_between_head_and_draw() {
+        let config = config("Qwen2ForCausalLM", true);
+        let mut names = op_names(&Llama::new(&config, &dims()).verify_pass(4).unwrap());
+        names.insert(names.iter().position(|&name| name == "draw").unwrap(), "mask");
+        assert_eq!(op_names(&Llama::new(&config, &dims()).verify_masked_pass(4).unwrap()), names);
     }
 
     #[test]

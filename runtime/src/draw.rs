@@ -216,6 +216,17 @@ fn loudest(row: &[f32], maxima: &[f32], floor: f32, inverse_temperature: f32, ke
     token
 }
 
+/// Minus infinity for every token t but where bit t of `allowed` is set.
+pub fn mask(logits: &mut [f32], allowed: &[u32]) {
+    for (tokens, word) in logits.chunks_mut(32).zip(allowed) {
+        for (i, logit) in tokens.iter_mut().enumerate() {
+            if word >> i & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
 /// What [`draw`] ranks: `logit * (1 / temperature) + gumbel`. At temperature 0 the logits stay as they are.
 pub fn perturb(logits: &mut [f32], request: &Request, position: u32) {
     let inverse_temperature = 1.0 / request.temperature;
@@ -323,7 +334,12 @@ mod tests {
             2 => Just(0.0),
             2 => Just(-0.0),
         ];
-        proptest::collection::vec(logit, 1..400)
+        // Now and then a grammar allows but a few.
+        let allowed = prop_oneof![3 => Just(1u32), 1 => Just(20), 1 => Just(150)];
+        (proptest::collection::vec((logit, any::<u32>()), 1..400), allowed).prop_map(|(logits, one_in)| {
+            let masked = |(x, word): (f32, u32)| if word % one_in == 0 { x } else { f32::NEG_INFINITY };
+            logits.into_iter().map(masked).collect()
+        })
     }
 
     fn request() -> impl Strategy<Value = Request> {
@@ -397,6 +413,30 @@ mod tests {
         assert_eq!(draw_one(&[f32::NEG_INFINITY; 9], &SAMPLED, 0), 0);
         assert_eq!(draw_one(&[0.0, f32::INFINITY, 0.0, f32::INFINITY], &SAMPLED, 0), 1);
         assert_eq!(draw_one(&[1.0, 3.0, 2.0], &Request { temperature: 1e-45, ..GREEDY }, 0), 1);
+    }
+
+    /// Whatever the filters, and however cold or hot it is, what is masked is not drawn.
+    #[test]
+    fn a_mask_leaves_what_it_allows() {
+        let mut logits: Vec<f32> = (0..1000).map(|t| (t % 37) as f32 * 0.3).collect();
+        let allowed = [3, 64, 517, 999];
+        let mut words = [0u32; 32];
+        allowed.iter().for_each(|&t| words[t / 32] |= 1 << (t % 32));
+        let whole = logits.clone();
+        mask(&mut logits, &words);
+        for (t, (&x, &before)) in logits.iter().zip(&whole).enumerate() {
+            assert_eq!(x, if allowed.contains(&t) { before } else { f32::NEG_INFINITY });
+        }
+        for temperature in [0.0, 1e-6, 0.7, 1e6] {
+            for (top_k, top_p, min_p) in [(0, 1.0, 0.0), (2, 1.0, 0.0), (50, 0.99, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.3)] {
+                let request = Request { temperature, top_k, top_p, min_p, ..GREEDY };
+                for position in 0..50 {
+                    let token = draw_one(&logits, &request, position);
+                    assert!(allowed.contains(&(token as usize)), "{token}: {request:?}");
+                    assert_eq!(token, brute_force(&logits, &request, position, &[]), "{request:?}");
+                }
+            }
+        }
     }
 
     /// 200 000 draws over five tokens follow the softmax: every count within five standard deviations.

@@ -1,9 +1,9 @@
 // needs: ptx layout batch ancestors
-// accepted[b] = the deepest path of request b whose tokens equal the draws at their parents, and the draws along it.
+// accepted[b] = the deepest path of request b whose tokens equal the draws at their parents, and what follows each node.
 //
-// One block takes one request, thread t its node t. A node is matched if its token is the draw at its parent (the root
-// always is), accepted if all nodes of its path are matched: no bit in ancestors & ~matched. No walk is needed, and
-// nothing is compiled in: the rows carry the tree.
+// One block takes one request, thread t its node t. A node is matched if its token is the draw at its parent or if it is
+// given (the root always is), accepted if all nodes of its path are matched: no bit in ancestors & ~matched. No walk is
+// needed, and nothing is compiled in: the rows carry the tree.
 
 // constants-begin
 // constants-end
@@ -32,7 +32,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     bool is_match = false;
     if (is_node) {
         const u32 parent = parent_of(ancestors, node);
-        is_match = parent == NONE || (token != NONE && token == draws[request.first_row + parent]);
+        const bool is_given = parent == NONE || node < request.given;
+        is_match = is_given || (token != NONE && token == draws[request.first_row + parent]);
     }
     const u32 ballot = __ballot_sync(FULL_WARP, is_match);
     if (node % 32 == 0) matched[node / 32] = ballot;
@@ -56,6 +57,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (n_path > 0 && is_node && is_ancestor(rows, request.first_row + end, node)) {
         const u32 depth = depth_on_path(read_ancestors(rows, request.first_row + end), node);
         path[depth] = node;
-        tokens[depth] = draws[row];
+        // Where a node is given, the draw before it may be another token.
+        if (depth > 0) tokens[depth - 1] = token;
+        if (node == end) tokens[depth] = draws[row];
     }
 }

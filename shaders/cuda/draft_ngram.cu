@@ -305,6 +305,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (threadIdx.x == 0) {
             requests[HEADER_WORDS + request * REQUEST_WORDS + REQUEST_FIRST_ROW] = first_row;
             requests[HEADER_WORDS + request * REQUEST_WORDS + REQUEST_ROWS] = n_rows;
+            requests[HEADER_WORDS + request * REQUEST_WORDS + REQUEST_GIVEN] = 0;
         }
         first_row += n_rows;
     }

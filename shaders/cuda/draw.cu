@@ -10,7 +10,8 @@
 //
 // Top-k and top-p find their floor bit by bit, as the largest key for which the tokens of at least that key have a
 // given weight. That is exact, and costs 32 looks at a shortlist: the tokens that are no smaller than the RANK-th of
-// the threads' largest. It holds the RANK largest tokens, and nearly always enough; if not, the whole row is looked at.
+// the threads' largest. It holds the RANK largest tokens, or all that are finite, and nearly always enough; if not, the
+// whole row is looked at.
 // Masses are whole numbers, so their sums depend on no order.
 
 // constants-begin
@@ -153,6 +154,8 @@ __device__ void make_shortlist(u64 mine, Block& block) {
     for (u32 bit = 0x80000000u; bit > 0; bit >>= 1) {
         if (__syncthreads_count(key_of(mine) >= (bound | bit)) >= (int)RANK) bound |= bit;
     }
+    // What is -infinity, as most tokens are under a grammar, has no mass and cannot be drawn.
+    bound = max(bound, order_key(__uint_as_float(0xff800000u)) + 1);
     if (threadIdx.x == 0) block.n_shortlist = 0;
     __syncthreads();
     // A thread whose largest is smaller has nothing to add.

@@ -1,9 +1,9 @@
 // needs: layout batch ancestors
-// accepted[b] = the deepest path of request b whose tokens equal the draws at their parents, and the draws along it.
+// accepted[b] = the deepest path of request b whose tokens equal the draws at their parents, and what follows each node.
 //
-// One workgroup takes one request, thread t its node t. A node is matched if its token is the draw at its parent (the
-// root always is), accepted if all nodes of its path are matched: no bit in ancestors & ~matched. No walk is needed,
-// and nothing is compiled in: the rows carry the tree.
+// One workgroup takes one request, thread t its node t. A node is matched if its token is the draw at its parent or if it
+// is given (the root always is), accepted if all nodes of its path are matched: no bit in ancestors & ~matched. No walk is
+// needed, and nothing is compiled in: the rows carry the tree.
 
 // constants-begin
 // constants-end
@@ -16,14 +16,18 @@
 var<workgroup> matched: array<atomic<u32>, ANCESTOR_WORDS>;
 var<workgroup> deepest: atomic<u32>; // path length, then 255 - node
 
-fn is_matched(first_row: u32, node: u32) -> bool {
-    let row = first_row + node;
+fn token_at(row: u32) -> u32 {
+    return rows[row * ROW_WORDS + ROW_TOKEN];
+}
+
+fn is_matched(request: Request, node: u32) -> bool {
+    let row = request.first_row + node;
     let parent = parent_of(row, node);
-    if (parent == NONE) {
+    if (parent == NONE || node < request.given) {
         return true;
     }
-    let token = rows[row * ROW_WORDS + ROW_TOKEN];
-    return token != NONE && token == draws[first_row + parent];
+    let token = token_at(row);
+    return token != NONE && token == draws[request.first_row + parent];
 }
 
 fn is_accepted(row: u32) -> bool {
@@ -42,7 +46,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     let request = read_request(workgroup.x);
     let is_node = node < request.n_rows;
-    if (is_node && is_matched(request.first_row, node)) {
+    if (is_node && is_matched(request, node)) {
         atomicOr(&matched[node / 32u], 1u << (node % 32u));
     }
     workgroupBarrier();
@@ -63,7 +67,13 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     if (is_node && n_path > 0u && is_ancestor(end, node)) {
         let depth = depth_on_path(end, node);
         accepted[path + depth] = node;
-        accepted[tokens + depth] = draws[request.first_row + node];
+        // Where a node is given, the draw before it may be another token.
+        if (depth > 0u) {
+            accepted[tokens + depth - 1u] = token_at(request.first_row + node);
+        }
+        if (depth + 1u == n_path) {
+            accepted[tokens + depth] = draws[end];
+        }
     }
     if (node >= n_path) {
         accepted[path + node] = 0u;

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 use treespark::Sampling;
-use treespark_kernel_gen::DType;
+use treespark_kernel_gen::{DType, MAX_NODES};
 
 use crate::batch::{Batch, Member, Tree};
 use crate::rng::Rng;
@@ -116,6 +116,11 @@ pub fn samplings() -> impl Strategy<Value = Sampling> {
         })
 }
 
+/// How many nodes are given: none, the root, a part of a prompt, and more than there are.
+pub fn givens() -> impl Strategy<Value = usize> {
+    prop_oneof![6 => Just(0usize), 1 => Just(1), 2 => 2usize..40, 1 => Just(MAX_NODES)]
+}
+
 /// How much is committed, and how large trees are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Scale {
@@ -145,12 +150,13 @@ pub fn members(vocab: usize, scale: Scale) -> impl Strategy<Value = Member> {
         Scale::Long => select(vec![1usize, 2, 3, 5, 7, 8, 9, 16, 17]).boxed(),
         Scale::Large => select(vec![31usize, 33, 63, 64, 65, 100, 128, 200, 256]).boxed(),
     };
-    (lengths, counts, topologies(), any::<u64>(), samplings()).prop_map(
-        move |(prefix, nodes, topology, seed, sampling)| Member {
+    (lengths, counts, topologies(), any::<u64>(), samplings(), givens()).prop_map(
+        move |(prefix, nodes, topology, seed, sampling, given)| Member {
             is_block: false,
             prefix: tokens(prefix, vocab, &mut Rng::new(seed ^ 1)),
-            tree: tree(nodes, topology, vocab, seed),
+            tree: tree(nodes, topology, vocab, seed).behind_a_chain(given),
             done: 0,
+            given,
             sampling,
         },
     )

@@ -55,6 +55,14 @@ impl Tree {
         words
     }
 
+    /// This tree behind a chain: its first `given` nodes. The others keep their topology below the last of those.
+    pub fn behind_a_chain(self, given: usize) -> Tree {
+        let above = given.saturating_sub(1);
+        let parent =
+            |node: usize| if node <= above { node.saturating_sub(1) } else { self.parents[node - above] + above };
+        Tree { parents: (0..self.nodes()).map(parent).collect(), tokens: self.tokens }
+    }
+
     /// The same tree with its nodes in another order: node `order[i]` becomes node i. Parents must still come first.
     pub fn reordered(&self, order: &[usize]) -> Tree {
         let new_id = |old: usize| order.iter().position(|&o| o == old).expect("order is a permutation");
@@ -72,12 +80,14 @@ pub struct Member {
     pub done: usize,
     /// The nodes, a chain, are a block that is filled at once: each row sees all of them.
     pub is_block: bool,
+    /// The first `given` nodes, a chain, are accepted whatever is drawn; may be more than there are nodes.
+    pub given: usize,
     pub sampling: Sampling,
 }
 
 impl Member {
     pub fn new(prefix: &[u32], tree: Tree) -> Member {
-        Member { prefix: prefix.to_vec(), tree, done: 0, is_block: false, sampling: Sampling::default() }
+        Member { prefix: prefix.to_vec(), tree, done: 0, is_block: false, given: 0, sampling: Sampling::default() }
     }
 
     /// The words of what a row sees of the nodes.
@@ -161,7 +171,7 @@ impl Batch {
                 top_p: s.top_p,
                 min_p: s.min_p,
                 repetition_penalty: s.repetition_penalty,
-                given: 0,
+                given: m.given as u32,
             };
             words.extend(request.to_words());
         }

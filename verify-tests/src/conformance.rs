@@ -23,7 +23,9 @@
 //! | a commit that overwrites what it has yet to read | `commit_moves_the_path_and_nothing_else` |
 //! | positions by slot instead of depth | `a_node_sees_exactly_its_root_path` |
 //! | equal siblings, children in any order, empty and full paths | `acceptance_equals_the_oracle` |
+//! | a prompt's token doubted, a drawn one reported in its place | `acceptance_equals_the_oracle`, `arb::givens` |
 //! | ties, the last token, a vocabulary that fills no tile | `ties_go_to_the_lowest_id`, `arb::HOUSE_MODELS` |
+//! | tokens drawn that a grammar does not allow, NaN of their infinities | `a_masked_head_draws_what_is_allowed`, `draws_*` |
 //! | a NaN among the logits | `a_nan_draws_no_token` |
 //! | a block of which rows see only what comes before them | `a_block_sees_all_of_itself` |
 //! | ranks over a level and not among siblings, continuations of another row or request | `a_grown_level_equals_the_oracle` |
@@ -34,6 +36,7 @@ pub mod blocks;
 pub mod commit;
 pub mod draws;
 pub mod growth;
+pub mod masks;
 pub mod ops;
 pub mod structure;
 
@@ -74,7 +77,10 @@ macro_rules! conformance {
             commit::a_request_without_rows_commits_nothing
             commit::commit_leaves_the_cache_of_plain_decoding
             commit::a_round_emits_what_plain_decoding_draws
+            masks::a_mask_leaves_what_it_allows
+            masks::a_masked_head_draws_what_is_allowed
             draws::draws_equal_the_oracle
+            draws::a_large_vocabulary_draws_as_the_oracle_does
             draws::perturbed_logits_equal_the_oracle
             draws::a_head_ranks_what_it_leaves
             draws::draws_follow_their_distribution
@@ -106,7 +112,7 @@ pub type InCase = fn(&mut dyn Backend, Case) -> Property;
 pub const ATTENTION: &str = "attention equals the oracle";
 
 /// The properties that hold for any case, for whoever makes up cases of their own: the fuzzer.
-pub const IN_ANY_CASE: [(&str, InCase); 21] = [
+pub const IN_ANY_CASE: [(&str, InCase); 23] = [
     (ATTENTION, attention::attention_equals_the_oracle_in_case),
     ("every op equals the oracle", ops::every_op_equals_the_oracle_in_case),
     (
@@ -131,6 +137,8 @@ pub const IN_ANY_CASE: [(&str, InCase); 21] = [
     ("draws equal the oracle", draws::draws_equal_the_oracle_in_case),
     ("a NaN draws no token", draws::a_nan_draws_no_token_in_case),
     ("perturbed logits equal the oracle", draws::perturbed_logits_equal_the_oracle_in_case),
+    ("a mask leaves what it allows", masks::a_mask_leaves_what_it_allows_in_case),
+    ("a masked head draws what is allowed", masks::a_masked_head_draws_what_is_allowed_in_case),
 ];
 
 /// What a property finds: nothing, or the smallest failing case and what is wrong with it.

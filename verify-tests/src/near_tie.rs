@@ -101,7 +101,9 @@ pub fn classify(at: usize, tokens: [u32; 2], rows: [&[f32]; 2], context: &DrawCo
         let row: Vec<f64> = row.iter().map(|&x| f64::from(x)).collect();
         scores(&row, &context.request, context.position, |t| context.seen.contains(&t))
     });
-    let spread = scored[0].iter().zip(&scored[1]).map(|(a, b)| (a.scaled - b.scaled).abs()).fold(0.0, nan_max);
+    // Infinities of one sign do not differ.
+    let difference = |(a, b): (&Scored, &Scored)| if a.scaled == b.scaled { 0.0 } else { (a.scaled - b.scaled).abs() };
+    let spread = scored[0].iter().zip(&scored[1]).map(difference).fold(0.0, nan_max);
     let plausible = scored.iter().all(|s| tokens.iter().all(|&t| is_plausible(t, s, &context.request, tolerance)));
     let verdict = match (spread <= tolerance, plausible) {
         (false, _) => Verdict::LogitsDiffer,
@@ -208,6 +210,16 @@ mod tests {
         assert_eq!(verdict([1, 2], clear, Sampling::default()), Verdict::WrongDraw);
         let broken: [&[f32]; 2] = [&[1.0, f32::NAN, 2.0], &[1.0, 2.0, 2.0]];
         assert_eq!(verdict([1, 2], broken, Sampling::default()), Verdict::LogitsDiffer);
+    }
+
+    #[test]
+    fn tokens_that_are_not_allowed_are_no_difference() {
+        let never = f32::NEG_INFINITY;
+        let tie: [&[f32]; 2] = [&[never, 2.0001, 2.0], &[never, 2.0, 2.0001]];
+        assert_eq!(verdict([1, 2], tie, Sampling::default()), Verdict::NearTie);
+        assert_eq!(verdict([1, 0], tie, Sampling::default()), Verdict::WrongDraw);
+        let one_sided: [&[f32]; 2] = [&[never, 2.0, 2.0], &[-50.0, 2.0, 2.0]];
+        assert_eq!(verdict([1, 2], one_sided, Sampling::default()), Verdict::LogitsDiffer);
     }
 
     #[test]

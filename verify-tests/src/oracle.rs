@@ -133,6 +133,7 @@ impl Backend for Oracle {
                 Op::ResBlock { .. } => step.res_block(op),
                 Op::Norm { .. } => step.norm(op),
                 Op::Head { .. } => step.head(op),
+                Op::Mask { .. } => step.mask(op),
                 Op::Draw { .. } => step.draw(op),
                 Op::Perturb { .. } => step.perturb(op),
                 Op::TopK { .. } => step.top_k(op),

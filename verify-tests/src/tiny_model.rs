@@ -174,6 +174,29 @@ impl TinyModel {
         pass
     }
 
+    /// A mask alone, on logits that the host wrote.
+    pub fn mask_pass(&self, rows: usize) -> Pass {
+        let mut pass = Pass::new("mask", rows);
+        self.push_mask(&mut pass);
+        pass.check().expect("the mask pass is well formed");
+        pass
+    }
+
+    /// The head on states that the host wrote, a mask and a draw: how a verify pass under a grammar ends.
+    pub fn masked_draw_pass(&self, rows: usize) -> Pass {
+        let mut pass = Pass::new("masked draw", rows);
+        let (batch, s) = (self.batch_buffers(&mut pass), self.sizes);
+        let [x, logits] = [("x", s.hidden), ("logits", s.vocab)]
+            .map(|(name, width)| pass.add(name, Role::Output, DType::F32, &[MAX_ROWS, width]));
+        let norm = pass.add("norm", Role::Weight, DType::F32, &[s.hidden]);
+        let weight = pass.add("head", Role::Weight, s.weights, &[s.vocab, s.hidden]);
+        pass.ops.push(Op::Head { batch, eps: 1e-5, x, norm, weight, logits });
+        self.push_mask(&mut pass);
+        self.push_draw(&mut pass);
+        pass.check().expect("the masked pass is well formed");
+        pass
+    }
+
     /// The head on states that the host wrote, and its best `k` tokens, perturbed or not: backends may do these at once.
     pub fn rank_pass(&self, rows: usize, k: usize, perturb: bool) -> Pass {
         let mut pass = Pass::new("rank", rows);
@@ -256,6 +279,13 @@ impl TinyModel {
         pass.ops.push(Op::GrowTrellis { batch, block, ids, trellis, order, state, costs: costs.to_vec() });
         pass.check().expect("the trellis pass is well formed");
         pass
+    }
+
+    fn push_mask(&self, pass: &mut Pass) {
+        let (batch, vocab) = (self.batch_buffers(pass), self.sizes.vocab);
+        let logits = pass.add("logits", Role::Output, DType::F32, &[MAX_ROWS, vocab]);
+        let allowed = pass.add("allowed", Role::Input, DType::U32, &[MAX_ROWS, vocab.div_ceil(32)]);
+        pass.ops.push(Op::Mask { batch, allowed, logits });
     }
 
     fn push_draw(&self, pass: &mut Pass) {

@@ -74,6 +74,7 @@ fn launches(device: &Device) -> Vec<Launch> {
             let pass = model.trellis_pass(block, &[1.0; 64], [sizes.vocab.min(64), rank, 576], confident);
             launches.extend(lower_pass(&pass, device).expect("a block fits any GPU"));
         }
+        launches.extend(lower_pass(&model.masked_draw_pass(16), device).expect("small sizes fit any GPU"));
         for rows in [1, 16, 256] {
             let pass = model.pass(rows, &TreeSpec::Any(MAX_NODES), Tail::Commit);
             launches.extend(lower_pass(&pass, device).expect("small sizes fit any GPU"));

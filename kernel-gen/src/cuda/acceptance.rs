@@ -1,4 +1,4 @@
-//! Embedding, a Medusa head's block, the norm by itself, and what follows the logits: perturb, draw, top-k, accept, commit.
+//! Embedding, a Medusa head's block, the norm by itself, and what follows the logits: mask, perturb, draw, top-k, accept, commit.
 
 use super::{Argument, Launch, Lowering};
 use crate::MAX_NODES;
@@ -18,6 +18,17 @@ impl Lowering<'_> {
             .size("TOKENS", "v", tokens);
         let arguments = [self.batch.rows, self.batch.requests, table, out].map(Argument::from).to_vec();
         vec![plain(spec, arguments, [(columns / 8).div_ceil(THREADS), self.pass.rows, 1], THREADS)]
+    }
+
+    pub(super) fn mask(&self) -> Vec<Launch> {
+        const THREADS: usize = 256;
+        /// Tokens of a thread.
+        const TURNS: usize = 4;
+        let &Op::Mask { allowed, logits, .. } = self.op else { unreachable!("lowering another op") };
+        let vocab = self.desc(logits).shape[1];
+        let spec = KernelSpec::new("mask").size("VOCAB", "v", vocab);
+        let arguments = [self.batch.requests, allowed, logits].map(Argument::from).to_vec();
+        vec![plain(spec, arguments, [vocab.div_ceil(TURNS * THREADS), self.pass.rows, 1], THREADS)]
     }
 
     pub(super) fn draw(&self) -> Vec<Launch> {
@@ -113,7 +124,7 @@ mod tests {
 
     #[test]
     fn specs_give_the_constants_that_sources_have() {
-        const STEMS: [&str; 7] = ["embed", "rms_norm", "draw", "perturb", "top_k", "accept", "commit"];
+        const STEMS: [&str; 8] = ["embed", "rms_norm", "mask", "draw", "perturb", "top_k", "accept", "commit"];
         for model in MODELS {
             let pass = model.pass(16, TreeSpec::Any(64));
             for op in pass.ops.iter().filter(|op| STEMS.contains(&op.name())) {

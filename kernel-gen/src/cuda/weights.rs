@@ -209,6 +209,7 @@ mod tests {
     use crate::cuda::{Device, lower};
     use crate::emit::{Lang, emit};
     use crate::op::TreeSpec;
+    use crate::pass::Pass;
     use crate::release::MODELS;
     use crate::spec::Value;
 
@@ -271,7 +272,7 @@ mod tests {
         let mut pass = MODELS[0].pass(16, TreeSpec::Any(64));
         let with_top_k = launches(&MODELS[0], 16, &Device::H100);
         assert_eq!(constant(&with_top_k[4], "RANKED"), 128);
-        pass.ops.retain(|op| !matches!(op.name(), "top_k" | "perturb"));
+        pass.ops.retain(|op| !matches!(op.name(), "top_k" | "perturb" | "mask"));
         let lowered = |stem: &str| {
             let op = pass.ops.iter().find(|op| op.name() == stem).unwrap();
             lower(op, &pass, &Device::H100).unwrap().remove(0)
@@ -281,5 +282,20 @@ mod tests {
         assert_eq!(constant(&head, "CANDIDATES"), constant(&draw, "CANDIDATES"));
         assert_eq!(constant(&head, "CANDIDATES"), head.grid[0]);
         assert_eq!(head.arguments[6], draw.arguments[4]);
+    }
+
+    /// The head's best tokens may not be allowed.
+    #[test]
+    fn behind_a_mask_a_draw_looks_at_all_logits() {
+        let mut pass = MODELS[0].pass(16, TreeSpec::Any(64));
+        let place = |pass: &Pass, stem: &str| pass.ops.iter().position(|op| op.name() == stem).unwrap();
+        let mask = pass.ops.remove(place(&pass, "mask"));
+        pass.ops.retain(|op| !matches!(op.name(), "top_k" | "perturb"));
+        pass.ops.insert(place(&pass, "draw"), mask);
+        for stem in ["head", "draw"] {
+            let launch = lower(&pass.ops[place(&pass, stem)], &pass, &Device::H100).unwrap().remove(0);
+            assert_eq!(constant(&launch, "CANDIDATES"), 0, "{stem}");
+            assert!(stem == "draw" || launch.spec.constants().contains(&("KEEP_LOGITS", Value::Bool(true))));
+        }
     }
 }

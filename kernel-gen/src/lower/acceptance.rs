@@ -1,10 +1,25 @@
-//! What follows the logits: perturb, draw, top-k, accept, commit.
+//! What follows the logits: mask, perturb, draw, top-k, accept, commit.
 
 use super::{Access, Axis, Grid, KernelCall, LowerError, Lowering};
 use crate::op::Op;
 use crate::spec::KernelSpec;
 
 impl Lowering<'_> {
+    pub(super) fn mask(&self) -> Result<Vec<KernelCall>, LowerError> {
+        const THREADS: usize = 256;
+        let &Op::Mask { allowed, logits, .. } = self.op else { unreachable!("lowering another op") };
+        let vocab = self.desc(logits).shape[1];
+        Ok(vec![KernelCall {
+            spec: KernelSpec::new("mask").size("VOCAB", "v", vocab),
+            bindings: vec![
+                self.read(self.batch.requests),
+                self.rows(allowed, Access::Read),
+                self.rows(logits, Access::Write),
+            ],
+            grid: Grid([Axis::Fixed(vocab.div_ceil(THREADS)), Axis::Rows(1), Axis::Fixed(1)]),
+        }])
+    }
+
     pub(super) fn draw(&self) -> Result<Vec<KernelCall>, LowerError> {
         let &Op::Draw { seen, logits, draws, .. } = self.op else { unreachable!("lowering another op") };
         Ok(vec![KernelCall {

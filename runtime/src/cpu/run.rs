@@ -15,7 +15,7 @@ use super::buffer::{Buffer, Matrix};
 use super::linear::{self, Heads};
 use super::simd::{Element, Isa};
 use crate::backend::{BufferId, Extent};
-use crate::draw::{Scratch, draw, perturb, top_k};
+use crate::draw::{Scratch, draw, mask, perturb, top_k};
 
 /// Keys whose attention is computed by one thread before another is asked for help.
 const MIN_KEYS: usize = 256;
@@ -66,6 +66,11 @@ impl<'a> Run<'a> {
             Op::Head { eps, x, norm, weight, logits, .. } => self.writing(*logits, |run, logits| {
                 let x = linear::normed(run.rows(*x), run.floats(*norm), *eps);
                 linear::product(run.isa, run.matrix(*weight), &x, logits);
+            }),
+            Op::Mask { allowed, logits: buf, .. } => self.writing(*buf, |run, logits| {
+                let allowed = run.words(*allowed).par_chunks_exact(run.width(*allowed));
+                let rows = logits.par_chunks_exact_mut(run.width(*buf)).zip(allowed);
+                rows.for_each(|(logits, allowed)| mask(logits, allowed));
             }),
             Op::Draw { batch, seen, logits, draws } => self.draw(batch, *seen, *logits, *draws),
             Op::Perturb { batch, logits: buf } => self.writing(*buf, |run, logits| {

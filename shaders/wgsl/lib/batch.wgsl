@@ -3,7 +3,7 @@
 // Needs layout. Expects `requests: array<u32>`.
 
 const MAX_NODES: u32 = 256u;
-// Words of a request in `accepted`: how many nodes, their ids, their draws.
+// Words of a request in `accepted`: how many nodes, their ids, what follows each.
 const ACCEPTED_WORDS: u32 = 1u + 2u * MAX_NODES;
 
 struct Request {
@@ -17,6 +17,7 @@ struct Request {
     top_p: f32,
     min_p: f32,
     repetition_penalty: f32,
+    given: u32,
 }
 
 fn read_request(request: u32) -> Request {
@@ -32,5 +33,6 @@ fn read_request(request: u32) -> Request {
         bitcast<f32>(requests[at + 8u]),
         bitcast<f32>(requests[at + 9u]),
         bitcast<f32>(requests[at + 10u]),
+        requests[at + 11u],
     );
 }

@@ -14,7 +14,8 @@ use crate::tiny_model::{MAX_ROWS, MAX_SLOTS, Tail};
 
 const ANY: TreeSpec = TreeSpec::Any(MAX_NODES);
 
-/// Draws that a batch's trees are likely to contain: mostly the token of a child, now and then none of them.
+/// Draws that a batch's trees are likely to contain: mostly the token of a child, now and then none of them. Along a given
+/// chain they mostly are not its tokens.
 fn likely_draws(batch: &Batch, vocab: usize, rng: &mut Rng) -> Vec<u32> {
     let mut draws = Vec::new();
     for m in &batch.members {
@@ -23,6 +24,7 @@ fn likely_draws(batch: &Batch, vocab: usize, rng: &mut Rng) -> Vec<u32> {
             draws.push(match rng.below(12) {
                 0 => NO_TOKEN,
                 1 => rng.below(vocab) as u32,
+                2..9 if node + 1 < m.given.min(m.tree.nodes()) => (m.tree.tokens[node + 1] + 1) % vocab as u32,
                 _ if children.is_empty() => rng.below(vocab) as u32,
                 _ => m.tree.tokens[rng.pick(&children)],
             });
@@ -170,7 +172,7 @@ pub fn a_round_emits_what_plain_decoding_draws_in_case(backend: &mut dyn Backend
         let plain = plain_rows(backend, &case, member, 1 + rng.below(6));
         let draws: Vec<u32> = plain.iter().map(|row| row.draws[0]).collect();
         let (tree, path) = graft(&member.tree, &draws[..draws.len() - 1], &mut rng);
-        members.push(Member { tree, ..member.clone() });
+        members.push(Member { tree, given: 0, ..member.clone() });
         expected.push((plain, path));
     }
     if members.is_empty() {

@@ -39,7 +39,7 @@ pub(super) fn excusable(batch: &Batch, logits: &[f32], got: &[u32], want: &[u32]
 }
 
 /// Runs the draw pass alone on these logits.
-fn draw(backend: &mut dyn Backend, model: &TinyModel, batch: &Batch, logits: &[f32]) -> Vec<u32> {
+pub(super) fn draw(backend: &mut dyn Backend, model: &TinyModel, batch: &Batch, logits: &[f32]) -> Vec<u32> {
     let mut bed = Bed::new(backend, model.clone());
     let pass = model.draw_pass(batch.rows());
     bed.prepare(&pass);
@@ -58,13 +58,45 @@ pub fn draws_equal_the_oracle_in_case(backend: &mut dyn Backend, case: Case) -> 
     // Coarse logits tie often; fine ones never.
     let coarse = rng.below(2) == 0;
     let logit = |rng: &mut Rng| 3.0 * rng.normal() as f32;
-    let logits: Vec<f32> = (0..case.batch.rows() * case.model.sizes.vocab)
+    let vocab = case.model.sizes.vocab;
+    let mut logits: Vec<f32> = (0..case.batch.rows() * vocab)
         .map(|_| if coarse { logit(&mut rng).round() } else { logit(&mut rng) })
         .collect();
+    // Of some rows only a few tokens are left, as under a grammar.
+    for row in logits.chunks_mut(vocab) {
+        if rng.below(3) == 0 {
+            let left: Vec<usize> = (0..rng.below(7)).map(|_| rng.below(vocab)).collect();
+            (0..vocab).filter(|token| !left.contains(token)).for_each(|token| row[token] = f32::NEG_INFINITY);
+        }
+    }
     let mut oracle = Oracle::new();
     let want = draw(&mut oracle, &case.model, &case.batch, &logits);
     let got = draw(backend, &case.model, &case.batch, &logits);
     excusable(&case.batch, &logits, &got, &want)
+}
+
+/// The same of a vocabulary of which no kernel keeps all tokens at hand, with few tokens left, with many, and with all.
+pub fn a_large_vocabulary_draws_as_the_oracle_does(backend: &mut dyn Backend) -> Property {
+    const VOCAB: usize = 9001;
+    let base = Sampling { temperature: 0.9, seed: 5, ..Sampling::default() };
+    let samplings = [
+        Sampling { top_k: 12, ..base.clone() },
+        Sampling { top_p: 0.95, repetition_penalty: 1.2, ..base.clone() },
+        Sampling { top_k: 700, top_p: 0.9, min_p: 0.01, ..base },
+    ];
+    let model = TinyModel { sizes: Sizes { vocab: VOCAB, ..HOUSE_MODELS[0] }, seed: 4 };
+    let member = |sampling| Member { sampling, ..Member::new(&[1, 2], Tree::chain(&[3; 5])) };
+    let batch = Batch { members: samplings.into_iter().map(member).collect() };
+    let mut rng = Rng::new(6);
+    let mut logits = Vec::new();
+    for row in 0..batch.rows() {
+        let one_in = [1, 2, 40, 1000, VOCAB][row % 5];
+        logits.extend((0..VOCAB).map(|_| if rng.below(one_in) == 0 { rng.normal() as f32 } else { f32::NEG_INFINITY }));
+        logits[row * VOCAB + 17 * row] = 0.5;
+    }
+    let want = draw(&mut Oracle::new(), &model, &batch, &logits);
+    let got = draw(backend, &model, &batch, &logits);
+    excusable(&batch, &logits, &got, &want)
 }
 
 /// Perturbed logits are what the oracle's draws rank.
@@ -143,18 +175,22 @@ pub fn a_head_ranks_what_it_leaves(backend: &mut dyn Backend) -> Property {
 /// and neighbouring positions draw independently.
 pub fn draws_follow_their_distribution(backend: &mut dyn Backend) -> Property {
     let base = Sampling { temperature: 1.0, seed: 0x0123_4567_89AB_CDEF, ..Sampling::default() };
-    for (index, sampling) in [
-        base.clone(),
-        Sampling { temperature: 0.7, top_k: 12, ..base.clone() },
-        Sampling { temperature: 1.5, top_p: 0.8, ..base.clone() },
-        Sampling { temperature: 1.0, min_p: 0.1, ..base.clone() },
+    // How many tokens are left, every so many of them; the others are not allowed.
+    for (index, (sampling, one_in)) in [
+        (base.clone(), 1),
+        (Sampling { temperature: 0.7, top_k: 12, ..base.clone() }, 1),
+        (Sampling { temperature: 1.5, top_p: 0.8, ..base.clone() }, 1),
+        (Sampling { temperature: 1.0, min_p: 0.1, ..base.clone() }, 1),
+        (base.clone(), 7),
+        (Sampling { temperature: 1.5, top_k: 5, top_p: 0.95, min_p: 0.02, ..base.clone() }, 7),
     ]
     .into_iter()
     .enumerate()
     {
         let model = TinyModel { sizes: Sizes { vocab: 40, ..HOUSE_MODELS[2] }, seed: 1 };
         let mut rng = Rng::new(index as u64);
-        let logits: Vec<f32> = (0..40).map(|_| 1.5 * rng.normal() as f32).collect();
+        let mut logits: Vec<f32> = (0..40).map(|_| 1.5 * rng.normal() as f32).collect();
+        (0..40).filter(|token| token % one_in > 0).for_each(|token| logits[token] = f32::NEG_INFINITY);
         let (runs, rows) = (16, 256);
         let mut draws = Vec::new();
         for sample in 0..runs {

@@ -96,9 +96,9 @@ pub fn describe(case: &Case) -> String {
         let parents: Vec<u32> = member.tree.parents.iter().map(|&parent| parent as u32).collect();
         let drawn = TreeShape::from_parents(&parents)
             .map_or_else(|e| e.to_string(), |shape| draw(&shape, |node| node.to_string()));
-        let (prefix, tokens) = (member.prefix.len(), &member.tree.tokens);
-        text +=
-            &format!("request {i}: {prefix} tokens committed, tokens of the tree {tokens:?}, {:?}\n", member.sampling);
+        let (prefix, given, tokens) = (member.prefix.len(), member.given, &member.tree.tokens);
+        text += &format!("request {i}: {prefix} tokens committed, {given} nodes given, ");
+        text += &format!("tokens of the tree {tokens:?}, {:?}\n", member.sampling);
         text += drawn.trim_end();
         text += "\n";
     }

@@ -32,6 +32,8 @@ impl Step<'_> {
             let at = HEADER_WORDS + request * Request::WORDS;
             self.set_word(self.batch.requests, at + 1, first_row as u32);
             self.set_word(self.batch.requests, at + 2, n_rows as u32);
+            // None of them is given.
+            self.set_word(self.batch.requests, at + 11, 0);
             first_row += n_rows;
         }
         self.set_word(self.batch.requests, 0, first_row as u32);

@@ -1,4 +1,4 @@
-//! The oracle's draw and top-k: sort everything, keep what the definition keeps, look at every token.
+//! The oracle's mask, draw and top-k: sort everything, keep what the definition keeps, look at every token.
 
 use treespark_kernel_gen::layout::NO_TOKEN;
 use treespark_kernel_gen::{Op, Request};
@@ -93,6 +93,18 @@ impl Step<'_> {
             };
             let token = draw(&self.row_of(logits, r), &request, row.position as u32, penalised);
             self.set_word(draws, r, token);
+        }
+    }
+
+    pub(super) fn mask(&mut self, op: &Op) {
+        let &Op::Mask { allowed, logits, .. } = op else { unreachable!() };
+        let (words, vocab) = (self.width(allowed), self.width(logits));
+        for r in 0..self.n_rows() {
+            for t in 0..vocab {
+                if self.word(allowed, r * words + t / 32) >> (t % 32) & 1 == 0 {
+                    self.set(logits, r * vocab + t, f64::NEG_INFINITY);
+                }
+            }
         }
     }
 

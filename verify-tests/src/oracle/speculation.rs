@@ -16,7 +16,8 @@ impl Step<'_> {
                     let view = self.row(row);
                     // The path ends `.., parent, node`.
                     let parent = view.path.iter().rev().nth(1).copied();
-                    Node { token: view.token, parent, draw: self.word(draws, row) }
+                    let is_given = row - first < r.given as usize;
+                    Node { token: view.token, parent, is_given, draw: self.word(draws, row) }
                 })
                 .collect();
             let path = if nodes.is_empty() { Vec::new() } else { walk(&nodes, vec![0]) };
@@ -24,7 +25,8 @@ impl Step<'_> {
             self.set_word(accepted, at, path.len() as u32);
             for (i, &node) in path.iter().enumerate() {
                 self.set_word(accepted, at + 1 + i, node as u32);
-                self.set_word(accepted, at + 1 + MAX_NODES + i, nodes[node].draw);
+                let next = path.get(i + 1).map_or(nodes[node].draw, |&next| nodes[next].token);
+                self.set_word(accepted, at + 1 + MAX_NODES + i, next);
             }
         }
     }
@@ -56,6 +58,8 @@ impl Step<'_> {
 struct Node {
     token: u32,
     parent: Option<usize>,
+    /// It is part of a prompt, which nobody doubts.
+    is_given: bool,
     /// What the target drew after this node.
     draw: u32,
 }
@@ -65,7 +69,8 @@ fn walk(nodes: &[Node], path: Vec<usize>) -> Vec<usize> {
     let end = path[path.len() - 1];
     let mut best = path.clone();
     for (node, n) in nodes.iter().enumerate() {
-        if n.parent == Some(end) && nodes[end].draw != NO_TOKEN && n.token == nodes[end].draw {
+        let is_drawn = nodes[end].draw != NO_TOKEN && n.token == nodes[end].draw;
+        if n.parent == Some(end) && (n.is_given || is_drawn) {
             let found = walk(nodes, [path.clone(), vec![node]].concat());
             let deeper = found.len() > best.len();
             if deeper || (found.len() == best.len() && found[found.len() - 1] < best[best.len() - 1]) {
@@ -81,19 +86,28 @@ mod tests {
     use super::*;
 
     fn node(token: u32, parent: usize, draw: u32) -> Node {
-        Node { token, parent: Some(parent), draw }
+        Node { token, parent: Some(parent), is_given: false, draw }
+    }
+
+    fn root(draw: u32) -> Node {
+        Node { token: 7, parent: None, is_given: false, draw }
     }
 
     #[test]
     fn takes_the_deepest_of_duplicate_siblings_then_the_lowest() {
-        let root = Node { token: 7, parent: None, draw: 1 };
-        let nodes = [root, node(1, 0, 2), node(1, 0, 2), node(2, 2, 9), node(2, 1, 9), node(8, 4, 0)];
+        let nodes = [root(1), node(1, 0, 2), node(1, 0, 2), node(2, 2, 9), node(2, 1, 9), node(8, 4, 0)];
         assert_eq!(walk(&nodes, vec![0]), [0, 2, 3]);
     }
 
     #[test]
     fn a_missing_draw_accepts_nothing() {
-        let root = Node { token: 7, parent: None, draw: NO_TOKEN };
-        assert_eq!(walk(&[root, node(NO_TOKEN, 0, 1)], vec![0]), [0]);
+        assert_eq!(walk(&[root(NO_TOKEN), node(NO_TOKEN, 0, 1)], vec![0]), [0]);
+    }
+
+    #[test]
+    fn what_is_given_is_accepted_and_what_follows_it_must_be_drawn() {
+        let given = |token, parent, draw| Node { is_given: true, ..node(token, parent, draw) };
+        let nodes = [root(NO_TOKEN), given(1, 0, 9), given(2, 1, 3), node(4, 2, 0), node(3, 2, 0)];
+        assert_eq!(walk(&nodes, vec![0]), [0, 1, 2, 4]);
     }
 }
