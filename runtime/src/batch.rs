@@ -4,6 +4,7 @@ use treespark_kernel_gen::layout::HEADER_WORDS;
 use treespark_kernel_gen::{ANCESTOR_WORDS, Request, Row};
 
 use crate::backend::Extent;
+use crate::grammar::Grammar;
 use crate::kv::KvCache;
 use crate::sampling::Sampling;
 use crate::sequence::Sequence;
@@ -29,6 +30,21 @@ impl<'a> Entry<'a> {
     pub fn is_part(&self) -> bool {
         self.given < self.seq.pending().len()
     }
+}
+
+/// A mask for each row of a pass (bit t is set if token t may be drawn there), where a grammar has a say in it. May cut trees.
+pub fn masks(entries: &mut [Entry<'_>]) -> Option<Vec<u32>> {
+    let asked = |entry: &Entry<'_>| entry.seq.grammar.as_ref().filter(|_| !entry.is_part()).map(Grammar::words);
+    let words = entries.iter().find_map(asked)?;
+    let mut masks = Vec::new();
+    for entry in entries {
+        let is_part = entry.is_part();
+        match &mut entry.seq.grammar {
+            Some(grammar) if !is_part => grammar.masks(&mut entry.tree, entry.given, &mut masks),
+            _ => masks.resize(masks.len() + entry.tree.len() * words, u32::MAX),
+        }
+    }
+    Some(masks)
 }
 
 #[derive(Debug, Default)]

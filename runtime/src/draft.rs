@@ -12,6 +12,7 @@ use treespark_kernel_gen::TreeShape;
 
 use crate::backend::Backend;
 use crate::error::Result;
+use crate::grammar::Grammar;
 use crate::memory::MemoryUse;
 use crate::network::Network;
 use crate::sequence::Sequence;
@@ -39,6 +40,17 @@ impl Draft {
         self.tree.push(parent, token)
     }
 
+    /// Some of its nodes, ascending, each with its parent.
+    pub fn only(&self, nodes: &[usize]) -> Draft {
+        let mut some = Draft { cost: self.cost, ..Draft::root(self.tree.token(0)) };
+        let place = |node: usize| nodes.binary_search(&node).expect("a node comes with its parent");
+        for &node in &nodes[1..] {
+            let parent = place(self.tree.shape().parent(node));
+            some.push(parent, self.tree.token(node), self.survival[node]).expect("no more nodes than before");
+        }
+        some
+    }
+
     /// The likeliest path alone: of siblings the first comes first.
     pub fn spine(&self) -> Draft {
         let mut spine = Draft { cost: self.cost, ..Draft::root(self.tree.token(0)) };
@@ -48,6 +60,35 @@ impl Draft {
             node = child;
         }
         spine
+    }
+}
+
+/// What a drafter proposed, and what of it may be verified: a grammar forbids the rest.
+#[derive(Debug, Clone)]
+pub struct Proposal {
+    pub draft: Draft,
+    /// All of it, and which of its nodes each of the draft's is; `None` where nothing is forbidden.
+    whole: Option<(Draft, Vec<usize>)>,
+}
+
+impl Proposal {
+    pub fn new(draft: Draft, grammar: Option<&Grammar>) -> Proposal {
+        let allowed = grammar.map(|grammar| grammar.allowed(&draft.tree));
+        match allowed.filter(|nodes| nodes.len() < draft.tree.len()) {
+            Some(nodes) => Proposal { draft: draft.only(&nodes), whole: Some((draft, nodes)) },
+            None => Proposal { draft, whole: None },
+        }
+    }
+
+    /// Tells the drafter what became of it, by the numbers that it gave the nodes.
+    pub fn observe(&self, drafter: &mut dyn Drafter, seq: &Sequence, accepted: &Accepted) {
+        match &self.whole {
+            Some((whole, nodes)) => {
+                let path = accepted.path.iter().map(|&node| nodes[node]).collect();
+                drafter.observe(seq, whole, &Accepted { path, tokens: accepted.tokens.clone() });
+            }
+            None => drafter.observe(seq, &self.draft, accepted),
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use treespark_kernel_gen::MAX_NODES;
 
 use crate::backend::Backend;
 use crate::batch::Entry;
-use crate::draft::{Draft, Drafter, Plan};
+use crate::draft::{Draft, Drafter, Plan, Proposal};
 use crate::error::{Error, Result};
 use crate::network::{Network, Outcome};
 use crate::scheduler::{Policy, Scheduler};
@@ -79,10 +79,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Measures what passes cost, so that trees are as large as pays on this very device, and lets drafters rest where they do
-    /// not pay. `progress` gets steps done and in all.
+    /// Measures what passes cost, so that trees are as large as pays on this very device, and drafters rest while they do not
+    /// pay. `progress` gets steps done and in all.
     pub fn serve_many(&mut self, progress: &mut dyn FnMut(usize, usize)) -> Result<()> {
-        let cost = self.target.measure_costs(self.backend.as_mut(), progress)?;
+        let cost = self.target.measure_costs(self.backend.as_mut(), self.nodes_for_many, progress)?;
         self.scheduler.serve_many(cost);
         Ok(())
     }
@@ -121,9 +121,9 @@ impl Engine {
 
     /// One speculative round of a sequence: draft, verify, accept, commit.
     pub fn round(&mut self, seq: &mut Sequence, stats: &mut Statistics) -> Result<Round> {
-        // What a repetition penalty needs to know of a sequence, the device does not note.
-        if let (Some(nodes), None, Policy::CONFIDENCE, false) =
-            (self.nodes_on_device, seq.seen(), seq.policy, seq.wants_logits)
+        // What a repetition penalty or a grammar needs to know of a sequence, the device does not note.
+        if let (Some(nodes), None, None, Policy::CONFIDENCE, false) =
+            (self.nodes_on_device, seq.seen(), &seq.grammar, seq.policy, seq.wants_logits)
         {
             return self.round_on_device(nodes, seq, stats);
         }
@@ -142,16 +142,20 @@ impl Engine {
         let Engine { backend, target, drafter, scheduler, .. } = self;
         let backend = backend.as_mut();
         let mut clock = stats.start_round();
+        let ready = seqs.iter().filter(|seq| seq.pending().len() == 1).count();
+        scheduler.look_ahead(ready, target.draft_cost(ready));
 
         // Draft. Where the device drafts, the round before has. Node 0 is the last committed token; every other node is a guess.
+        // One that a grammar forbids is left out.
         let drafts = match nodes {
             Some(_) => drafted(seqs),
             None => draft(backend, target, drafter.as_mut(), scheduler, seqs)?,
         };
+        let proposals = propose(drafts, seqs);
         clock.drafted(stats);
 
         // Schedule. The likeliest nodes of all sequences are verified, as many as pay.
-        let (places, mut entries) = schedule(scheduler, seqs, &drafts, target.max_rows());
+        let (places, mut entries) = schedule(scheduler, seqs, &proposals, target.max_rows());
 
         // Verify. One target pass; a node sees the committed prefix and its own ancestors, and the target draws its own
         // token at every node. The path whose tokens equal those draws is accepted, plus one bonus token; its rows move
@@ -164,7 +168,7 @@ impl Engine {
         // Accept. A stop token or the end of the context may lie inside the path.
         let mut rounds = Vec::new();
         for ((place, entry), outcome) in places.into_iter().zip(entries).zip(outcomes) {
-            rounds.push((place, accept(entry, outcome, drafts[place].as_ref(), drafter.as_mut(), stats)));
+            rounds.push((place, accept(entry, outcome, proposals[place].as_ref(), drafter.as_mut(), stats)));
         }
         clock.accepted(stats);
         Ok(rounds)
@@ -270,6 +274,12 @@ fn draft(
     Ok(drafts)
 }
 
+/// The same without what grammars forbid.
+fn propose(drafts: Vec<Option<Draft>>, seqs: &[&mut Sequence]) -> Vec<Option<Proposal>> {
+    let proposal = |(draft, seq): (Option<Draft>, &&mut Sequence)| Some(Proposal::new(draft?, seq.grammar.as_ref()));
+    drafts.into_iter().zip(seqs).map(proposal).collect()
+}
+
 /// What the device has drafted behind the round before.
 fn drafted(seqs: &mut [&mut Sequence]) -> Vec<Option<Draft>> {
     let draft = |seq: &mut &mut Sequence| {
@@ -289,11 +299,12 @@ fn may_draft(scheduler: &Scheduler, entry: &Entry<'_>) -> bool {
 fn schedule<'a>(
     scheduler: &mut Scheduler,
     seqs: &'a mut [&mut Sequence],
-    drafts: &[Option<Draft>],
+    proposals: &[Option<Proposal>],
     max_rows: usize,
 ) -> (Vec<usize>, Vec<Entry<'a>>) {
+    let drafts: Vec<Option<&Draft>> = proposals.iter().map(|proposal| Some(&proposal.as_ref()?.draft)).collect();
     let drafted: Vec<(&Draft, Policy)> =
-        drafts.iter().zip(seqs.iter()).filter_map(|(draft, seq)| Some((draft.as_ref()?, seq.policy))).collect();
+        drafts.iter().zip(seqs.iter()).filter_map(|(draft, seq)| Some(((*draft)?, seq.policy))).collect();
     let mut room = max_rows.saturating_sub(drafted.len()).min(PROMPT_ROWS);
     let mut part = |seq: &Sequence| {
         let rows = seq.pending().len().min(room).min(MAX_NODES);
@@ -305,7 +316,7 @@ fn schedule<'a>(
     let mut nodes = scheduler.nodes(&drafted, parts.iter().sum(), max_rows).into_iter();
     let (mut places, mut entries) = (Vec::new(), Vec::new());
     for (place, seq) in seqs.iter_mut().enumerate() {
-        let (tree, given) = match &drafts[place] {
+        let (tree, given) = match drafts[place] {
             Some(draft) => {
                 let mut tree = draft.tree.clone();
                 tree.truncate(nodes.next().expect("a number for each draft"));
@@ -327,7 +338,7 @@ fn schedule<'a>(
 fn accept(
     entry: Entry<'_>,
     outcome: Outcome,
-    draft: Option<&Draft>,
+    proposal: Option<&Proposal>,
     drafter: &mut dyn Drafter,
     stats: &mut Statistics,
 ) -> Result<Round> {
@@ -345,11 +356,14 @@ fn accept(
     if !is_part {
         tokens = seq.push(&accepted.tokens).to_vec();
         stats.record(drafter.name(), &tree, &accepted, tokens.len());
+        if let Some(grammar) = &mut seq.grammar {
+            grammar.advance(&tokens)?;
+        }
     }
-    if let Some(draft) = draft {
-        drafter.observe(seq, draft, &accepted);
+    if let Some(proposal) = proposal {
+        proposal.observe(drafter, seq, &accepted);
     }
     seq.draft = next;
-    let survival = draft.map_or(Vec::new(), |draft| draft.survival[..tree.len()].to_vec());
+    let survival = proposal.map_or(Vec::new(), |proposal| proposal.draft.survival[..tree.len()].to_vec());
     Ok(Round { tree, survival, accepted, tokens, logits })
 }

@@ -26,6 +26,8 @@ pub enum Error {
     Vocabulary { draft: usize, target: usize },
     #[error("the target's logits are not numbers (NaN) at position {position}: its weights are damaged, or overflow")]
     NotANumber { position: usize },
+    #[error("grammar: {0}")]
+    Grammar(String),
     #[error("out of device memory: {needed} bytes needed for {what}, on {device}")]
     OutOfMemory { needed: u64, what: String, device: String },
     #[error("no device for --backend {wanted}: {why}")]

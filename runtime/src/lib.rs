@@ -30,6 +30,7 @@ pub mod draft;
 pub mod scheduler;
 pub mod sequence;
 pub mod sampling;
+pub mod grammar;
 pub mod network;
 pub mod batch;
 pub mod kv;
@@ -58,6 +59,7 @@ pub mod error;
 
 pub use engine::{Engine, Round};
 pub use error::{Error, Result};
+pub use grammar::{Grammar, GrammarEngine, GrammarSource};
 pub use llm::{DrafterChoice, GenerateOptions, Generation, Llm, LlmOptions, LoadProgress, Many, Step};
 pub use sampling::Sampling;
 pub use sequence::{FinishReason, Sequence};

@@ -13,6 +13,7 @@ use crate::draft::ngram::NgramDrafter;
 use crate::draft::{Drafter, NoDrafter};
 use crate::engine::{Engine, Round};
 use crate::error::{Error, Result};
+use crate::grammar::{GrammarEngine, GrammarSource};
 use crate::network::{Limits, Network};
 use crate::plan::MemoryPlan;
 use crate::sampling::Sampling;
@@ -150,11 +151,13 @@ pub struct GenerateOptions {
     pub max_new_tokens: usize,
     /// Texts that end the generation; they and what follows are not part of it.
     pub stop: Vec<String>,
+    /// What the answer must be.
+    pub grammar: Option<GrammarSource>,
 }
 
 impl Default for GenerateOptions {
     fn default() -> GenerateOptions {
-        GenerateOptions { sampling: Sampling::default(), max_new_tokens: 256, stop: Vec::new() }
+        GenerateOptions { sampling: Sampling::default(), max_new_tokens: 256, stop: Vec::new(), grammar: None }
     }
 }
 
@@ -164,6 +167,7 @@ pub struct Llm {
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
     stop_tokens: Vec<u32>,
+    grammars: GrammarEngine,
 }
 
 impl Llm {
@@ -232,7 +236,7 @@ impl Llm {
             engine.serve_many(&mut |done, total| progress(LoadProgress::Timing { done, total }))?;
         }
         let (template, stop_tokens) = (model.chat_template()?, model.stop_tokens(&tokenizer));
-        Ok(Llm { engine, tokenizer, template, stop_tokens })
+        Ok(Llm::from_parts(engine, tokenizer, template, stop_tokens))
     }
 
     /// Over parts that are there already. Chats need a template; a generation ends at one of the stop tokens.
@@ -242,13 +246,14 @@ impl Llm {
         template: Option<ChatTemplate>,
         stop_tokens: Vec<u32>,
     ) -> Llm {
-        Llm { engine, tokenizer, template, stop_tokens }
+        let grammars = GrammarEngine::new(&tokenizer, engine.target().config().vocab_size, &stop_tokens);
+        Llm { engine, tokenizer, template, stop_tokens, grammars }
     }
 
     /// The engine, and the text side of the model.
     pub fn into_parts(self) -> (Engine, Text) {
-        let Llm { engine, tokenizer, template, stop_tokens } = self;
-        (engine, Text { tokenizer, template, stop_tokens })
+        let Llm { engine, tokenizer, template, stop_tokens, grammars } = self;
+        (engine, Text { tokenizer, template, stop_tokens, grammars })
     }
 
     fn resolve(name: &str, progress: &mut dyn FnMut(LoadProgress)) -> Result<PathBuf> {
@@ -296,6 +301,7 @@ impl Llm {
             self.engine.context(),
             self.engine.target().config().vocab_size,
         );
+        sequence.grammar = options.grammar.as_ref().map(|source| self.grammars.compile(source)).transpose()?;
         let mut statistics = Statistics::default();
         self.engine.prefill(&mut sequence, &mut statistics, &mut |done| progress(done, total))?;
         Ok(Generation {

@@ -18,7 +18,7 @@ use treespark_kernel_gen::{DType, MAX_NODES, Pass, TreeShape, TreeSpec};
 use treespark_models::{Config, Dims, Llama, Model, NgramDims, Speculator, SpeculatorConfig};
 
 use crate::backend::{Backend, PassCost, PassId};
-use crate::batch::{Batch, Entry};
+use crate::batch::{Batch, Entry, masks};
 use crate::error::{Error, Result};
 use crate::kv::{KvCache, PagePool};
 use crate::memory::{Memory, MemoryUse};
@@ -33,6 +33,8 @@ enum Kind {
     Extend,
     /// The target's draw at every row, and the accepted path.
     Verify,
+    /// The same, each row drawing from what a grammar allows.
+    VerifyMasked,
     /// The most likely tokens at every row.
     Draft,
     /// From these, a tree's next level: the last of the shape.
@@ -271,6 +273,7 @@ impl Network {
     /// rows are moved next to the prefix, and rejected ones left alone: nothing reads past the prefix, and the next tree
     /// overwrites them. Enqueues, does not wait.
     pub fn verify(&mut self, backend: &mut dyn Backend, entries: &mut [Entry<'_>]) -> Result<()> {
+        let masks = masks(entries);
         let mut batch = Batch::new(self.dims.pages_per_request);
         let block_rows = self.block_rows();
         for Entry { seq, tree, given, drafts } in entries.iter_mut() {
@@ -282,7 +285,11 @@ impl Network {
         if entries.iter().all(Entry::is_part) {
             return self.run(backend, Kind::Extend, &batch);
         }
-        let pass = self.pass(backend, Kind::Verify, batch.n_rows())?;
+        let kind = if masks.is_some() { Kind::VerifyMasked } else { Kind::Verify };
+        let pass = self.pass(backend, kind, batch.n_rows())?;
+        if let Some(masks) = masks {
+            backend.write(self.memory.get("allowed"), 0, &masks)?;
+        }
         for (i, Entry { seq, .. }) in entries.iter().enumerate() {
             if let Some(seen) = seq.seen() {
                 backend.write(self.memory.get("seen"), i * seen.len(), seen)?;
@@ -353,7 +360,9 @@ impl Network {
             Kind::Block | Kind::GrowBlock { .. } => rows,
             Kind::Round { .. } => round_rows(rows),
             // Devices that draft are quick enough for a size to matter, if there are many sequences.
-            Kind::Verify if self.drafts_on_device && self.dims.max_requests > 1 => round_rows(rows),
+            Kind::Verify | Kind::VerifyMasked if self.drafts_on_device && self.dims.max_requests > 1 => {
+                round_rows(rows)
+            }
             _ => compiled_rows(rows),
         };
         let rows = rows.min(self.dims.max_rows);
@@ -370,6 +379,7 @@ impl Network {
         let pass = match &key.0 {
             Kind::Extend => llama.extend_pass(rows),
             Kind::Verify => llama.verify_pass(rows),
+            Kind::VerifyMasked => llama.verify_masked_pass(rows),
             Kind::Draft => llama.draft_pass(rows),
             Kind::Block => self.block_pass(rows / self.block().rows, None),
             Kind::GrowBlock { nodes } => self.block_pass(rows / self.block().rows, Some(&costs(*nodes))),
@@ -380,7 +390,7 @@ impl Network {
             Kind::First { nodes } if self.speculator.is_some() => llama.block_pass(*nodes),
             Kind::First { nodes } => llama.ngram_pass(drafter(*nodes)),
         }?;
-        if matches!(key.0, Kind::Verify | Kind::Round { .. }) {
+        if matches!(key.0, Kind::Verify | Kind::VerifyMasked | Kind::Round { .. }) {
             self.pass_weight_bytes = pass.weight_bytes();
         }
         let buffers = self.memory.bind(backend, &pass)?;

@@ -105,7 +105,8 @@ fn per_token(config: &Config, wide: bool) -> usize {
 
 /// What a pass of all rows has between its ops, in f32.
 fn scratch(config: &Config, limits: &Limits) -> usize {
-    let per_row = config.vocab_size + 3 * config.hidden + 2 * config.heads * config.head_dim + config.ffn;
+    let logits = config.vocab_size + config.vocab_size.div_ceil(32); // and which of them a grammar allows
+    let per_row = logits + 3 * config.hidden + 2 * config.heads * config.head_dim + config.ffn;
     4 * limits.max_rows * per_row
 }
 

@@ -51,8 +51,8 @@ impl std::str::FromStr for Policy {
     }
 }
 
-/// Rounds of not drafting, at most, before a drafter is tried again.
-const LONGEST_REST: usize = 64;
+/// Rounds without a draft after which one is made all the same: what drafts are worth may have changed.
+const LOOK_AGAIN: usize = 256;
 
 #[derive(Debug)]
 pub struct Scheduler {
@@ -61,25 +61,26 @@ pub struct Scheduler {
     cost: PassCost,
     /// Whether drafters rest while they do not pay.
     rests: bool,
-    rest: Rest,
+    /// Whether the next draft is expected to pay.
+    pays: bool,
+    outlook: Outlook,
 }
 
-/// Whether drafting has paid of late: a drafter costs its time also where none of its nodes is worth a row.
+/// What drafts were worth of late. A drafter costs its time also where none of its nodes is worth a row, so before it is asked
+/// its draft is foretold.
 #[derive(Debug, Default)]
-struct Rest {
-    /// Rounds that are left.
-    left: usize,
-    /// Of the last time.
-    last: usize,
-    /// Speed against plain decoding, as expected, less 1; averaged over the last rounds.
-    gain: f32,
+struct Outlook {
+    /// How likely the first, second, .. node of a draft was expected to survive, on the average. Empty: nothing is known.
+    survival: Vec<f32>,
+    /// Rounds since that was seen.
+    age: usize,
 }
 
 impl Scheduler {
     /// With a shape every round verifies all of it that the drafter can fill.
     pub fn new(shape: Option<TreeShape>, max_nodes: usize, cost: PassCost) -> Scheduler {
         let max_nodes = shape.as_ref().map_or(max_nodes, TreeShape::len);
-        Scheduler { max_nodes, shape, cost, rests: false, rest: Rest::default() }
+        Scheduler { max_nodes, shape, cost, rests: false, pays: true, outlook: Outlook::default() }
     }
 
     /// From now on nodes are weighed by what was measured, and drafters rest while they do not pay.
@@ -96,7 +97,7 @@ impl Scheduler {
     /// What the next round may draft, with room for so many more tokens.
     pub fn plan(&self, policy: Policy, room: usize) -> Plan {
         let max_nodes = match policy.nodes {
-            Nodes::Confidence if self.rest.left > 0 => 1,
+            Nodes::Confidence if !self.pays => 1,
             Nodes::Confidence => self.max_nodes,
             Nodes::Fixed(drafts) => self.max_nodes.min(drafts + 1),
             Nodes::Off => 1,
@@ -135,20 +136,28 @@ impl Scheduler {
         queue.sort_by(|a, b| b.0.total_cmp(&a.0));
         queue.truncate(room);
         let drafting: f32 = drafts.iter().map(|(draft, _)| draft.cost).sum();
-        let (taken, gain) = self.worth(&queue, drafts.len(), rows, drafting);
+        let likely = queue.iter().map(|(survival, _)| *survival);
+        let (taken, _) = self.worth(likely, drafts.len(), rows, drafting);
         queue[..taken].iter().for_each(|&(_, i)| nodes[i] += 1);
-        if self.rests && drafts.iter().any(|(_, policy)| policy.nodes == Nodes::Confidence) {
-            self.rest.note(gain, drafting > 0.0);
-        }
+        let seen = drafts.iter().filter(|(draft, policy)| draft.cost > 0.0 && policy.nodes == Nodes::Confidence);
+        self.outlook.learn(seen.map(|(draft, _)| *draft));
         nodes
     }
 
-    /// How many nodes of the queue pay beside so many rows, and the speed with them against that of plain decoding.
-    fn worth(&self, queue: &[(f32, usize)], requests: usize, rows: usize, drafting: f32) -> (usize, f32) {
+    /// Foretells whether a draft for so many requests, which costs so much, will pay.
+    pub fn look_ahead(&mut self, requests: usize, drafting: f32) {
+        let is_known = !self.outlook.survival.is_empty() && self.outlook.age < LOOK_AGAIN;
+        let likely = self.outlook.survival.iter().skip(1).flat_map(|&survival| std::iter::repeat_n(survival, requests));
+        self.pays = !self.rests || !is_known || self.worth(likely, requests, requests, drafting).1 > 1.0;
+        self.outlook.age += 1;
+    }
+
+    /// How many nodes of a queue pay beside so many rows, and the speed with them against that of plain decoding.
+    fn worth(&self, likely: impl Iterator<Item = f32>, requests: usize, rows: usize, drafting: f32) -> (usize, f32) {
         let plain = requests as f32 / self.cost.of(rows.max(1));
         let mut expected = requests as f32;
         let mut best = (0, expected / (self.cost.of(rows.max(1)) + drafting));
-        for (i, (survival, _)) in queue.iter().enumerate() {
+        for (i, survival) in likely.enumerate() {
             expected += survival;
             let worth = expected / (self.cost.of(rows + i + 1) + drafting);
             if worth > best.1 {
@@ -159,19 +168,24 @@ impl Scheduler {
     }
 }
 
-impl Rest {
-    fn note(&mut self, gain: f32, has_drafted: bool) {
-        if !has_drafted {
-            self.left = self.left.saturating_sub(1);
+impl Outlook {
+    fn learn<'a>(&mut self, drafts: impl Iterator<Item = &'a Draft>) {
+        let (mut sum, mut seen) = (Vec::new(), 0);
+        for draft in drafts {
+            sum.resize(sum.len().max(draft.survival.len()), 0.0);
+            sum.iter_mut().zip(falling(&draft.survival)).for_each(|(sum, survival)| *sum += survival);
+            seen += 1;
+        }
+        if seen == 0 {
             return;
         }
-        self.gain += 0.25 * (gain - 1.0 - self.gain);
-        if self.gain < 0.0 {
-            self.last = (2 * self.last).clamp(4, LONGEST_REST);
-            (self.left, self.gain) = (self.last, 0.0);
-        } else if self.gain > 0.02 {
-            self.last = 0;
-        }
+        let is_first = self.survival.is_empty();
+        self.survival.resize(self.survival.len().max(sum.len()), 0.0);
+        sum.resize(self.survival.len(), 0.0);
+        let rate = if is_first { 1.0 } else { 0.1 };
+        let mean = sum.into_iter().map(|sum: f32| sum / seen as f32);
+        self.survival.iter_mut().zip(mean).for_each(|(known, mean)| *known += rate * (mean - *known));
+        self.age = 0;
     }
 }
 
@@ -248,25 +262,24 @@ mod tests {
     }
 
     #[test]
-    fn drafters_rest_while_they_do_not_pay() {
-        let mut scheduler = Scheduler { rests: true, ..scheduler(&[(1, 1.0), (2, 2.0)]) };
-        let drafts = [Draft { cost: 0.5, ..chain(&[1.0, 0.5]) }];
-        let plain = [Draft::root(0)];
-        let rests: Vec<usize> = (0..6)
-            .map(|_| {
-                nodes(&mut scheduler, &drafts, Policy::CONFIDENCE);
-                let mut rest = 0;
-                while scheduler.plan(Policy::CONFIDENCE, 10).max_nodes == 1 {
-                    nodes(&mut scheduler, &plain, Policy::CONFIDENCE);
-                    rest += 1;
-                }
-                rest
-            })
-            .collect();
-        assert_eq!(rests, [4, 8, 16, 32, 64, 64]);
-        let good = [Draft { cost: 0.1, ..chain(&[1.0, 1.0]) }];
-        let mut free = Scheduler { rests: true, ..Scheduler::new(None, 64, PassCost::FREE_ROWS) };
-        (0..10).for_each(|_| drop(nodes(&mut free, &good, Policy::CONFIDENCE)));
-        assert_eq!(free.plan(Policy::CONFIDENCE, 10).max_nodes, 64);
+    fn drafters_rest_where_they_do_not_pay() {
+        // Up to eight rows are free, and a draft costs a tenth of a pass for each request.
+        let mut scheduler = Scheduler { rests: true, ..scheduler(&[(1, 1.0), (8, 1.0), (9, 2.0), (16, 4.0)]) };
+        let mut drafts_for = |requests: usize| {
+            scheduler.look_ahead(requests, 0.1 * requests as f32);
+            scheduler.plan(Policy::CONFIDENCE, 10).max_nodes > 1
+        };
+        assert!(drafts_for(8), "nothing is known yet");
+        let drafts = [Draft { cost: 0.1, ..chain(&[1.0, 0.9, 0.8]) }];
+        nodes(&mut scheduler, &drafts, Policy::CONFIDENCE);
+        let mut drafts_for = |requests: usize| {
+            scheduler.look_ahead(requests, 0.1 * requests as f32);
+            scheduler.plan(Policy::CONFIDENCE, 10).max_nodes > 1
+        };
+        assert!(drafts_for(1) && drafts_for(2));
+        assert!(!drafts_for(8), "there is no row that costs nothing");
+        assert!(drafts_for(2), "as soon as there is room again");
+        let rests = (0..).take_while(|_| !drafts_for(8)).count();
+        assert_eq!(rests, LOOK_AGAIN - 5, "from time to time it is tried all the same");
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::draft::Draft;
+use crate::grammar::Grammar;
 use crate::kv::KvCache;
 use crate::sampling::Sampling;
 use crate::scheduler::Policy;
@@ -31,6 +32,8 @@ pub struct Sequence {
     pub sampling: Sampling,
     /// How much of its drafts is verified.
     pub policy: Policy,
+    /// What it may say.
+    pub grammar: Option<Grammar>,
     /// Whether its rounds tell the logits behind which its tokens were drawn.
     pub wants_logits: bool,
     /// What the device has drafted for the next round, where it drafts for many.
@@ -66,6 +69,7 @@ impl Sequence {
         let mut sequence = Sequence {
             kv: KvCache::default(),
             policy: Policy::CONFIDENCE,
+            grammar: None,
             wants_logits: false,
             draft: None,
             last_row: 0,

@@ -336,7 +336,7 @@ fn what_is_wrong_is_said_as_openai_says_it() {
     chat("temperature", json!(-0.5), 400, "temperature", &["-0.5"]);
     chat("top_p", json!(1.5), 400, "top_p", &[]);
     chat("presence_penalty", json!(1), 400, "presence_penalty", &["not supported"]);
-    chat("response_format", json!({"type": "json_object"}), 400, "response_format", &["json_object"]);
+    chat("response_format", json!({"type": "xml"}), 400, "response_format", &["xml", "json_object"]);
     chat("top_logprobs", json!(3), 400, "top_logprobs", &["logprobs"]);
     chat("tools", json!([{"type": "function"}]), 400, "tools", &["not supported"]);
     chat("speculation", json!("wild"), 400, "speculation", &["wild", "confidence"]);

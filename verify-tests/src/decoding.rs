@@ -7,6 +7,7 @@
 mod answer;
 pub mod arb;
 mod guesser;
+pub mod language;
 mod together;
 
 use std::fmt::Write;
@@ -21,7 +22,7 @@ use treespark::draft::ngram::NgramDrafter;
 use treespark::draft::{Drafter, NoDrafter};
 use treespark::network::{Limits, Network};
 use treespark::scheduler::Scheduler;
-use treespark::{Engine, Error, FinishReason, GenerateOptions, Llm, Sampling, Sequence, Statistics};
+use treespark::{Engine, Error, FinishReason, GenerateOptions, GrammarSource, Llm, Sampling, Sequence, Statistics};
 use treespark_kernel_gen::{DType, TreeShape};
 use treespark_models::config::{Rope, RopeScaling};
 use treespark_models::{Config, Model, Speculator};
@@ -80,6 +81,8 @@ pub struct Ask {
     pub sampling: Sampling,
     pub max_new_tokens: usize,
     pub stop: Stop,
+    /// One of the languages: all of the answer is in it, if it comes to its end.
+    pub language: Option<&'static str>,
 }
 
 /// What was seen on the way.
@@ -196,27 +199,44 @@ impl Decoding {
         Ok(Engine::new(backend, target, drafter, scheduler, self.context))
     }
 
-    pub fn sequence(&self, ask: &Ask, stop_tokens: Vec<u32>) -> Sequence {
-        let Ask { prompt, sampling, max_new_tokens, .. } = ask;
+    /// Nothing stops it, but for the end of its language.
+    pub fn sequence(&self, ask: &Ask) -> Sequence {
+        let Ask { prompt, sampling, max_new_tokens, language, .. } = ask;
         let vocab = self.sizes.vocab;
-        Sequence::new(prompt.clone(), sampling.clone(), *max_new_tokens, stop_tokens, self.context, vocab)
+        let stop_tokens = language.map(|_| language::end(vocab)).into_iter().collect();
+        let mut seq =
+            Sequence::new(prompt.clone(), sampling.clone(), *max_new_tokens, stop_tokens, self.context, vocab);
+        seq.grammar = language.map(|language| language::grammar(language, vocab));
+        seq
     }
 
     /// What plain decoding answers where nothing stops it, prompts included.
     fn plain(&self, model: &Model, backend: Box<dyn Backend>) -> Result<Vec<Sequence>, String> {
         let mut engine = self.plain_engine(model, backend)?;
         let mut answer = |ask: &Ask| {
-            let mut seq = self.sequence(ask, vec![]);
+            let mut seq = self.sequence(ask);
             engine.generate(&mut seq, &mut Statistics::default()).map_err(told)?;
+            self.in_its_language(ask, &seq)?;
             Ok(seq)
         };
         self.asks.iter().map(&mut answer).collect()
     }
 
+    fn in_its_language(&self, ask: &Ask, seq: &Sequence) -> Result<(), String> {
+        let (Some(language), Some(FinishReason::StopToken)) = (ask.language, seq.finished()) else { return Ok(()) };
+        let (_, answer) = seq.generated().split_last().ok_or("an answer without its stop token")?;
+        let tokenizer = tokenizer(self.sizes.vocab);
+        let text: Vec<u8> = answer.iter().flat_map(|&token| tokenizer.token_bytes(token)).collect();
+        match language::contains(language, &text) {
+            true => Ok(()),
+            false => Err(format!("{:?} is not in {language}", String::from_utf8_lossy(&text))),
+        }
+    }
+
     /// The first answer against that of the f64 oracle, of which every round is driven by the host.
     fn as_the_oracle(&self, model: &Model, backend: &Shared, plain: &Sequence) -> Result<bool, String> {
         let mut engine = self.plain_engine(model, Box::new(Oracle::new()))?.drafting_on_the_host();
-        let mut seq = self.sequence(&self.asks[0], vec![]);
+        let mut seq = self.sequence(&self.asks[0]);
         engine.generate(&mut seq, &mut Statistics::default()).map_err(told)?;
         let agreement = Agreement::Within(Tolerance::logits(backend.info().backend, &self.sizes()));
         let what = "plain decoding against the oracle";
@@ -229,7 +249,11 @@ impl Decoding {
         let engine = self.engine(model, backend.share(), truths)?;
         let tokenizer = tokenizer(self.sizes.vocab);
         let stops = self.asks.iter().zip(plain).filter_map(|(ask, plain)| ask.stop.token(plain.generated()));
-        let stop_tokens: Vec<u32> = stops.collect();
+        // Where there is a language its end is the model's only stop token, as it was for plain decoding.
+        let stop_tokens: Vec<u32> = match self.asks.iter().any(|ask| ask.language.is_some()) {
+            true => vec![language::end(self.sizes.vocab)],
+            false => stops.collect(),
+        };
         let mut llm = Llm::from_parts(engine, tokenizer.clone(), None, stop_tokens.clone());
         for (index, (ask, plain)) in self.asks.iter().zip(plain).enumerate() {
             let stop = ask.stop.text(plain.generated(), &tokenizer);
@@ -238,6 +262,7 @@ impl Decoding {
                 sampling: ask.sampling.clone(),
                 max_new_tokens: ask.max_new_tokens,
                 stop: stop.into_iter().collect(),
+                grammar: ask.language.map(|language| GrammarSource::Regex(language.to_string())),
             };
             let mut generation = llm.generate(ask.prompt.clone(), &options).map_err(told)?;
             let mut text = String::new();
@@ -268,7 +293,7 @@ impl Decoding {
         let truths = plain.iter().map(|seq| seq.tokens().to_vec()).collect();
         let mut engine = self.engine(model, backend.share(), truths)?;
         let mut stats = Statistics::default();
-        let mut sequences: Vec<Sequence> = self.asks.iter().map(|ask| self.sequence(ask, vec![])).collect();
+        let mut sequences: Vec<Sequence> = self.asks.iter().map(|ask| self.sequence(ask)).collect();
         let mut is_begun = vec![false; sequences.len()];
         while sequences.iter().any(|seq| seq.finished().is_none()) {
             let mut went_on = false;
@@ -324,10 +349,15 @@ impl Decoding {
         let model = self.model();
         let row = |mut backend: Box<dyn Backend>| {
             let mut rows = logits(backend.as_mut(), &model, self.sizes().cache, &text).remove(0);
-            rows.pop().expect("a prompt has a token")
+            let mut row = rows.pop().expect("a prompt has a token");
+            if let Some(language) = ask.language {
+                language::forbid(language, &want[ask.prompt.len()..at], &mut row);
+            }
+            row
         };
         let rows = [row(backend.share()), row(Box::<Oracle>::default())];
-        let largest = rows[1].iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        let finite = rows[1].iter().filter(|x| x.is_finite());
+        let largest = finite.fold(0f32, |largest, x| largest.max(x.abs()));
         let temperature = if ask.sampling.temperature > 0.0 { f64::from(ask.sampling.temperature) } else { 1.0 };
         let penalty = f64::from(ask.sampling.repetition_penalty);
         // The penalty divides logits or multiplies them.
@@ -349,8 +379,9 @@ impl Decoding {
             None => _ = write!(text, ", up to {} nodes", self.max_nodes),
         }
         text += &format!(", {}\n", self.way.name());
-        for Ask { prompt, sampling, max_new_tokens, stop } in &self.asks {
-            _ = writeln!(text, "{prompt:?}, up to {max_new_tokens} tokens, stop {stop:?}, {sampling:?}");
+        for Ask { prompt, sampling, max_new_tokens, stop, language } in &self.asks {
+            let language = language.unwrap_or("anything");
+            _ = writeln!(text, "{prompt:?}, up to {max_new_tokens} tokens, stop {stop:?}, {language}, {sampling:?}");
         }
         text
     }

@@ -61,7 +61,7 @@ impl Trial {
             cache: dtype,
             page_size: 16,
         };
-        let ask = Ask { prompt: vec![3, 14, 7], sampling, max_new_tokens: ANSWER, stop: Stop::Nothing };
+        let ask = Ask { prompt: vec![3, 14, 7], sampling, max_new_tokens: ANSWER, stop: Stop::Nothing, language: None };
         // Few enough nodes that drafts are wrong as often as right.
         let decoding = Decoding {
             sizes,
@@ -115,7 +115,7 @@ impl Sampler<'_> {
     pub fn sample(&mut self, index: u32) -> treespark::Result<()> {
         let Decoding { asks, .. } = &self.trial.decoding;
         let ask = Ask { sampling: Sampling { sample: index, ..asks[0].sampling.clone() }, ..asks[0].clone() };
-        let mut seq = self.trial.decoding.sequence(&ask, Vec::new());
+        let mut seq = self.trial.decoding.sequence(&ask);
         self.engine.generate(&mut seq, &mut self.statistics)?;
         let answer = seq.generated();
         for len in 0..=LONGEST {

@@ -3,12 +3,13 @@
 use std::path::Path;
 use std::sync::Mutex;
 
+use serde_json::{Value, json};
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark::backend::Backend;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark::cpu::CpuBackend;
 use treespark::devices::BackendChoice;
-use treespark::{DrafterChoice, GenerateOptions, Llm, LlmOptions, Message, Sampling};
+use treespark::{DrafterChoice, FinishReason, GenerateOptions, GrammarSource, Llm, LlmOptions, Message, Sampling};
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark_kernel_gen::DType;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
@@ -35,7 +36,7 @@ fn load(path: &Path, drafter: DrafterChoice, tree: Option<&str>, backend: Backen
 /// The tokens of one answer, and tokens per round.
 fn answer(llm: &mut Llm, sampling: &Sampling, max_new_tokens: usize) -> (Vec<u32>, f64) {
     let prompt = llm.chat_prompt(&[Message::user(PROMPT)]).unwrap();
-    let options = GenerateOptions { sampling: sampling.clone(), max_new_tokens, stop: vec![] };
+    let options = GenerateOptions { sampling: sampling.clone(), max_new_tokens, ..GenerateOptions::default() };
     let mut generation = llm.generate(prompt, &options).unwrap();
     for step in &mut generation {
         step.unwrap();
@@ -94,6 +95,45 @@ fn shipped_drafters_are_lossless_and_of_use() {
                 println!("{name} {tree:?} temperature {}: {per_round:.2} tokens per round", sampling.temperature);
                 assert!(per_round > least || i > 0 || tree.is_none(), "{name}: {per_round} tokens per round");
             }
+        }
+    }
+}
+
+/// JSON that a schema describes: the same with and without drafts, and it parses.
+#[test]
+fn an_answer_under_a_grammar_is_the_same_with_drafts() {
+    let _guard = ONE_AT_A_TIME.lock();
+    let Some(path) = default_model() else { return };
+    let schema = json!({
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 30}},
+        "required": ["name", "age"],
+        "additionalProperties": false,
+    });
+    let sampled = Sampling { temperature: 0.8, seed: 5, ..Sampling::default() };
+    let answers = |drafter: DrafterChoice, tree: Option<&str>| {
+        let mut llm = load(&path, drafter, tree, BackendChoice::Cpu);
+        let prompt = llm.chat_prompt(&[Message::user("Describe a cat as JSON: its name and its age.")]).unwrap();
+        [&Sampling::default(), &sampled].map(|sampling| {
+            let grammar = Some(GrammarSource::JsonSchema(schema.clone()));
+            let options = GenerateOptions { sampling: sampling.clone(), grammar, ..GenerateOptions::default() };
+            let mut generation = llm.generate(prompt.clone(), &options).unwrap();
+            let text: String = generation.by_ref().map(|step| step.unwrap().text).collect();
+            assert_eq!(generation.finish_reason(), Some(FinishReason::StopToken), "{text}");
+            (text, generation.statistics().tokens_per_round())
+        })
+    };
+    let plain = answers(DrafterChoice::None, None);
+    for (text, _) in &plain {
+        let cat: Value = serde_json::from_str(text).unwrap();
+        assert!(cat["name"].is_string() && cat["age"].as_u64().unwrap() <= 30, "{text}");
+    }
+    for (drafter, tree) in
+        [(DrafterChoice::Ngram, None), (shipped("dspark"), None), (shipped("dspark"), Some("4x2x2x1"))]
+    {
+        for ((text, per_round), (expected, _)) in answers(drafter.clone(), tree).into_iter().zip(&plain) {
+            assert_eq!(&text, expected, "{drafter:?}, tree {tree:?}");
+            println!("{drafter:?} {tree:?}: {per_round:.2} tokens per round: {text}");
         }
     }
 }
@@ -158,7 +198,8 @@ fn check_agreement(path: &Path, mut sides: [Side; 2], prompts: &[&str], max_new_
         for sampling in [Sampling::default(), Sampling { temperature: 0.8, seed: 9, ..Sampling::default() }] {
             let runs = sides.each_mut().map(|Side { llm, .. }| {
                 let mut text = llm.chat_prompt(&[Message::user(*prompt)]).unwrap();
-                let options = GenerateOptions { sampling: sampling.clone(), max_new_tokens, stop: vec![] };
+                let options =
+                    GenerateOptions { sampling: sampling.clone(), max_new_tokens, ..GenerateOptions::default() };
                 let mut generation = llm.generate(text.clone(), &options).unwrap();
                 generation.by_ref().for_each(|step| drop(step.unwrap()));
                 text.extend(generation.tokens());

@@ -3,7 +3,7 @@
 use anstyle::{AnsiColor, Style};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use treespark::devices::BackendChoice;
-use treespark::{DrafterChoice, GenerateOptions, LlmOptions, Sampling};
+use treespark::{DrafterChoice, GenerateOptions, GrammarSource, LlmOptions, Sampling};
 use treespark_kernel_gen::TreeShape;
 
 use super::bench_serve::args::BenchServeArgs;
@@ -24,6 +24,7 @@ const EXAMPLES: &str = "Examples:
   treespark generate -p \"Why is the sky blue?\" --stats
   treespark generate -p \"Quote this twice: all roads lead to Rome.\" --show-tree
   treespark generate --raw -p \"Once upon a time\" --temperature 0.8 --top-p 0.95 --seed 7
+  treespark generate -p \"Describe a cat as JSON.\" --json-schema pet.json
   treespark chat --model path/to/model
   git diff | treespark generate --tree 4x2x2x1 --max-new-tokens 400
   treespark serve --port 8080
@@ -145,6 +146,15 @@ pub struct DecodingArgs {
     /// Stop before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
+    /// Answer with JSON that a schema describes: a FILE, or the schema itself
+    #[arg(long, value_name = "FILE|TEXT", value_parser = parse_schema, group = "grammars")]
+    pub json_schema: Option<GrammarSource>,
+    /// Answer with a text that matches this expression, all of it
+    #[arg(long, value_name = "EXPRESSION", value_parser = parse_regex, group = "grammars")]
+    pub regex: Option<GrammarSource>,
+    /// Answer with a text of this grammar, in llguidance's dialect of Lark
+    #[arg(long, value_name = "FILE", value_parser = parse_grammar, group = "grammars")]
+    pub grammar: Option<GrammarSource>,
 }
 
 #[derive(ClapArgs)]
@@ -181,6 +191,23 @@ fn parse_tree(text: &str) -> Result<Tree, String> {
     parse_shape(from_file.as_deref().unwrap_or(text).trim()).map(|shape| Tree(Some(shape)))
 }
 
+fn parse_schema(text: &str) -> Result<GrammarSource, String> {
+    let text = if text.trim_start().starts_with('{') { text.to_string() } else { read(text)? };
+    serde_json::from_str(&text).map(GrammarSource::JsonSchema).map_err(|error| format!("not JSON: {error}"))
+}
+
+fn parse_regex(text: &str) -> Result<GrammarSource, String> {
+    Ok(GrammarSource::Regex(text.to_string()))
+}
+
+fn parse_grammar(path: &str) -> Result<GrammarSource, String> {
+    read(path).map(GrammarSource::Lark)
+}
+
+fn read(path: &str) -> Result<String, String> {
+    std::fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))
+}
+
 impl ModelArgs {
     pub fn options(&self) -> LlmOptions {
         LlmOptions { drafter: self.drafter.clone(), tree: self.tree.0.clone(), ..self.target.options() }
@@ -207,6 +234,7 @@ impl DecodingArgs {
             },
             max_new_tokens: self.max_new_tokens,
             stop: self.stop.clone(),
+            grammar: [&self.json_schema, &self.regex, &self.grammar].into_iter().flatten().next().cloned(),
         }
     }
 }

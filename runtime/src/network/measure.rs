@@ -20,10 +20,12 @@ const PATIENCE_SECONDS: f64 = 0.25;
 
 impl Network {
     /// Times passes of 1, 2, 4 .. rows, shared by as many sequences as there may be, and blocks that are filled for 1, 2, 4 ..
-    /// sequences. From then on these are the costs that nodes are weighed by. `progress` gets steps done and in all.
+    /// sequences, or where the device drafts trees of up to so many `nodes`, all of that. From then on these are the costs that
+    /// nodes are weighed by. `progress` gets steps done and in all.
     pub fn measure_costs(
         &mut self,
         backend: &mut dyn Backend,
+        nodes: Option<usize>,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<PassCost> {
         let prefix = PREFIX.min(self.dims.context / 4);
@@ -54,11 +56,7 @@ impl Network {
         passes.dedup_by_key(|(rows, _)| *rows);
         let mut drafts = Vec::new();
         for &n in &blocks {
-            let seconds = least_seconds(&mut || {
-                let mut drafting: Vec<&mut Sequence> = seqs[..n].iter_mut().collect();
-                self.draft_blocks(backend, &mut drafting).map(drop)
-            })?;
-            drafts.push((n, seconds));
+            drafts.push((n, self.time_drafts(backend, &mut seqs[..n], nodes)?));
             progress(sizes.len() + drafts.len(), steps);
             if is_linear(&drafts) {
                 break;
@@ -71,10 +69,29 @@ impl Network {
         Ok(self.cost.clone())
     }
 
+    fn time_drafts(&mut self, backend: &mut dyn Backend, seqs: &mut [Sequence], nodes: Option<usize>) -> Result<f64> {
+        if nodes.is_none() {
+            return least_seconds(&mut || {
+                let mut drafting: Vec<&mut Sequence> = seqs.iter_mut().collect();
+                self.draft_blocks(backend, &mut drafting).map(drop)
+            });
+        }
+        // What drafting adds to a round.
+        let mut round = |drafts: bool| {
+            least_seconds(&mut || {
+                let entry = |seq| Entry { drafts, ..Entry::of_tree(seq, TokenTree::root(0)) };
+                let mut entries: Vec<Entry<'_>> = seqs.iter_mut().map(entry).collect();
+                self.verify(backend, &mut entries)?;
+                self.outcomes(backend, &mut entries, nodes).map(drop)
+            })
+        };
+        Ok(round(true)? - round(false)?)
+    }
+
     /// A sequence as if so many tokens were in the cache; what is there does not change the time.
     fn stand_in(&mut self, prefix: usize) -> Sequence {
         let (context, vocab) = (self.dims.context, self.config.vocab_size);
-        let mut seq = Sequence::new(vec![0; prefix + 1], Sampling::default(), 1, vec![], context, vocab);
+        let mut seq = Sequence::new(vec![0; prefix + 1], Sampling::default(), context, vec![], context, vocab);
         if seq.kv.reserve(&mut self.pool, prefix).is_ok() {
             seq.kv.commit(prefix);
         }

@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 
 use super::error::ApiError;
 use super::{Server, random};
+use crate::grammar::GrammarSource;
 use crate::sampling::Sampling;
 use crate::scheduler::Policy;
 
@@ -85,7 +86,7 @@ struct Fields {
     stop: Option<Stop>,
     ignore_eos: Option<bool>,
     speculation: Option<String>,
-    response_format: Option<ResponseFormat>,
+    response_format: Option<Value>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
 }
@@ -95,12 +96,6 @@ struct Fields {
 enum Stop {
     One(String),
     Many(Vec<String>),
-}
-
-#[derive(Debug, Deserialize)]
-struct ResponseFormat {
-    #[serde(rename = "type")]
-    kind: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -117,6 +112,7 @@ pub struct Wish {
     pub stop: Vec<String>,
     pub ignore_stop_tokens: bool,
     pub policy: Option<Policy>,
+    pub grammar: Option<GrammarSource>,
     pub stream: bool,
     pub include_usage: bool,
 }
@@ -132,7 +128,7 @@ impl Wish {
 
     fn from_fields(fields: Fields) -> Result<Wish, ApiError> {
         refuse_unsupported(&fields)?;
-        constraint(fields.response_format.as_ref())?;
+        let grammar = constraint(fields.response_format.as_ref())?;
         let max_tokens = match (fields.max_completion_tokens, fields.max_tokens) {
             (Some(tokens), _) => Some(within("max_completion_tokens", tokens, 1, i64::MAX)?),
             (None, Some(tokens)) => Some(within("max_tokens", tokens, 1, i64::MAX)?),
@@ -146,6 +142,7 @@ impl Wish {
             max_tokens: max_tokens.map(|tokens| tokens as usize),
             ignore_stop_tokens: fields.ignore_eos.unwrap_or(false),
             policy: policy.transpose().map_err(|problem| ApiError::field("speculation", problem))?,
+            grammar,
             stream,
             include_usage: stream && fields.stream_options.is_some_and(|options| options.include_usage == Some(true)),
             stop: stop_strings(fields.stop)?,
@@ -200,15 +197,10 @@ fn refuse_unsupported(fields: &Fields) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// What an answer is held to by `response_format`: nothing, so far. A grammar would come from here.
-fn constraint(format: Option<&ResponseFormat>) -> Result<(), ApiError> {
-    match format.map_or("text", |format| &format.kind) {
-        "text" => Ok(()),
-        kind @ ("json_object" | "json_schema") => {
-            Err(ApiError::field("response_format", format!("'{kind}' is not supported yet; 'text' is")))
-        }
-        other => Err(ApiError::field("response_format", format!("'{other}' is no format; 'text' is one"))),
-    }
+/// What an answer is held to by `response_format`.
+fn constraint(format: Option<&Value>) -> Result<Option<GrammarSource>, ApiError> {
+    let format = format.unwrap_or(&Value::Null);
+    GrammarSource::from_response_format(format).map_err(|problem| ApiError::field("response_format", problem))
 }
 
 pub fn within(param: &str, value: i64, least: i64, most: i64) -> Result<i64, ApiError> {
@@ -276,7 +268,7 @@ mod tests {
             ("frequency_penalty", json!(-0.1)),
             ("logit_bias", json!({"5": 1})),
             ("speculation", json!("much")),
-            ("response_format", json!({"type": "json_object"})),
+            ("response_format", json!({"type": "xml"})),
             ("stream", json!("yes")),
         ] {
             assert_eq!(refused(json!({ field: value })), field);

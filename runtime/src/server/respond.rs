@@ -86,6 +86,7 @@ fn ask<W: Wording>(server: &Server, order: &Order) -> Result<Vec<Reader>, ApiErr
             ignore_stop_tokens: wish.ignore_stop_tokens,
             logprobs: *logprobs,
             policy: wish.policy,
+            grammar: wish.grammar.clone(),
         })?;
         let (text, metrics) = (server.service.text(), server.metrics.clone());
         Ok(Reader::new(answer, text, &wish.stop, wish.ignore_stop_tokens, metrics))

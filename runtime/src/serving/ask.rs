@@ -2,6 +2,7 @@
 
 use tokio::sync::mpsc;
 
+use crate::grammar::GrammarSource;
 use crate::sampling::Sampling;
 use crate::scheduler::Policy;
 use crate::sequence::FinishReason;
@@ -12,12 +13,14 @@ pub struct Ask {
     pub prompt: Vec<u32>,
     pub sampling: Sampling,
     pub max_new_tokens: usize,
-    /// Go on behind the model's stop tokens, as load tests do.
+    /// Go on behind the model's stop tokens, as load tests do. Under a grammar they still end the answer.
     pub ignore_stop_tokens: bool,
     /// Log-probabilities of every token, and of so many of the likeliest beside it.
     pub logprobs: Option<usize>,
     /// How much of a draft is verified; `None` leaves it to the service.
     pub policy: Option<Policy>,
+    /// What the answer must be.
+    pub grammar: Option<GrammarSource>,
 }
 
 /// What becomes of an ask, as it happens. The last is `End` or `Failed`.
@@ -37,7 +40,8 @@ pub struct Emitted {
     pub logprobs: Option<Logprobs>,
 }
 
-/// The target's own log-probabilities at one place: of its logits as they are, before temperature and filters.
+/// The target's own log-probabilities at one place: of its logits as they are, before temperature and filters, or of those that a
+/// grammar allows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Logprobs {
     pub token: f32,

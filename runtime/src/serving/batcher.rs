@@ -15,6 +15,7 @@ use super::counters::{Counters, RoundView, TreeView};
 use crate::draw;
 use crate::engine::{Engine, Round};
 use crate::error::{Error, Result};
+use crate::grammar::Grammar;
 use crate::scheduler::Policy;
 use crate::sequence::{FinishReason, Sequence};
 use crate::stats::Statistics;
@@ -59,17 +60,18 @@ impl Batcher {
         }
     }
 
-    /// Queues an ask. One that cannot be answered hears so at once.
-    pub fn add(&mut self, ask: Ask, events: UnboundedSender<Event>) {
+    /// Queues an ask, with its grammar compiled. One that cannot be answered hears so at once.
+    pub fn add(&mut self, ask: Ask, grammar: Option<Grammar>, events: UnboundedSender<Event>) {
         self.counters.requests += 1;
         if let Err(error) = self.engine.check_prompt(&ask.prompt) {
             let _ = events.send(Event::Failed(error.to_string()));
             return;
         }
-        let stops = if ask.ignore_stop_tokens { Vec::new() } else { self.stop_tokens.clone() };
+        let stops = if ask.ignore_stop_tokens && grammar.is_none() { Vec::new() } else { self.stop_tokens.clone() };
         let (context, vocab) = (self.engine.context(), self.engine.target().config().vocab_size);
         let usage = Usage { prompt_tokens: ask.prompt.len(), ..Usage::default() };
         let mut seq = Sequence::new(ask.prompt, ask.sampling, ask.max_new_tokens, stops, context, vocab);
+        seq.grammar = grammar;
         seq.policy = ask.policy.unwrap_or(self.policy);
         seq.wants_logits = ask.logprobs.is_some();
         self.waiting.push_back(Request { arrival: self.arrivals, seq, logprobs: ask.logprobs, usage, events });
@@ -243,7 +245,9 @@ fn logprobs(logits: &[f32], token: u32, top: usize) -> Logprobs {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let total: f64 = logits.iter().map(|&logit| f64::from(logit - max).exp()).sum();
     let of = |logit: f32| (f64::from(logit - max) - total.ln()) as f32;
-    let mut ids = vec![0; top.min(logits.len())];
+    // What a grammar forbids is not among the likeliest.
+    let possible = logits.iter().filter(|&&logit| logit > f32::NEG_INFINITY).count();
+    let mut ids = vec![0; top.min(possible)];
     let mut values = vec![0.0; ids.len()];
     if !ids.is_empty() {
         draw::top_k(logits, &mut ids, &mut values, &mut draw::Scratch::default());
@@ -262,5 +266,6 @@ mod tests {
         assert_eq!(top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [1, 0]);
         assert!((top[1].1 - 0.25f32.ln()).abs() < 1e-6);
         assert!(logprobs(&[1.0, 2.0], 0, 0).top.is_empty());
+        assert_eq!(logprobs(&[1.0, f32::NEG_INFINITY], 0, 2).top, [(0, 0.0)]);
     }
 }

@@ -15,6 +15,7 @@ use tokio::sync::{broadcast, mpsc};
 use treespark_models::{ChatTemplate, Tokenizer};
 
 use crate::error::Result;
+use crate::grammar::{Grammar, GrammarEngine};
 use crate::llm::Llm;
 use crate::scheduler::Policy;
 use batcher::Batcher;
@@ -42,6 +43,7 @@ pub struct Text {
     pub tokenizer: Tokenizer,
     pub template: Option<ChatTemplate>,
     pub stop_tokens: Vec<u32>,
+    pub grammars: GrammarEngine,
 }
 
 /// How a service treats those who ask.
@@ -59,7 +61,7 @@ impl Default for ServiceOptions {
     }
 }
 
-type Letter = (Ask, mpsc::UnboundedSender<Event>);
+type Letter = (Ask, Option<Grammar>, mpsc::UnboundedSender<Event>);
 
 struct Shared {
     facts: Facts,
@@ -105,6 +107,9 @@ impl Service {
             return Err(Refusal::Draining);
         }
         ask.sampling.check().map_err(|error| Refusal::Bad(error.to_string()))?;
+        // Here, for the engine's thread has other things to do.
+        let grammar = ask.grammar.as_ref().map(|source| self.text().grammars.compile(source)).transpose();
+        let grammar = grammar.map_err(|error| Refusal::Bad(error.to_string()))?;
         let mut unread = lock(&self.shared.unread);
         let waiting = *unread + lock(&self.shared.counters).waiting;
         if waiting >= self.shared.max_queue {
@@ -112,7 +117,7 @@ impl Service {
         }
         let (events, answer) = Answer::channel();
         let stopped = |_| Refusal::Stopped(self.failure().unwrap_or_else(|| "its thread has ended".to_string()));
-        self.asks.send((ask, events)).map_err(stopped)?;
+        self.asks.send((ask, grammar, events)).map_err(stopped)?;
         *unread += 1;
         Ok(answer)
     }
@@ -191,9 +196,9 @@ fn serve(shared: &Shared, mut batcher: Batcher, inbox: &Receiver<Letter>) {
     }
 }
 
-fn take(shared: &Shared, batcher: &mut Batcher, (ask, events): Letter) {
+fn take(shared: &Shared, batcher: &mut Batcher, (ask, grammar, events): Letter) {
     let mut unread = lock(&shared.unread);
-    batcher.add(ask, events);
+    batcher.add(ask, grammar, events);
     *unread -= 1;
     *lock(&shared.counters) = batcher.counters();
 }

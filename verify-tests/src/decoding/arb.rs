@@ -5,6 +5,7 @@ use proptest::sample::select;
 use treespark_kernel_gen::TreeShape;
 use treespark_models::dspark::MarkovKind;
 
+use super::language::LANGUAGES;
 use super::{Ask, Decoding, Guesser, Stop, Way};
 use crate::arb::{self, HOUSE_MODELS, Topology};
 use crate::cases::SHAPES;
@@ -106,14 +107,15 @@ fn asks(vocab: usize, context: usize) -> impl Strategy<Value = Ask> {
         2 => (any::<usize>(), 1usize..=3).prop_map(|(at, tokens)| Stop::Text(at, tokens)),
     ];
     let new_tokens = prop_oneof![1 => 0usize..=3, 4 => 4usize..=60];
-    ((1..context, any::<u64>(), any::<bool>()), new_tokens, stops, arb::samplings()).prop_map(
-        move |((len, seed, repeats), max_new_tokens, stop, sampling)| {
+    let languages = prop_oneof![2 => Just(None), 1 => select(LANGUAGES.to_vec()).prop_map(Some)];
+    ((1..context, any::<u64>(), any::<bool>()), new_tokens, stops, arb::samplings(), languages).prop_map(
+        move |((len, seed, repeats), max_new_tokens, stop, sampling, language)| {
             let mut rng = Rng::new(seed);
             // Models of random weights often answer a phrase that repeats with one that does.
             let phrase = if repeats { 1 + rng.below(4) } else { len };
             let phrase: Vec<u32> = (0..phrase).map(|_| rng.below(vocab) as u32).collect();
             let prompt = phrase.into_iter().cycle().take(len).collect();
-            Ask { prompt, sampling, max_new_tokens, stop }
+            Ask { prompt, sampling, max_new_tokens, stop, language }
         },
     )
 }

@@ -1,13 +1,13 @@
 //! Many asks at once, answered by a batcher.
 
-use treespark::Sequence;
 use treespark::backend::Backend;
 use treespark::scheduler::Policy;
 use treespark::serving::batcher::Batcher;
 use treespark::serving::{self, Answer, Event};
+use treespark::{GrammarSource, Sequence};
 use treespark_models::Model;
 
-use super::{Ask, Decoding, Seen, Way, told};
+use super::{Ask, Decoding, Seen, Way, language, told};
 use crate::conformance::agreement::Agreement;
 use crate::conformance::same;
 use crate::rng::Rng;
@@ -24,13 +24,14 @@ impl Decoding {
     ) -> Result<(), String> {
         let truths = plain.iter().map(|seq| seq.tokens().to_vec()).collect();
         let engine = self.engine(model, backend.share(), truths)?;
-        let mut batcher = Batcher::new(engine, vec![], Policy::CONFIDENCE);
+        let mut batcher = Batcher::new(engine, vec![language::end(self.sizes.vocab)], Policy::CONFIDENCE);
         let mut rng = Rng::new(self.seed ^ 3);
         let mut answers = Vec::new();
         for ask in &self.asks {
             let (events, answer) = Answer::channel();
             let policy = ["confidence", "confidence", "off", "fixed:2", "chain", "chain:3"][rng.below(6)];
-            batcher.add(ask.served(policy.parse().expect("a policy")), events);
+            let grammar = ask.language.map(|language| language::grammar(language, self.sizes.vocab));
+            batcher.add(ask.served(policy.parse().expect("a policy")), grammar, events);
             answers.push(Some(answer));
             for _ in 0..rng.below(4) {
                 batcher.round(true).map_err(told)?;
@@ -81,9 +82,10 @@ impl Ask {
             prompt: self.prompt.clone(),
             sampling: self.sampling.clone(),
             max_new_tokens: self.max_new_tokens,
-            ignore_stop_tokens: false,
+            ignore_stop_tokens: true,
             logprobs: None,
             policy: Some(policy),
+            grammar: self.language.map(|language| GrammarSource::Regex(language.to_string())),
         }
     }
 }

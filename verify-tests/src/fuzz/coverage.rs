@@ -70,6 +70,7 @@ impl Coverage {
             decoding.shape.as_ref().map_or_else(chosen, |shape| format!("given, up to {}", class(shape.len(), &NODES)));
         self.count("trees of nodes", shape);
         for ask in &decoding.asks {
+            self.count("language", ask.language.unwrap_or("anything").to_string());
             self.count("draws", drawn(&ask.sampling));
             self.count("penalty", (ask.sampling.repetition_penalty != 1.0).to_string());
         }

@@ -65,7 +65,7 @@ Examples:
 
 pub const ROUNDS_HELP: &str = "A case is a random model, a drafter for it (repeats, one that knows half of the answer, a draft model, Medusa heads, \
 DFlash, DSpark), a tree or the drafter's own choice, a page size, and up to three questions (prompt, sampling, penalties, most tokens, a stop \
-token or a stop string inside of what plain decoding says), one after the other or in turns, with fewer pages than they need. Tokens, text and \
+token or a stop string inside of what plain decoding says, a language that the answer must be in), one after the other or in turns, with fewer pages than they need. Tokens, text and \
 end must be those of plain decoding, and these those of the f64 oracle; where a backend does not promise equal bits, up to a near-tie.
 
 Examples:

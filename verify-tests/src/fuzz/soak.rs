@@ -146,11 +146,19 @@ fn answer_alone(args: &Args) -> Result<Vec<Known>> {
         let prompt = plain.text_prompt(&text)?;
         let sampling = Sampling { seed: i as u64, ..samplings[i % samplings.len()].1.clone() };
         let max_new_tokens = 1 + rng.below(args.tokens);
-        let options = GenerateOptions { sampling: sampling.clone(), max_new_tokens, stop: vec![] };
+        let options = GenerateOptions { sampling: sampling.clone(), max_new_tokens, ..GenerateOptions::default() };
         let mut generation = plain.generate(prompt.clone(), &options)?;
         generation.by_ref().try_for_each(|step| step.map(drop))?;
         let truth = generation.tokens().to_vec();
-        let ask = Ask { prompt, sampling, max_new_tokens, ignore_stop_tokens: false, logprobs: None, policy: None };
+        let ask = Ask {
+            prompt,
+            sampling,
+            max_new_tokens,
+            ignore_stop_tokens: false,
+            logprobs: None,
+            policy: None,
+            grammar: None,
+        };
         Ok(Known { ask, truth })
     });
     known.collect()
