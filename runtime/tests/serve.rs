@@ -171,7 +171,7 @@ fn streams_and_whole_answers_are_what_the_library_generates() {
         for (stop, temperature) in [(vec![], 1.0), (vec!["e", "Q7"], 0.9), (vec![], 0.0)] {
             let sampling = Sampling { temperature, top_p: 0.95, seed, ..Sampling::default() };
             let stop: Vec<String> = stop.into_iter().map(String::from).collect();
-            let options = GenerateOptions { sampling, max_new_tokens: 60, stop: stop.clone() };
+            let options = GenerateOptions { sampling, max_new_tokens: 60, stop: stop.clone(), grammar: None };
             let body = json!({
                 "model": "tiny", "temperature": temperature, "top_p": 0.95, "seed": seed, "max_tokens": 60, "stop": stop,
                 "stream_options": {"include_usage": true},
@@ -214,7 +214,7 @@ fn samples_of_one_request_differ_and_are_the_librarys() {
         for sample in 0..3 {
             let index = 3 * prompt + sample;
             let sampling = Sampling { temperature: 1.0, seed: 5, sample: sample as u32, ..Sampling::default() };
-            let options = GenerateOptions { sampling, max_new_tokens: 20, stop: vec![] };
+            let options = GenerateOptions { sampling, max_new_tokens: 20, ..GenerateOptions::default() };
             let tokens = llm.text_prompt(text).unwrap();
             let (expected, _) = generated(&mut llm, tokens, &options);
             assert_eq!((&whole(&response, index), &joined(&chunks, index)), (&expected, &expected));
