@@ -12,8 +12,8 @@ mod together;
 
 use std::fmt::Write;
 
-pub use answer::Stop;
-use answer::{Answer, expected, tokenizer};
+use answer::{Answer, expected};
+pub use answer::{Stop, tokenizer};
 pub use guesser::{GUESSERS, Guesser};
 use treespark::backend::{Backend, PassCost};
 use treespark::draft::block::BlockDrafter;

@@ -4,7 +4,6 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
-#[cfg(feature = "cuda")]
 use treespark_verify_tests::cases;
 
 fn fuzz(args: &[&str]) -> Output {
@@ -47,6 +46,17 @@ fn a_slice_of_the_statistics_passes_on_the_cpu() {
     let report: serde_json::Value = serde_json::from_str(&fs::read_to_string(out.join("stats.json")).unwrap()).unwrap();
     assert!(report["rounds"].as_u64() > Some(6000) && report["tests"].as_array().unwrap().len() > 6, "{report}");
     assert!(fs::read_to_string(out.join("stats.svg")).unwrap().contains("</svg>"));
+}
+
+#[test]
+fn a_short_soak_is_clean_on_the_cpu() {
+    if cases::default_model().is_none() {
+        return;
+    }
+    let few = ["--asks", "8", "--tokens", "16", "--max-requests", "4", "--clients", "6", "--cache-tokens", "1200"];
+    let output = fuzz(&[&["soak", "--seconds", "8"], &few[..]].concat());
+    let text = text(&output);
+    assert!(output.status.code() == Some(0) && text.contains("0 of 75 pages in use at the end"), "{text}");
 }
 
 #[test]

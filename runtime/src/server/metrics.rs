@@ -133,6 +133,8 @@ impl Page {
 
     fn counters(&mut self, c: &Counters) {
         self.counter("rounds_total", "Rounds of all running sequences together.", c.rounds);
+        self.counter("round_seconds_total", "Seconds of all rounds.", c.round_seconds);
+        self.counter("device_seconds_total", "Of these, seconds of waiting for the device.", c.device_seconds);
         self.counter("requests_total", "Answers that were asked for.", c.requests);
         self.counter("requests_cancelled_total", "Answers whose reader left.", c.cancelled);
         self.counter(
@@ -181,7 +183,7 @@ impl Page {
         let _ = writeln!(self.0, "treespark_{name}{labels} {value}");
     }
 
-    fn counter(&mut self, name: &str, help: &str, value: u64) {
+    fn counter(&mut self, name: &str, help: &str, value: impl std::fmt::Display) {
         self.head(name, "counter", help);
         self.line(name, &[], value);
     }

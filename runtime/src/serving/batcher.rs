@@ -88,6 +88,7 @@ impl Batcher {
         Counters {
             running: self.running.len(),
             waiting: self.waiting.len(),
+            device_seconds: self.stats.seconds.verify,
             pages_used: pool.pages() - pool.available(),
             ..self.counters.clone()
         }
@@ -122,6 +123,7 @@ impl Batcher {
             self.engine.publish(&mut request.seq);
         }
         self.dismiss_finished();
+        self.counters.round_seconds += start.elapsed().as_secs_f64();
         let (running, waiting) = (self.running.len(), self.waiting.len());
         let rows = trees.iter().map(|tree| tree.tokens.len()).sum();
         let view = || RoundView { trees, rows, running, waiting, seconds: start.elapsed().as_secs_f64() };

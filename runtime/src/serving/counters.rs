@@ -20,6 +20,9 @@ pub struct Counters {
     pub accepted: u64,
     /// Entry d - 1: rounds of a sequence whose tree reached depth d, and that accepted to depth d.
     pub by_depth: Vec<(u64, u64)>,
+    /// Seconds of all rounds, and of these what was waited for the device.
+    pub round_seconds: f64,
+    pub device_seconds: f64,
     pub running: usize,
     pub waiting: usize,
     pub pages_used: usize,
