@@ -81,8 +81,8 @@ impl Load {
             let (go_on, url) = (go_on.clone(), serving.url("/v1/completions"));
             // Trees of a size that no measurement decides, of a text that repeats.
             let body = json!({
-                "prompt": "abc abc abc abc", "max_tokens": 400, "ignore_eos": true, "temperature": 0.7 * (seed % 2) as f32,
-                "seed": seed, "speculation": "fixed:8",
+                "prompt": "abc abc abc abc", "max_tokens": 400, "ignore_eos": true, "speculation": "fixed:8",
+                "seed": seed, "temperature": 0.7 * (seed % 2) as f32,
             });
             std::thread::spawn(move || {
                 while go_on.load(Ordering::Relaxed) {
