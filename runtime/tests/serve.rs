@@ -291,7 +291,8 @@ fn rounds_are_told_as_they_happen() {
         lines.find(|line| *line == format!("event: {wanted}")).expect("the event comes");
         serde_json::from_str(lines.next().unwrap().strip_prefix("data: ").unwrap()).unwrap()
     };
-    assert!(event("counters")["running"].is_u64());
+    let counters = event("counters");
+    assert!(counters["running"].is_u64() && counters["seconds"].is_f64(), "{counters}");
     running.ask(COMPLETIONS, &json!({"prompt": "abc abc abc", "max_tokens": 50, "ignore_eos": true}));
     let round = event("round");
     let tree = &round["trees"][0];

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::extract::State;
 use axum::response::sse::{Event, Sse};
@@ -24,10 +24,11 @@ const COUNTER_TICKS: u64 = 20;
 
 /// What a browser shows of a running server.
 pub async fn page() -> Html<&'static str> {
-    Html("<!doctype html><title>treespark</title><p>treespark runs here. <a href=\"/metrics\">Its metrics.</a></p>")
+    Html(include_str!("page.html"))
 }
 
-/// Server-sent events: `round`, with the text of every token, and `counters`, once a second.
+/// Server-sent events: `round`, with the text of every token, and `counters`, once a second, with the seconds since the
+/// first event, so that a rate does not depend on when a browser gets to read.
 pub async fn rounds(State(server): State<Arc<Server>>) -> Response {
     let mut stopping = server.stopping.subscribe();
     let events = stream::unfold(Watch::new(server), |mut watch| async {
@@ -43,13 +44,14 @@ struct Watch {
     rounds: Receiver<Arc<RoundView>>,
     interval: Interval,
     ticks: u64,
+    start: Instant,
 }
 
 impl Watch {
     fn new(server: Arc<Server>) -> Watch {
         let mut interval = tokio::time::interval(ROUND_INTERVAL);
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Watch { rounds: server.service.watch(), server, interval, ticks: 0 }
+        Watch { rounds: server.service.watch(), server, interval, ticks: 0, start: Instant::now() }
     }
 
     async fn tick(&mut self) -> Vec<Event> {
@@ -60,7 +62,9 @@ impl Watch {
             events.push(event("round", told(&round, &self.server.service.text().tokenizer)));
         }
         if self.ticks.is_multiple_of(COUNTER_TICKS) {
-            events.push(event("counters", json!(self.server.service.counters())));
+            let mut counters = json!(self.server.service.counters());
+            counters["seconds"] = self.start.elapsed().as_secs_f64().into();
+            events.push(event("counters", counters));
         }
         self.ticks += 1;
         events
