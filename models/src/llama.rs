@@ -64,7 +64,7 @@ impl<'a> Llama<'a> {
         let mut builder = self.builder("verify under a grammar", rows);
         self.forward(&mut builder);
         builder.mask();
-        builder.draw_and_accept();
+        self.accept(&mut builder);
         builder.finish()
     }
 
@@ -141,6 +141,11 @@ impl<'a> Llama<'a> {
 
     fn verify(&self, builder: &mut Builder) {
         self.forward(builder);
+        self.accept(builder);
+    }
+
+    /// From logits to the cache.
+    fn accept(&self, builder: &mut Builder) {
         builder.draw_and_accept();
         self.commit(builder);
     }

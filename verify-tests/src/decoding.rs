@@ -422,6 +422,6 @@ mod tests {
         let by_slot = |row: &mut treespark_kernel_gen::Row| {
             row.position = row.position - (row.path().count() as u32 - 1) + row.node;
         };
-        assert!(found("model", Mistake::Row(by_slot)) > 2);
+        assert!(found("half right", Mistake::Row(by_slot)) > 2);
     }
 }
