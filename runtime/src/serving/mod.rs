@@ -106,6 +106,9 @@ impl Service {
         if self.shared.draining.load(Ordering::Relaxed) {
             return Err(Refusal::Draining);
         }
+        if let Some(why) = self.failure() {
+            return Err(Refusal::Stopped(why));
+        }
         ask.sampling.check().map_err(|error| Refusal::Bad(error.to_string()))?;
         // Here, for the engine's thread has other things to do.
         let grammar = ask.grammar.as_ref().map(|source| self.text().grammars.compile(source)).transpose();
