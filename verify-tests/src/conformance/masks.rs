@@ -26,7 +26,7 @@ fn masks(rows: usize, vocab: usize, rng: &mut Rng) -> Vec<u32> {
             .collect();
         let certain = rng.below(vocab);
         row[certain / 32] |= 1 << (certain % 32);
-        if vocab % 32 > 0 {
+        if !vocab.is_multiple_of(32) {
             row[words - 1] ^= (rng.word() as u32) << (vocab % 32);
         }
         masks.extend(row);

@@ -90,12 +90,12 @@ impl Step<'_> {
         let path: Vec<u32> = (0..n).map(|i| self.word(accepted, from + 1 + i)).collect();
         let drawn: Vec<u32> = (0..n).map(|i| self.word(accepted, from + 1 + MAX_NODES + i)).collect();
         self.set_word(state, at + 3, n as u32);
-        for i in 0..n {
-            self.set_word(history, request * self.width(history) + prefix + 1 + i, drawn[i]);
+        for (i, &token) in drawn.iter().enumerate() {
+            self.set_word(history, request * self.width(history) + prefix + 1 + i, token);
         }
-        for i in 0..n.min(max_nodes) {
-            self.set_word(state, at + 4 + 2 * max_nodes + i, path[i]);
-            self.set_word(state, at + 4 + 3 * max_nodes + i, drawn[i]);
+        for (i, (&node, &token)) in path.iter().zip(&drawn).enumerate().take(max_nodes) {
+            self.set_word(state, at + 4 + 2 * max_nodes + i, node);
+            self.set_word(state, at + 4 + 3 * max_nodes + i, token);
         }
         let (mut hits, mut trials) = ([0u32; CLASSES], [0u32; CLASSES]);
         for node in 1..self.word(state, at + 1) as usize {
