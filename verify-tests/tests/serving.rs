@@ -14,6 +14,9 @@ use treespark_verify_tests::decoding::tokenizer;
 
 const CONTEXT: usize = 128;
 
+/// Passes that are left when the device panics.
+const PANIC: usize = 1 << 40;
+
 /// A device that is lost after so many passes.
 struct Frail {
     inner: CpuBackend,
@@ -51,6 +54,7 @@ impl Backend for Frail {
 
     fn run(&mut self, pass: PassId, extent: Extent) -> Result<()> {
         self.passes = self.passes.checked_sub(1).ok_or_else(|| Error::Device("lost".to_string()))?;
+        assert_ne!(self.passes, PANIC, "a mistake in the engine");
         self.inner.run(pass, extent)
     }
 }
@@ -112,6 +116,17 @@ fn a_lost_device_is_told_to_everyone() {
     assert!(service.failure().unwrap().contains("lost"));
     let later = service.ask(ask(4, 1)).unwrap_err();
     assert!(matches!(&later, Refusal::Stopped(why) if why.contains("lost")), "{later}");
+}
+
+#[test]
+fn a_panic_of_the_engine_is_told() {
+    let service = service(PANIC + 10, None, 16);
+    let mut answer = service.ask(ask(4, 100)).unwrap();
+    while answer.wait().is_some() {}
+    while service.failure().is_none() {
+        std::thread::yield_now();
+    }
+    assert!(matches!(service.ask(ask(4, 1)), Err(Refusal::Stopped(_))));
 }
 
 #[test]

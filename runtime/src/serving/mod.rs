@@ -178,8 +178,20 @@ fn prepare(llm: Llm, options: &ServiceOptions) -> (Arc<Shared>, Batcher) {
     (Arc::new(shared), batcher)
 }
 
+/// Tells of a panic of the engine's thread, which nobody would hear of otherwise.
+struct Guard<'a>(&'a Shared);
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            *lock(&self.0.failure) = Some("it panicked; standard error says where".to_string());
+        }
+    }
+}
+
 /// Rounds for as long as someone may ask.
 fn serve(shared: &Shared, mut batcher: Batcher, inbox: &Receiver<Letter>) {
+    let _guard = Guard(shared);
     loop {
         if batcher.is_idle() {
             let Ok(letter) = inbox.recv() else { return };
