@@ -1,4 +1,4 @@
-//! Drafters that fill a block in one parallel pass ([`Network::draft_block`]), a row for each depth: DSpark, with sequential
+//! Drafters that fill a block in one parallel pass ([`Network::draft_blocks`]), a row for each depth: DSpark, with sequential
 //! heads that turn the independent rows into a tree, DFlash and Medusa, whose rows stand by themselves.
 //!
 //! With DSpark's vanilla and gated heads, what follows a node depends on its depth and its token alone: the tree is a

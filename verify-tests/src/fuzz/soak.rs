@@ -1,7 +1,7 @@
 //! A service under random load for as long as one likes: clients that come and go, leave in the middle, ask again what was
 //! asked before. No wrong token, no page lost, no memory that grows.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -69,17 +69,18 @@ struct Tally {
     answers: u64,
     left: u64,
     refused: u64,
-    near_ties: u64,
+    /// Which questions were answered otherwise than alone, and how.
+    differing: BTreeSet<(usize, Vec<u32>)>,
     wrong: Vec<String>,
 }
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Tally { answers, left, refused, near_ties, wrong } = self;
+        let Tally { answers, left, refused, differing, wrong } = self;
+        let (differing, wrong) = (differing.len(), wrong.len());
         write!(
             f,
-            "{answers} answers, {left} clients left, {refused} refused, {near_ties} near-ties, {} wrong",
-            wrong.len()
+            "{answers} answers, {differing} different ones, {left} clients left, {refused} refused, {wrong} failed"
         )
     }
 }
@@ -99,7 +100,7 @@ pub fn run(args: &Args) -> Result<bool> {
             let mut rng = Rng::new(args.seed ^ (client as u64 + 1) << 32);
             scope.spawn(move || {
                 while start.elapsed() < seconds {
-                    visit(args, service, &known[rng.below(known.len())], &mut rng, tally);
+                    visit(service, known, &mut rng, tally);
                     std::thread::sleep(Duration::from_millis(rng.below(200) as u64));
                 }
             });
@@ -119,9 +120,14 @@ pub fn run(args: &Args) -> Result<bool> {
             );
         }
     });
-    let tally = tally.into_inner().expect("no client panicked");
+    let mut tally = tally.into_inner().expect("no client panicked");
+    let is_clean = is_clean(&service, &memory)?;
+    let excuses = tally.differing.iter().map(|(ask, tokens)| excuse(args, &known[*ask], tokens));
+    let wrong: Vec<String> = excuses.filter_map(|excuse| excuse.err().map(|error| format!("{error:#}"))).collect();
+    println!("{} of the different answers are near-ties", tally.differing.len() - wrong.len());
+    tally.wrong.extend(wrong);
     tally.wrong.iter().for_each(|wrong| println!("WRONG: {wrong}"));
-    Ok(is_clean(&service, &memory)? && tally.wrong.is_empty())
+    Ok(is_clean && tally.wrong.is_empty())
 }
 
 fn llm(args: &Args) -> LlmOptions {
@@ -173,7 +179,9 @@ const BEGINNINGS: [&str; 3] = [
 const ENDS: [&str; 4] = ["the waves rise and fall, ", "x = x + 1\n", "and so on, ", "1 2 3 4 5 6 "];
 
 /// One client: asks, listens, and perhaps leaves.
-fn visit(args: &Args, service: &Service, known: &Known, rng: &mut Rng, tally: &Mutex<Tally>) {
+fn visit(service: &Service, known: &[Known], rng: &mut Rng, tally: &Mutex<Tally>) {
+    let which = rng.below(known.len());
+    let known = &known[which];
     let policy = ["confidence", "confidence", "off", "fixed:4", "chain"][rng.below(5)];
     let policy: Option<Policy> = Some(policy.parse().expect("a policy"));
     let note = |what: &dyn Fn(&mut Tally)| what(&mut tally.lock().expect("no client panicked"));
@@ -186,10 +194,10 @@ fn visit(args: &Args, service: &Service, known: &Known, rng: &mut Rng, tally: &M
     match listen(answer, patience) {
         Ok(None) => note(&|tally| tally.left += 1),
         Ok(Some(tokens)) if tokens == known.truth => note(&|tally| tally.answers += 1),
-        Ok(Some(tokens)) => match excuse(args, known, &tokens) {
-            Ok(()) => note(&|tally| (tally.answers, tally.near_ties) = (tally.answers + 1, tally.near_ties + 1)),
-            Err(error) => note(&|tally| tally.wrong.push(format!("{error:#}"))),
-        },
+        Ok(Some(tokens)) => note(&|tally| {
+            tally.answers += 1;
+            tally.differing.insert((which, tokens.clone()));
+        }),
         Err(error) => note(&|tally| tally.wrong.push(error.clone())),
     }
 }
