@@ -50,17 +50,6 @@ impl Draft {
         }
         some
     }
-
-    /// The likeliest path alone: of siblings the first comes first.
-    pub fn spine(&self) -> Draft {
-        let mut spine = Draft { cost: self.cost, ..Draft::root(self.tree.token(0)) };
-        let (mut node, mut end) = (0, 0);
-        while let Some(child) = self.tree.shape().children(node).next() {
-            end = spine.push(end, self.tree.token(child), self.survival[child]).expect("no deeper than the tree");
-            node = child;
-        }
-        spine
-    }
 }
 
 /// What a drafter proposed, and what of it may be verified: a grammar forbids the rest.
@@ -72,11 +61,21 @@ pub struct Proposal {
 }
 
 impl Proposal {
-    pub fn new(draft: Draft, grammar: Option<&Grammar>) -> Proposal {
-        let allowed = grammar.map(|grammar| grammar.allowed(&draft.tree));
-        match allowed.filter(|nodes| nodes.len() < draft.tree.len()) {
-            Some(nodes) => Proposal { draft: draft.only(&nodes), whole: Some((draft, nodes)) },
-            None => Proposal { draft, whole: None },
+    /// With `chain`, only the likeliest path of what is allowed.
+    pub fn new(draft: Draft, grammar: Option<&Grammar>, chain: bool) -> Proposal {
+        let mut nodes = grammar.map_or_else(|| (0..draft.tree.len()).collect(), |grammar| grammar.allowed(&draft.tree));
+        if chain {
+            // Nodes ascend, and of siblings the likeliest comes first.
+            let mut end = 0;
+            nodes.retain(|&node| {
+                let is_next = node == 0 || draft.tree.shape().parent(node) == end;
+                end = if is_next { node } else { end };
+                is_next
+            });
+        }
+        match nodes.len() < draft.tree.len() {
+            true => Proposal { draft: draft.only(&nodes), whole: Some((draft, nodes)) },
+            false => Proposal { draft, whole: None },
         }
     }
 
@@ -212,5 +211,22 @@ impl HitRates {
             }
             node = tree.child_with(parent, token);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_is_the_likeliest_path_and_is_told_by_the_drafters_numbers() {
+        let mut draft = Draft::root(1);
+        for (parent, token, survival) in [(0, 2, 0.6), (0, 3, 0.3), (2, 4, 0.2), (1, 5, 0.1), (1, 6, 0.05)] {
+            draft.push(parent, token, survival).unwrap();
+        }
+        let Proposal { draft: chain, whole } = Proposal::new(draft.clone(), None, true);
+        assert_eq!((0..chain.tree.len()).map(|node| chain.tree.token(node)).collect::<Vec<_>>(), [1, 2, 5]);
+        assert_eq!((chain.survival, whole.map(|(_, nodes)| nodes)), (vec![1.0, 0.6, 0.1], Some(vec![0, 1, 4])));
+        assert!(Proposal::new(draft, None, false).whole.is_none());
     }
 }

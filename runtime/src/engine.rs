@@ -142,7 +142,8 @@ impl Engine {
         let Engine { backend, target, drafter, scheduler, .. } = self;
         let backend = backend.as_mut();
         let mut clock = stats.start_round();
-        let ready = seqs.iter().filter(|seq| seq.pending().len() == 1).count();
+        // Those that may draft, or soon may: behind a prompt the device drafts at once.
+        let ready = seqs.iter().filter(|seq| seq.pending().len() == 1).count().max(1);
         scheduler.look_ahead(ready, target.draft_cost(ready));
 
         // Draft. Where the device drafts, the round before has. Node 0 is the last committed token; every other node is a guess.
@@ -274,16 +275,18 @@ fn draft(
     Ok(drafts)
 }
 
-/// The same without what grammars forbid.
+/// The same without what grammars forbid and policies do not want.
 fn propose(drafts: Vec<Option<Draft>>, seqs: &[&mut Sequence]) -> Vec<Option<Proposal>> {
-    let proposal = |(draft, seq): (Option<Draft>, &&mut Sequence)| Some(Proposal::new(draft?, seq.grammar.as_ref()));
+    let proposal = |(draft, seq): (Option<Draft>, &&mut Sequence)| {
+        Some(Proposal::new(draft?, seq.grammar.as_ref(), seq.policy.chain))
+    };
     drafts.into_iter().zip(seqs).map(proposal).collect()
 }
 
 /// What the device has drafted behind the round before.
 fn drafted(seqs: &mut [&mut Sequence]) -> Vec<Option<Draft>> {
     let draft = |seq: &mut &mut Sequence| {
-        let draft = seq.draft.take().map(|draft| if seq.policy.chain { draft.spine() } else { draft });
+        let draft = seq.draft.take();
         (seq.pending().len() == 1).then(|| draft.unwrap_or_else(|| Draft::root(seq.last())))
     };
     seqs.iter_mut().map(draft).collect()

@@ -209,7 +209,8 @@ impl Llm {
         let mut backend = devices::open(&options.backend)?;
         let mut limits = Limits::new(context, options.tree.as_ref().map_or(chosen, TreeShape::len));
         if let Some(many) = options.many {
-            limits = limits.for_many(many.max_requests(backend.as_ref()), backend.drafts())?;
+            let block_rows = speculator.as_ref().map_or(0, |speculator| speculator.config().block().rows);
+            limits = limits.for_many(many.max_requests(backend.as_ref()), block_rows, backend.drafts())?;
             limits.cache_tokens = many.cache_tokens;
             let free = backend.free_bytes();
             let plan = MemoryPlan::new(&model, speculator.as_ref(), draft.as_ref(), &limits, free)?;

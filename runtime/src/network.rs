@@ -76,17 +76,16 @@ impl Limits {
         Limits { context, max_nodes, top_k: 1, page_size: 16, max_requests: 1, max_rows: MAX_NODES, cache_tokens: None }
     }
 
-    /// The same for so many at a time; on a device that is quick at it, with room for many rows.
-    pub fn for_many(self, max_requests: usize, quick: bool) -> Result<Limits> {
-        let rows = match (max_requests, quick) {
-            (1, _) => return Ok(self),
-            (_, true) => (8 * max_requests).next_power_of_two().clamp(MAX_NODES, 4 * MAX_NODES),
-            (_, false) => MAX_NODES,
-        };
-        if !(1..=rows / 2).contains(&max_requests) {
-            let (value, expected) = (max_requests.to_string(), "1 to 128, on a GPU that drafts to 512");
+    /// The same for so many at a time; on a device that drafts by itself, with room for trees of all and for their blocks of so
+    /// many rows.
+    pub fn for_many(self, max_requests: usize, block_rows: usize, drafts: bool) -> Result<Limits> {
+        let most = if drafts { 512 } else { MAX_NODES / 2 };
+        if !(2..=most).contains(&max_requests) {
+            let (value, expected) = (max_requests.to_string(), "2 to 128, on a GPU that drafts to 512");
             return Err(Error::Parameter { parameter: "max_requests", value, expected });
         }
+        let rows =
+            if drafts { (max_requests * block_rows.max(8)).next_power_of_two().max(MAX_NODES) } else { MAX_NODES };
         Ok(Limits { max_requests, max_rows: rows, ..self })
     }
 

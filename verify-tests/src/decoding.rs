@@ -153,7 +153,7 @@ impl Decoding {
         let one = Limits { page_size: self.sizes.page_size, ..Limits::new(self.context, max_nodes) };
         match self.way {
             Way::Together { places, few_pages, .. } => {
-                let many = one.for_many(places, false).expect("a few sequences");
+                let many = one.for_many(places, 0, false).expect("a few sequences");
                 // Of the longest sequence, a tree or a block behind it, and whatever a page leaves over.
                 let one_alone = self.context + max_nodes.max(16) + 2 * self.sizes.page_size;
                 Limits { cache_tokens: few_pages.then_some(one_alone), ..many }

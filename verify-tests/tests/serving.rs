@@ -65,7 +65,7 @@ fn service(passes: usize, cache_tokens: Option<usize>, max_queue: usize) -> Serv
         let model = Model::open(&tiny_models()[0])?;
         let vocab = model.config().vocab_size;
         let mut backend: Box<dyn Backend> = Box::new(Frail { inner: CpuBackend::new(Some(1)), passes });
-        let limits = Limits { cache_tokens, ..Limits::new(CONTEXT, 8).for_many(2, false)? };
+        let limits = Limits { cache_tokens, ..Limits::new(CONTEXT, 8).for_many(2, 0, false)? };
         let target = Network::load(backend.as_mut(), &model, limits, &mut |_, _| {})?;
         let scheduler = Scheduler::new(None, 8, PassCost::FREE_ROWS);
         let engine = Engine::new(backend, target, Box::new(NgramDrafter::default()), scheduler, CONTEXT);

@@ -44,7 +44,7 @@ pub struct ServerArgs {
     /// What clients call the model [default: as --model does]
     #[arg(long, value_name = "NAME")]
     model_name: Option<String>,
-    /// Sequences that run at once [default: as many as the device serves well]
+    /// Sequences that run at once, at least 2 [default: as many as the device serves well]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_requests: Option<usize>,
     /// Tokens that the cache holds, of all sequences together [default: what they may need, as far as memory goes]

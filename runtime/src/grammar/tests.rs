@@ -107,7 +107,7 @@ fn a_tree_is_cut_to_what_may_be_accepted() {
     draft.push(a, END, 0.5).unwrap();
     let end = draft.push(b, END, 0.4).unwrap();
     draft.push(end, id("a"), 0.3).unwrap();
-    let proposal = Proposal::new(draft, Some(&grammar));
+    let proposal = Proposal::new(draft, Some(&grammar), false);
     assert_eq!(proposal.draft.tree.shape().parents(), [0, 0, 1, 2]);
     assert_eq!((0..4).map(|node| proposal.draft.tree.token(node)).collect::<Vec<_>>(), [id("1"), 0, 1, END]);
     assert_eq!(proposal.draft.survival, [1.0, 0.9, 0.6, 0.4]);
@@ -180,7 +180,7 @@ proptest! {
             };
             draft.push(parent, id(may[token as usize / 8 % may.len()]), 0.5).unwrap();
         }
-        let mut tree = Proposal::new(draft, Some(&grammar)).draft.tree;
+        let mut tree = Proposal::new(draft, Some(&grammar), false).draft.tree;
         let found = masks(&mut grammar, &mut tree, 1);
         for (node, mask) in found.into_iter().enumerate() {
             let text: Vec<u32> = tree.shape().path(node)[1..].iter().map(|&node| tree.token(node)).collect();
