@@ -405,7 +405,7 @@ mod tests {
     fn found(guesser: &str, mistake: Mistake) -> usize {
         let config = Config { failure_persistence: None, ..Config::default() };
         let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
-        let wrong = (0..24).filter(|_| {
+        let wrong = (0..60).filter(|_| {
             let decoding = arb::decodings(true, guesser).new_tree(&mut runner).unwrap().current();
             let backend = Mutant::new(Box::new(CpuBackend::new(Some(1))), mistake);
             decoding.check(&Shared::new(Box::new(backend))).is_err()
