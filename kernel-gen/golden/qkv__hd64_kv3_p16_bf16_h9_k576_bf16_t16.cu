@@ -533,7 +533,7 @@ __device__ __forceinline__ void take_registers() {
 //     activations  are loaded AHEAD steps ahead, multiplied with the norm's weight and split in two 16-bit halves,
 //                  a = high + low. Both halves are multiplied, so that only the weights are as coarse as 16 bits. Warps
 //                  with the same columns share this work, through shared memory; a warp with columns of its own keeps
-//                  its fragments in registers
+//                  its fragments in registers, and takes 16 tokens at a time
 //     products     are a warp's own (mma), or a whole group's of four warps, each with its own rows (wgmma): the weights are in
 //                  the same registers, the activations are read where the team shares them
 //     norm         is linear but for one factor a token, so the sum of squares is gathered on the way (`inv_rms`)
@@ -557,8 +557,10 @@ constexpr u32 ROWS = WARP_ROWS * WARPS_M; // weight rows of a tile
 constexpr u32 M_TILES = (TOKENS + 15) / 16;
 constexpr u32 PAIR = TOKENS > 8 ? 2 : 1;
 constexpr bool PLAIN = WEIGHT == F32;
-// A warp with columns of its own.
+// A warp with columns of its own. It multiplies one tile of tokens after the other.
 constexpr bool ALONE = WARPS_M == 1;
+constexpr u32 M_AT_ONCE = ALONE ? 1 : M_TILES;
+static_assert(!ALONE || M_TILES == 1 || PLAIN || (AHEAD == TEAM_STEPS && DEPTH == TEAM_STEPS), "all weights stay");
 
 // High and low halves have sums of their own, or share them. F16 needs the former: its halves are scaled, so that they
 // neither overflow nor vanish.
@@ -582,7 +584,9 @@ constexpr u32 BUFFER_UNITS = PLAIN || ALONE ? 0 : WGMMA ? 2 * TOKENS * 8 : M_TIL
 constexpr u32 RING_BYTES = PLAIN ? 0 : DEPTH * ROW_TILES * 2 * 32 * 16;
 constexpr u32 SUM_STRIDE = WARP_ROWS + 4;
 constexpr u32 SUM_BYTES = TOKENS * SUM_STRIDE * 4;
-constexpr u32 WARP_BYTES = RING_BYTES > SUM_BYTES ? RING_BYTES : SUM_BYTES;
+// While there are more tokens to come the weights stay, and the sums have room of their own.
+constexpr u32 SUMS_AT = ALONE && M_TILES > 1 ? RING_BYTES : 0;
+constexpr u32 WARP_BYTES = RING_BYTES > SUMS_AT + SUM_BYTES ? RING_BYTES : SUMS_AT + SUM_BYTES;
 
 constexpr u32 UNITS_AT = WARPS_M * WARPS_K * WARP_BYTES;
 static_assert(!WGMMA || UNITS_AT % 1024 == 0, "what groups read is aligned");
@@ -591,7 +595,7 @@ constexpr u32 MATMUL_BYTES = SQUARES_AT + WARPS_K * TOKENS * 4;
 static_assert(MATMUL_BYTES <= SHARED_BYTES, "the launch gives less shared memory than the tile needs");
 
 // The units of a step that a thread loads: of MY_PAIRS pairs of tokens, MY_UNITS each.
-constexpr u32 MY_PAIRS = ALONE ? M_TILES : (M_TILES * 8 * UNITS + TEAM - 1) / TEAM;
+constexpr u32 MY_PAIRS = ALONE ? 1 : (M_TILES * 8 * UNITS + TEAM - 1) / TEAM;
 constexpr u32 MY_UNITS = ALONE ? 4 : 1;
 
 // ---- the tile of a block
@@ -635,13 +639,13 @@ struct Matmul {
     Tile tile;
     unsigned char* shared;
     u32 lane, warp, warp_m, team; // team: of the block
-    u32 step, end; // the next step that the team multiplies, and where its steps end
+    u32 first, end; // steps of the team
     const uint4* weight;
     u32 rows[ROW_TILES]; // where this lane's part of its rows of the weight begins, in 16 bytes
     float4 gamma[AHEAD][MY_UNITS]; // of the steps to come
     float4 ahead[AHEAD][MY_PAIRS][PAIR][MY_UNITS];
     float squares[MY_PAIRS][PAIR];
-    float sums[PARTS][M_TILES][ROW_TILES][4]; // for groups [PARTS][ROW_TILES / 2][tokens / 8][4]
+    float sums[PARTS][M_AT_ONCE][ROW_TILES][4]; // for groups [PARTS][ROW_TILES / 2][tokens / 8][4]
 
     // Requests the first weights. `weight_row` says which row of the weight is which of the tile.
     template <class WeightRow>
@@ -654,8 +658,8 @@ struct Matmul {
         warp = threadIdx.x / 32;
         warp_m = warp % WARPS_M;
         team = warp / WARPS_M;
-        const u32 first = (tile.rank * WARPS_K + team) * TEAM_STEPS;
-        step = first < STEPS ? first : STEPS;
+        first = (tile.rank * WARPS_K + team) * TEAM_STEPS;
+        first = first < STEPS ? first : STEPS;
         end = first + TEAM_STEPS < STEPS ? first + TEAM_STEPS : STEPS;
         if (PLAIN) return;
 #pragma unroll
@@ -663,9 +667,9 @@ struct Matmul {
             rows[r] = weight_row(warp_m * WARP_ROWS + r * 8 + lane / 4) * (COLUMNS / 8) + lane % 4;
         }
 #pragma unroll
-        for (u32 slot = 0; slot < DEPTH; slot++) request_weights(step + slot, slot);
+        for (u32 slot = 0; slot < DEPTH; slot++) request_weights(first + slot, slot);
 #pragma unroll
-        for (u32 i = 0; i < AHEAD; i++) load_gamma(norm, i, step + i);
+        for (u32 i = 0; i < AHEAD; i++) load_gamma(norm, i, first + i);
     }
 
     // All of the team's steps. Writes the warp's sums to shared memory, where `total` finds them.
@@ -703,7 +707,7 @@ struct Matmul {
 #pragma unroll
             for (u32 k = 0; k < WARPS_K; k++) sum += there[k * TOKENS];
         }
-        return 1.0f / sqrtf(sum / COLUMNS + EPS);
+        return rsqrtf(sum * (1.0f / COLUMNS) + EPS);
     }
 
     // To be called when the block no longer reads sums: others of the cluster may still read its own.
@@ -713,7 +717,7 @@ struct Matmul {
 
   private:
     __device__ __forceinline__ float* warp_sums(u32 of_team, u32 of_warp_m) const {
-        return (float*)(shared + (of_team * WARPS_M + of_warp_m) * WARP_BYTES);
+        return (float*)(shared + (of_team * WARPS_M + of_warp_m) * WARP_BYTES + SUMS_AT);
     }
 
     template <class T>
@@ -757,16 +761,22 @@ struct Matmul {
         }
     }
 
-    __device__ __forceinline__ void load_activations(const float* x, u32 slot, u32 of_step) {
+    // `m`: the tile of tokens, where a warp takes one after the other.
+    __device__ __forceinline__ void load_activations(const float* x, u32 slot, u32 of_step, u32 m = 0) {
 #pragma unroll
         for (u32 i = 0; i < MY_PAIRS; i++) {
 #pragma unroll
-            for (u32 j = 0; j < MY_UNITS * PAIR; j++) {
-                const u32 token = my_token(i) + j % PAIR * 8, column = of_step * STEP + my_unit(j / PAIR) * 4;
-                const bool on = token < tile.n_tokens && of_step < end && column < COLUMNS;
-                const float* at = x + (tile.first_token + token) * COLUMNS + column;
-                ahead[slot][i][j % PAIR][j / PAIR] = on ? *(const float4*)at : make_float4(0, 0, 0, 0);
-            }
+            for (u32 j = 0; j < MY_UNITS; j++) load_unit(x, slot, of_step, m, i, j);
+        }
+    }
+
+    __device__ __forceinline__ void load_unit(const float* x, u32 slot, u32 of_step, u32 m, u32 i, u32 j) {
+#pragma unroll
+        for (u32 of_pair = 0; of_pair < PAIR; of_pair++) {
+            const u32 token = m * 16 + my_token(i) + of_pair * 8, column = of_step * STEP + my_unit(j) * 4;
+            const bool on = token < tile.n_tokens && of_step < end && column < COLUMNS;
+            const float* at = x + (tile.first_token + token) * COLUMNS + column;
+            ahead[slot][i][of_pair][j] = on ? *(const float4*)at : make_float4(0, 0, 0, 0);
         }
     }
 
@@ -796,42 +806,48 @@ struct Matmul {
 
     __device__ __forceinline__ void multiply_halves(const float* x, const float* norm) {
 #pragma unroll
-        for (u32 i = 0; i < PARTS * M_TILES * ROW_TILES * 4; i++) (&sums[0][0][0][0])[i] = 0.0f;
+        for (u32 i = 0; i < AHEAD; i++) load_activations(x, i, first + i);
+        uint4* buffers = (uint4*)(shared + UNITS_AT) + team * 2 * BUFFER_UNITS;
+        for (u32 m = 0; m < M_TILES / M_AT_ONCE && m * 16 < tile.n_tokens; m++) {
+            clear_sums();
+            u32 slot = 0, buffer = 0, step = first;
+            while (step < end) {
+#pragma unroll
+                for (u32 i = 0; i < AHEAD; i++) {
+                    if (step >= end) break;
+                    uint4* units = buffers + buffer * BUFFER_UNITS;
+                    if (!ALONE) {
+                        share_activations(units, i);
+                        load_gamma(norm, i, step + AHEAD);
+                        load_activations(x, i, step + AHEAD);
+                        if (WGMMA) fence_async();
+                        // Whoever passes has also seen the others leave the buffer that is written next.
+                        team_barrier();
+                    }
+                    if constexpr (WGMMA) multiply_step_together(units, step, slot);
+                    else multiply_step(units + lane / 4 * UNIT_STRIDE + lane % 4 * 2, x, m, step, i, slot);
+                    if (ALONE && TEAM_STEPS > AHEAD) {
+                        load_gamma(norm, i, step + AHEAD);
+                        load_activations(x, i, step + AHEAD);
+                    }
+                    slot = slot + 1 < DEPTH ? slot + 1 : 0;
+                    buffer ^= 1;
+                    step++;
+                }
+                if (AHEAD >= TEAM_STEPS) break;
+            }
+            cp_async_wait<0>();
+            __syncwarp();
+            store_sums(m);
+            if (NORMED) store_all_squares(m);
+        }
+    }
+
+    __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+        for (u32 i = 0; i < PARTS * M_AT_ONCE * ROW_TILES * 4; i++) (&sums[0][0][0][0])[i] = 0.0f;
 #pragma unroll
         for (u32 i = 0; i < MY_PAIRS * PAIR; i++) squares[i / PAIR][i % PAIR] = 0.0f;
-#pragma unroll
-        for (u32 i = 0; i < AHEAD; i++) load_activations(x, i, step + i);
-
-        uint4* buffers = (uint4*)(shared + UNITS_AT) + team * 2 * BUFFER_UNITS;
-        u32 slot = 0, buffer = 0;
-        while (step < end) {
-#pragma unroll
-            for (u32 i = 0; i < AHEAD; i++) {
-                if (step >= end) break;
-                uint4* units = buffers + buffer * BUFFER_UNITS;
-                if (!ALONE) {
-                    share_activations(units, i);
-                    load_gamma(norm, i, step + AHEAD);
-                    load_activations(x, i, step + AHEAD);
-                    if (WGMMA) fence_async();
-                    // Whoever passes has also seen the others leave the buffer that is written next.
-                    team_barrier();
-                }
-                if constexpr (WGMMA) multiply_step_together(units, slot);
-                else multiply_step(units + lane / 4 * UNIT_STRIDE + lane % 4 * 2, i, slot);
-                if (ALONE && TEAM_STEPS > AHEAD) {
-                    load_gamma(norm, i, step + AHEAD);
-                    load_activations(x, i, step + AHEAD);
-                }
-                slot = slot + 1 < DEPTH ? slot + 1 : 0;
-                buffer ^= 1;
-                step++;
-            }
-        }
-        cp_async_wait<0>();
-        __syncwarp();
-        store_sums();
-        if (NORMED) store_all_squares();
     }
 
     __device__ __forceinline__ void share_activations(uint4* units, u32 slot) {
@@ -879,7 +895,7 @@ struct Matmul {
         return &sums[0][0][0] + (part * (ROW_TILES / 2) + pair) * (TOKENS / 8);
     }
 
-    __device__ __forceinline__ void multiply_step_together(const uint4* units, u32 slot) {
+    __device__ __forceinline__ void multiply_step_together(const uint4* units, u32 step, u32 slot) {
         if (TEAM_STEPS > DEPTH) cp_async_wait<DEPTH - 1>();
         else cp_async_wait<0>();
         u32 a[2][ROW_TILES / 2][2][4];
@@ -910,7 +926,7 @@ struct Matmul {
     }
 
     // `units`: this lane's first unit of its first pair of tokens, if the team shares them.
-    __device__ __forceinline__ void multiply_step(const uint4* units, u32 slot_ahead, u32 slot) {
+    __device__ __forceinline__ void multiply_step(const uint4* units, const float* x, u32 m, u32 step, u32 slot_ahead, u32 slot) {
         if (TEAM_STEPS > DEPTH) cp_async_wait<DEPTH - 1>();
         else cp_async_wait<0>();
 #pragma unroll
@@ -919,44 +935,54 @@ struct Matmul {
 #pragma unroll
             for (u32 r = 0; r < ROW_TILES; r++) weights[r] = ring(slot)[(r * 2 + half) * 32];
             if (half == 1 && TEAM_STEPS > DEPTH) request_weights(step + DEPTH, slot);
-            multiply_tokens<M_TILES>(units + half * 8, slot_ahead, half, weights);
+            if constexpr (ALONE) multiply_alone(x, m, step, slot_ahead, half, weights);
+            else multiply_tokens<M_TILES>(units + half * 8, half, weights);
         }
     }
 
     // A lane's 16 bytes of a row are eight elements k: their first four are what it holds of 16 columns of the tensor
     // core's operands, their last four of the next 16. Which columns these are does not matter, as long as weights and
     // activations agree.
+    __device__ __forceinline__ void multiply_alone(const float* x, u32 m, u32 step, u32 slot_ahead, u32 half,
+                                                   const uint4 weights[ROW_TILES]) {
+#pragma unroll
+        for (u32 k = 0; k < 2; k++) {
+            uint4 high, low;
+            take_unit(slot_ahead, 0, half * 2 + k, high, low);
+            // The next tile's takes its place.
+            if (M_TILES > 1) load_unit(x, slot_ahead, step, m + 1, 0, half * 2 + k);
+            multiply_tile(0, high, low, weights, k);
+        }
+    }
+
     template <u32 M>
-    __device__ __forceinline__ void multiply_tokens(const uint4* units, u32 slot_ahead, u32 half,
-                                                    const uint4 weights[ROW_TILES]) {
+    __device__ __forceinline__ void multiply_tokens(const uint4* units, u32 half, const uint4 weights[ROW_TILES]) {
         if constexpr (M > 1) {
-            if (tile.n_tokens <= M / 2 * 16) return multiply_tokens<M / 2>(units, slot_ahead, half, weights);
+            if (tile.n_tokens <= M / 2 * 16) return multiply_tokens<M / 2>(units, half, weights);
         }
 #pragma unroll
         for (u32 k = 0; k < 2; k++) {
 #pragma unroll
             for (u32 m = 0; m < M; m++) {
-                uint4 high, low;
-                if (ALONE) {
-                    take_unit(slot_ahead, m, half * 2 + k, high, low);
-                } else {
-                    high = units[m * 16 * UNIT_STRIDE + k];
-                    low = units[(m * 16 + 8) * UNIT_STRIDE + k];
-                }
-#pragma unroll
-                for (u32 r = 0; r < ROW_TILES; r++) mma(sums[0][m][r], high, weights[r], k);
-#pragma unroll
-                for (u32 r = 0; r < ROW_TILES; r++) mma(sums[PARTS - 1][m][r], low, weights[r], k);
+                multiply_tile(m, units[m * 16 * UNIT_STRIDE + k], units[(m * 16 + 8) * UNIT_STRIDE + k], weights, k);
             }
         }
     }
 
-    __device__ __forceinline__ void store_sums() {
-        if (WGMMA) return store_group_sums();
-        float* to = warp_sums(team, warp_m) + lane / 4 * SUM_STRIDE + lane % 4 * 2;
+    __device__ __forceinline__ void multiply_tile(u32 m, uint4 high, uint4 low, const uint4 weights[ROW_TILES], u32 k) {
 #pragma unroll
-        for (u32 m = 0; m < M_TILES; m++) {
-            if (m * 16 >= tile.n_tokens) break;
+        for (u32 r = 0; r < ROW_TILES; r++) mma(sums[0][m][r], high, weights[r], k);
+#pragma unroll
+        for (u32 r = 0; r < ROW_TILES; r++) mma(sums[PARTS - 1][m][r], low, weights[r], k);
+    }
+
+    // From tile `first_m` on.
+    __device__ __forceinline__ void store_sums(u32 first_m) {
+        if (WGMMA) return store_group_sums();
+        float* to = warp_sums(team, warp_m) + (first_m * 16 + lane / 4) * SUM_STRIDE + lane % 4 * 2;
+#pragma unroll
+        for (u32 m = 0; m < M_AT_ONCE; m++) {
+            if ((first_m + m) * 16 >= tile.n_tokens) break;
 #pragma unroll
             for (u32 i = 0; i < ROW_TILES * PAIR; i++) {
                 const u32 r = i / PAIR, of_pair = i % PAIR;
@@ -986,14 +1012,20 @@ struct Matmul {
         return sum * (1.0f / HIGH_SCALE);
     }
 
-    __device__ __forceinline__ void store_all_squares() const {
+    __device__ __forceinline__ void store_all_squares(u32 first_m) {
         constexpr u32 LANES = ALONE ? 4 : UNITS; // that have units of the same tokens
+        // All lanes together, before any of them stores: shuffles of a warp that has come apart are slow.
+        __syncwarp();
 #pragma unroll
         for (u32 i = 0; i < MY_PAIRS * PAIR; i++) {
-            float sum = squares[i / PAIR][i % PAIR];
+            float& sum = squares[i / PAIR][i % PAIR];
 #pragma unroll
             for (u32 lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, lanes);
-            store_squares(my_token(i / PAIR) + i % PAIR * 8, sum, lane % LANES == 0);
+        }
+#pragma unroll
+        for (u32 i = 0; i < MY_PAIRS * PAIR; i++) {
+            const u32 token = first_m * 16 + my_token(i / PAIR) + i % PAIR * 8;
+            store_squares(token, squares[i / PAIR][i % PAIR], lane % LANES == 0);
         }
     }
 
@@ -1004,7 +1036,7 @@ struct Matmul {
     // Four rows and eight tokens at a time; a lane has every 32nd four columns.
     template <class WeightRow>
     __device__ __forceinline__ void multiply_plain(const float* x, const float* norm, WeightRow weight_row) const {
-        const u32 begin = step * STEP + lane * 4;
+        const u32 begin = first * STEP + lane * 4;
         const u32 stop = end * STEP < COLUMNS ? end * STEP : COLUMNS;
         x += tile.first_token * COLUMNS;
         for (u32 row = 0; row < WARP_ROWS; row += 4) {

@@ -23,7 +23,7 @@ constexpr u32 BLOCKS = 2; // that a multiprocessor has room for
 constexpr u32 SHARED_BYTES = 57344;
 // constants-end
 
-__device__ __forceinline__ float silu(float g) { return g / (1.0f + expf(-g)); }
+__device__ __forceinline__ float silu(float g) { return __fdividef(g, 1.0f + expf(-g)); }
 
 // Blocks: CLUSTER * tiles of tokens * tiles of weight rows.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)

@@ -57,20 +57,18 @@ impl Matrix {
 
 impl Tiling {
     pub(super) fn new(matrix: &Matrix, pass_rows: usize, device: &Device) -> Tiling {
-        let tokens = pass_rows.next_power_of_two().clamp(8, 64);
         let share = matrix.rows * matrix.columns * matrix.dtype.size() / device.multiprocessors;
         if matrix.dtype == DType::F32 || share < SMALL_SHARE {
-            Tiling::small(matrix, tokens, device)
+            Tiling::small(matrix, pass_rows, device)
         } else {
-            Tiling::streaming(matrix, tokens, device)
+            Tiling::streaming(matrix, pass_rows, device)
         }
     }
 
     /// Many narrow tiles, each warp with columns of its own: weights are requested before the kernel before this one has
     /// ended, and no warp waits for another until the sums are added up.
-    fn small(matrix: &Matrix, tokens: usize, device: &Device) -> Tiling {
-        // Matrices that are read again for more tokens come from the cache.
-        let tokens = tokens.min(16);
+    fn small(matrix: &Matrix, pass_rows: usize, device: &Device) -> Tiling {
+        let tokens = pass_rows.next_power_of_two().clamp(8, 16);
         let warps_m = if matrix.unit > 1 { matrix.unit.div_ceil(16) } else { 1 };
         let tiles = matrix.rows.div_ceil(16 * warps_m);
         let bytes = 16 * warps_m * matrix.columns * matrix.dtype.size();
@@ -92,15 +90,43 @@ impl Tiling {
         let deepest = (2..=each.min(4)).rev().map(with).find(|tiling| tiling.fits(matrix, device)).unwrap_or(with(1));
         let tiling = |ahead| Tiling { ahead, ..deepest };
         let ahead = (2..=each.min(4)).rev().find(|&ahead| tiling(ahead).has_registers(1, matrix)).unwrap_or(1);
+        let for_few = tiling(ahead);
+        let is_many = pass_rows > 16 && warps_m == 1 && matrix.dtype != DType::F32;
+        let tiling = if is_many { for_few.for_many(matrix, pass_rows, device) } else { for_few };
         // A second block is one of the next kernel, which requests its weights early.
-        let blocks = if tiling(ahead).has_room(2, matrix, device) { 2 } else { 1 };
-        Tiling { blocks, ..tiling(ahead) }
+        let blocks = if tiling.has_room(2, matrix, device) { 2 } else { 1 };
+        Tiling { blocks, ..tiling }
+    }
+
+    /// The same teams for more tokens: the tile whose blocks are done first. What a block costs, as measured on an H200: a
+    /// start, and for each 16 tokens and step of a team a share for activations and one for each eight weight rows.
+    fn for_many(self, matrix: &Matrix, pass_rows: usize, device: &Device) -> Tiling {
+        let team_steps = self.team_steps(matrix);
+        let cost = |tiling: &Tiling| {
+            let blocks = matrix.rows.div_ceil(tiling.rows()) * pass_rows.div_ceil(tiling.tokens) * tiling.cluster;
+            let each = 20 + tiling.token_tiles() * team_steps * (5 + 2 * tiling.row_tiles);
+            blocks.div_ceil(device.multiprocessors) * each
+        };
+        let wider = |[row_tiles, tokens]: [usize; 2]| {
+            // A warp that takes 16 tokens after 16 keeps its weights.
+            let (ahead, depth) = if tokens > 16 { (team_steps, team_steps) } else { (self.ahead, self.depth) };
+            Tiling { tokens, row_tiles, ahead, depth, ..self }
+        };
+        let all = [2, 4, 6, 8].into_iter().flat_map(|row_tiles| [16, 32, 64].map(|tokens| wider([row_tiles, tokens])));
+        let possible = all.filter(|tiling| tiling.fits(matrix, device) && tiling.has_registers_for_many(matrix));
+        possible.min_by_key(cost).unwrap_or(self)
+    }
+
+    /// Steps of a team.
+    fn team_steps(&self, matrix: &Matrix) -> usize {
+        matrix.steps().div_ceil(self.warps_k * self.cluster)
     }
 
     /// Wide tiles, so that activations are staged for many weight rows. Columns are shared, by a pair of blocks or by
     /// teams, so that the blocks come close to a whole number a multiprocessor: the tiling is the one whose busiest
     /// multiprocessor moves the fewest bytes. (Larger clusters leave multiprocessors over, and add up more sums.)
-    fn streaming(matrix: &Matrix, tokens: usize, device: &Device) -> Tiling {
+    fn streaming(matrix: &Matrix, pass_rows: usize, device: &Device) -> Tiling {
+        let tokens = pass_rows.next_power_of_two().clamp(8, 64);
         let split = matrix.dtype == DType::F16;
         let steps = matrix.steps();
         let cost = |&([row_tiles, warps_m, warps_k], cluster): &([usize; 3], usize)| {
@@ -118,7 +144,7 @@ impl Tiling {
         let clusters = if device.has_clusters() { 2 } else { 1 };
         let all = shapes.iter().flat_map(|&shape| (1..=clusters).map(move |cluster| (shape, cluster)));
         let Some(([row_tiles, warps_m, warps_k], cluster)) = all.filter(is_possible).min_by_key(cost) else {
-            return Tiling::small(matrix, tokens, device);
+            return Tiling::small(matrix, pass_rows, device);
         };
         let (ahead, wgmma, blocks) = (1, device.has_wgmma(), 1);
         let with =
@@ -151,12 +177,13 @@ impl Tiling {
         let is_plain = matrix.dtype == DType::F32;
         let ring = if is_plain { 0 } else { self.depth * self.row_tiles * 2 * 32 * 16 };
         let sums = self.tokens * (8 * self.row_tiles + 4) * 4;
+        let of_warp = if self.warps_m == 1 && self.tokens > 16 && !is_plain { ring + sums } else { ring.max(sums) };
         let units = match self {
             _ if is_plain || self.warps_m == 1 => 0,
             _ if self.wgmma => 2 * 2 * self.tokens * 128,
             _ => 2 * self.token_tiles() * 16 * (STEP / 4 + 1) * 16,
         };
-        self.warps_k * (self.warps_m * ring.max(sums) + units + self.tokens * 4)
+        self.warps_k * (self.warps_m * of_warp + units + self.tokens * 4)
     }
 
     fn fits(&self, matrix: &Matrix, device: &Device) -> bool {
@@ -168,6 +195,16 @@ impl Tiling {
         // A block takes 1 KiB more than it asks for.
         let shared_bytes = self.shared_bytes(matrix) + DRAW_BYTES * self.tokens + 1024;
         blocks * shared_bytes <= device.shared_bytes + 1024 && self.has_registers(blocks, matrix)
+    }
+
+    /// The same for one block of warps that have columns of their own, in passes of many tokens.
+    fn has_registers_for_many(&self, matrix: &Matrix) -> bool {
+        let of_norm = if matrix.eps.is_some() { 24 } else { 0 };
+        let of_step = 36 + if matrix.eps.is_some() { 16 } else { 0 };
+        let of_next = if self.tokens > 16 { 24 * self.ahead } else { 0 };
+        let of_later = if self.ahead < self.team_steps(matrix) { 40 } else { 0 };
+        48 + 12 * self.row_tiles + of_norm + (self.ahead - 1) * of_step + of_next + of_later
+            <= most_registers(self.warps_k)
     }
 
     /// Whether so many blocks of a multiprocessor have registers enough, by what the compiler was seen to need.
@@ -185,8 +222,11 @@ impl Tiling {
         };
         let ahead = self.ahead * (units * if self.tokens > 8 { 8 } else { 4 } + gamma);
         let rest = if is_alone { 44 + 16 * self.ahead } else { 36 };
-        // A multiprocessor has four times 512 registers for each lane of a warp; a lane can have 255.
-        let warps = (blocks * self.warps_m * self.warps_k).div_ceil(4);
-        sums + weights + ahead + rest <= (512 / warps / 8 * 8).min(255)
+        sums + weights + ahead + rest <= most_registers(blocks * self.warps_m * self.warps_k)
     }
+}
+
+/// Of a lane: a multiprocessor has four times 512 for each lane of a warp; a lane can have 255.
+fn most_registers(warps: usize) -> usize {
+    (512 / warps.div_ceil(4) / 8 * 8).min(255)
 }
