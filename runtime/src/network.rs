@@ -394,6 +394,9 @@ impl Network {
         }
         let buffers = self.memory.bind(backend, &pass)?;
         let mut id = backend.compile(&pass, &buffers)?;
+        if matches!(key.0, Kind::GrowBlock { .. }) {
+            self.write_confidence(backend)?;
+        }
         if let (Kind::Round { nodes } | Kind::First { nodes }, true) = (&key.0, self.grows_blocks()) {
             let fill = self.pass(backend, Kind::GrowBlock { nodes: *nodes }, self.block().rows)?;
             id = backend.join(&[id, fill])?;

@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::sync::Mutex;
 
 use treespark::backend::{Backend, BufferId, DeviceInfo, Extent, PassCost, PassId};
+use treespark::draft::block::BlockDrafter;
 use treespark::draft::model::ModelDrafter;
 use treespark::draft::ngram::NgramDrafter;
 use treespark::draft::{Drafter, NoDrafter};
@@ -17,8 +18,10 @@ use treespark::{Engine, FinishReason, Round, Sampling, Sequence, Statistics};
 use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, ngram_state_words};
 use treespark_kernel_gen::op::Batch;
 use treespark_kernel_gen::{BufferDesc, DType, MAX_NODES, Op, Pass, Request, Role, Row, TreeShape};
-use treespark_models::{Model, Tensor};
+use treespark_models::dspark::MarkovKind;
+use treespark_models::{Model, Speculator, Tensor};
 use treespark_verify_tests::cases::{cuda_on_cpu, samplings, tiny_models};
+use treespark_verify_tests::decoding::Guesser;
 use treespark_verify_tests::oracle::Oracle;
 use treespark_verify_tests::rng::Rng;
 
@@ -390,4 +393,59 @@ fn the_device_drafts_what_the_oracle_drafts() {
         println!("up to {nodes} nodes: {largest} rows at most, {stopped} times none");
         assert!(stopped > 60 && (nodes == 1 || largest > 2), "{stopped} {largest}");
     }
+}
+
+/// Trees of many sequences, as the device grows them from a confidence head: those that the host would grow.
+#[test]
+fn trees_of_many_are_as_confident_as_the_hosts() {
+    let _guard = ONE_AT_A_TIME.lock();
+    let path = tiny_models().into_iter().next().unwrap();
+    let model = Model::open(&path).unwrap();
+    let config = model.config().clone();
+    let guesser = Guesser::Dspark {
+        layers: 1,
+        block: 4,
+        first: 0,
+        markov: Some((MarkovKind::Vanilla, 8)),
+        confidence: Some(true),
+        own: false,
+    };
+    let drafter = guesser.speculator(&config).unwrap();
+    let speculator = Speculator::random(drafter.clone(), &config, 5);
+    let rounds = |on_the_host: bool| {
+        let mut backend = cuda_on_cpu(0)?;
+        let limits = Limits::new(CONTEXT, 16).for_many(2, drafter.block().rows, true).unwrap();
+        let target =
+            Network::load_with_speculator(backend.as_mut(), &model, Some(&speculator), limits, &mut |_, _| {}).unwrap();
+        let by_blocks = Box::new(BlockDrafter::load(&speculator).unwrap());
+        let scheduler = Scheduler::new(None, 16, PassCost::new(&[(1, 1.0), (2, 1.001)]));
+        let engine = Engine::new(backend, target, by_blocks, scheduler, CONTEXT);
+        let mut engine = if on_the_host { engine.drafting_on_the_host() } else { engine };
+        let jobs = [1, 2].map(|seed| Job {
+            prompt: prompt(seed, 12, config.vocab_size as u32),
+            sampling: Sampling::default(),
+            max_new_tokens: 12,
+            stop_tokens: vec![],
+        });
+        let mut seqs = jobs.map(|job| job.sequence(&engine));
+        let mut done = Vec::new();
+        while seqs.iter().any(|seq| seq.finished().is_none()) {
+            let mut going: Vec<&mut Sequence> = seqs.iter_mut().filter(|seq| seq.finished().is_none()).collect();
+            for (_, round) in engine.rounds(&mut going, &mut Statistics::default()).unwrap() {
+                done.push(round.unwrap());
+            }
+        }
+        Some(done)
+    };
+    let Some(by_device) = rounds(false) else { return };
+    let by_host = rounds(true).unwrap();
+    assert_eq!(by_device.len(), by_host.len());
+    for (device, host) in by_device.iter().zip(&by_host) {
+        // The device stops where no further node can pay.
+        assert!(device.tree.len() <= host.tree.len(), "{:?} for {:?}", device.survival, host.survival);
+        let pairs = device.survival.iter().zip(&host.survival);
+        assert!(pairs.clone().all(|(a, b)| (a - b).abs() < 1e-4), "{:?} for {:?}", device.survival, host.survival);
+    }
+    let branches = by_device.iter().filter(|round| !round.tree.shape().is_chain()).count();
+    assert!(branches > 4, "{branches} trees with branches");
 }

@@ -69,11 +69,7 @@ impl Network {
         for rows in (1..=nodes).filter(|&rows| rows == round_rows(rows) || rows == nodes) {
             self.pass(backend, Kind::Round { nodes }, rows)?;
         }
-        let first = self.pass(backend, Kind::First { nodes }, 1)?;
-        if self.grows_blocks() {
-            self.write_confidence(backend)?;
-        }
-        Ok(first)
+        self.pass(backend, Kind::First { nodes }, 1)
     }
 
     /// Tells the device of a sequence, and has it draft the first tree.
