@@ -1,6 +1,7 @@
 //! What is asked of a server: every policy at every load.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use serde::{Serialize, Serializer};
@@ -20,7 +21,8 @@ pub struct Plan {
     pub end: End,
     /// Requests before each measurement that count for nothing; None is one a stream.
     pub warm_up: Option<usize>,
-    pub max_tokens: usize,
+    /// Most tokens of an answer: for each request another one out of these.
+    pub max_tokens: RangeInclusive<usize>,
     pub temperature: f64,
     pub seed: u64,
     /// Go on to `max_tokens`, whatever the model says (an extension of vLLM's).
@@ -104,7 +106,7 @@ pub(super) mod tests {
             policies: policies.iter().map(|policy| Policy(Some(policy.to_string()))).collect(),
             end: End::Requests(8),
             warm_up: None,
-            max_tokens: 16,
+            max_tokens: 16..=16,
             temperature: 0.0,
             seed: 7,
             ignore_eos: false,

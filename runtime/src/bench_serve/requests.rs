@@ -15,6 +15,7 @@ enum Use {
     Order,
     Seed,
     Arrival,
+    Length,
 }
 
 /// Tokens of a request that only warms up.
@@ -47,7 +48,7 @@ impl Requests {
         } else {
             body["messages"] = json!([{ "role": "user", "content": prompt }]);
         }
-        body["max_tokens"] = json!(plan.max_tokens);
+        body["max_tokens"] = json!(self.most_tokens(index));
         body["temperature"] = json!(plan.temperature);
         // Of 31 bits: some servers take no more.
         body["seed"] = json!(noise(plan.seed, Use::Seed, index) >> 1);
@@ -62,12 +63,19 @@ impl Requests {
         body
     }
 
+    /// Any of the plan's lengths, each as likely.
+    fn most_tokens(&self, index: usize) -> usize {
+        let (first, last) = self.plan.max_tokens.clone().into_inner();
+        let word = u64::from(noise(self.plan.seed, Use::Length, index));
+        first + ((word * (last - first + 1) as u64) >> 32) as usize
+    }
+
     /// A short request that counts for nothing. The prompts that are asked last come first here, so that no cache of
     /// prompts knows those that are measured.
     pub fn warm_up_body(&self, index: usize, policy: &Policy) -> Value {
         let prompts = self.order.len();
         let mut body = self.body(prompts - 1 - index % prompts, policy);
-        body["max_tokens"] = json!(self.plan.max_tokens.min(WARM_UP_TOKENS));
+        body["max_tokens"] = json!(WARM_UP_TOKENS.min(*self.plan.max_tokens.end()));
         body
     }
 
@@ -125,6 +133,20 @@ mod tests {
         assert_eq!(with["stream_options"]["include_usage"], true);
         assert!(with.get("ignore_eos").is_none() && with["seed"].as_u64().unwrap() < 1 << 31);
         assert_ne!(requests.body(13, &Policy(None))["seed"], with["seed"], "the same prompt again");
+    }
+
+    #[test]
+    fn lengths_are_the_plans_and_seeded() {
+        let lengths = |max_tokens| -> Vec<usize> {
+            let plan = Plan { max_tokens, ..plan(&["off"], &[Load::Streams(1)]) };
+            let requests = Requests::new(Arc::new(plan), "tiny");
+            (0..200).map(|index| requests.most_tokens(index)).collect()
+        };
+        assert_eq!(lengths(7..=7), [7; 200]);
+        let found = lengths(3..=6);
+        assert_eq!(found, lengths(3..=6));
+        assert!((3..=6).all(|length| found.iter().filter(|&&l| l == length).count() > 30));
+        assert!(found.iter().all(|length| (3..=6).contains(length)));
     }
 
     #[test]

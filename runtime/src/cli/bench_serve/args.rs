@@ -1,6 +1,7 @@
 //! What `treespark bench-serve` takes.
 
 use std::num::NonZeroUsize;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -90,9 +91,9 @@ pub struct LoadArgs {
 #[derive(ClapArgs)]
 #[command(next_help_heading = "Requests")]
 pub struct RequestArgs {
-    /// Most tokens of an answer
-    #[arg(short = 'n', long, default_value = "256", value_name = "N")]
-    pub max_tokens: NonZeroUsize,
+    /// Most tokens of an answer: a number, or A-B for another one out of these for each request
+    #[arg(short = 'n', long, default_value = "256", value_name = "N|A-B", value_parser = parse_lengths)]
+    pub max_tokens: RangeInclusive<usize>,
     /// 0 is greedy
     #[arg(long, default_value = "0", value_name = "T", value_parser = parse_temperature, allow_negative_numbers = true)]
     pub temperature: f64,
@@ -159,6 +160,14 @@ fn parse_rate(text: &str) -> Result<f64, String> {
     rate.ok_or_else(|| "expected requests a second, more than 0".to_string())
 }
 
+/// `256`, or `64-256`.
+fn parse_lengths(text: &str) -> Result<RangeInclusive<usize>, String> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let length = |text: &str| text.trim().parse::<usize>().ok().filter(|&length| length > 0);
+    let lengths = length(first).zip(length(last)).filter(|(first, last)| first <= last);
+    lengths.map(|(first, last)| first..=last).ok_or_else(|| "expected a number above 0, or a range like 64-256".into())
+}
+
 fn parse_temperature(text: &str) -> Result<f64, String> {
     let temperature = text.parse().ok().filter(|temperature: &f64| temperature.is_finite() && *temperature >= 0.0);
     temperature.ok_or_else(|| "expected a number, 0 or more".to_string())
@@ -210,6 +219,15 @@ mod tests {
             &["--policy", "off,"],
         ] {
             assert!(parsed(bad).is_none(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn lengths_are_a_number_or_a_range() {
+        assert_eq!(parse_lengths("256"), Ok(256..=256));
+        assert_eq!(parse_lengths("64-256"), Ok(64..=256));
+        for wrong in ["0", "", "0-3", "4-3", "-3", "3-", "a", "1-2-3"] {
+            assert!(parse_lengths(wrong).is_err(), "{wrong}");
         }
     }
 
