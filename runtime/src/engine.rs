@@ -82,8 +82,8 @@ impl Engine {
     /// Measures what passes cost, so that trees are as large as pays on this very device, and drafters rest while they do not
     /// pay. `progress` gets steps done and in all.
     pub fn serve_many(&mut self, progress: &mut dyn FnMut(usize, usize)) -> Result<()> {
-        let cost = self.target.measure_costs(self.backend.as_mut(), self.nodes_for_many, progress)?;
-        self.scheduler.serve_many(cost);
+        let costs = self.target.measure_costs(self.backend.as_mut(), self.nodes_for_many, progress)?;
+        self.scheduler.serve_many(costs);
         Ok(())
     }
 

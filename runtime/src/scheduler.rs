@@ -1,8 +1,8 @@
 //! How many nodes a round verifies: as many as pay.
 //!
-//! With survival s of a node (the probability that it is accepted), cost C(n) of a pass of n rows, relative to one row, and D of
-//! drafting, R requests whose drafts have n nodes together are worth E(n) / (C(n) + D) plain steps of one request, E(n) = sum of
-//! the survivals (a root's is 1: its draw is the bonus token). The nodes of all requests stand in one queue, the likeliest
+//! With survival s of a node (the probability that it is accepted), cost C(R, n) of a pass of n rows of R requests, relative to
+//! one row, and D of drafting, R requests whose drafts have n nodes together are worth E(n) / (C(R, n) + D) plain steps of one
+//! request, E(n) = sum of the survivals (a root's is 1: its draw is the bonus token). The nodes of all requests stand in one queue, the likeliest
 //! first, and of its beginnings the best is verified; it may be the roots alone. (DSpark's hardware-aware prefix scheduler,
 //! extended to trees.) The choice changes the speed, never the tokens, which are the target's own draws at positions that know
 //! nothing of each other: so it may look at everything, and where the cost has steps it need not stop at the first.
@@ -53,12 +53,14 @@ impl std::str::FromStr for Policy {
 
 /// Rounds without a draft after which one is made all the same: what drafts are worth may have changed.
 const LOOK_AGAIN: usize = 256;
+/// Requests that share a node in what is foretold: of some more nodes are verified than of others.
+const SHARERS: usize = 4;
 
 #[derive(Debug)]
 pub struct Scheduler {
     shape: Option<TreeShape>,
     max_nodes: usize,
-    cost: PassCost,
+    costs: Costs,
     /// Whether drafters rest while they do not pay.
     rests: bool,
     /// Whether the next draft is expected to pay.
@@ -66,11 +68,29 @@ pub struct Scheduler {
     outlook: Outlook,
 }
 
+/// What passes cost, relative to a pass of one row.
+#[derive(Debug, Clone)]
+pub struct Costs {
+    /// Of rows of few requests.
+    pub rows: PassCost,
+    /// Of requests with a row each: every one has a cache that is read.
+    pub requests: PassCost,
+}
+
+impl Costs {
+    /// Of a pass of so many rows, not fewer than its requests.
+    fn of(&self, requests: usize, rows: usize) -> f32 {
+        let requests = requests.max(1);
+        self.requests.of(requests) + self.rows.of(rows.max(requests)) - self.rows.of(requests)
+    }
+}
+
 /// What drafts were worth of late. A drafter costs its time also where none of its nodes is worth a row, so before it is asked
 /// its draft is foretold.
 #[derive(Debug, Default)]
 struct Outlook {
-    /// How likely the first, second, .. node of a draft was expected to survive, on the average. Empty: nothing is known.
+    /// The survivals of all nodes that stood in the queue together, falling, as the means of parts of it: each part has one
+    /// node for every so many (SHARERS) requests. Empty: nothing is known.
     survival: Vec<f32>,
     /// Rounds since that was seen.
     age: usize,
@@ -80,12 +100,13 @@ impl Scheduler {
     /// With a shape every round verifies all of it that the drafter can fill.
     pub fn new(shape: Option<TreeShape>, max_nodes: usize, cost: PassCost) -> Scheduler {
         let max_nodes = shape.as_ref().map_or(max_nodes, TreeShape::len);
-        Scheduler { max_nodes, shape, cost, rests: false, pays: true, outlook: Outlook::default() }
+        let costs = Costs { rows: cost.clone(), requests: cost };
+        Scheduler { max_nodes, shape, costs, rests: false, pays: true, outlook: Outlook::default() }
     }
 
     /// From now on nodes are weighed by what was measured, and drafters rest while they do not pay.
-    pub fn serve_many(&mut self, cost: PassCost) {
-        self.cost = cost;
+    pub fn serve_many(&mut self, costs: Costs) {
+        self.costs = costs;
         self.rests = true;
     }
 
@@ -136,7 +157,7 @@ impl Scheduler {
         queue.sort_by(|a, b| b.0.total_cmp(&a.0));
         queue.truncate(room);
         let drafting: f32 = drafts.iter().map(|(draft, _)| draft.cost).sum();
-        let likely = queue.iter().map(|(survival, _)| *survival);
+        let likely = queue.iter().map(|&(survival, _)| (1, survival));
         let (taken, _) = self.worth(likely, drafts.len(), rows, drafting);
         queue[..taken].iter().for_each(|&(_, i)| nodes[i] += 1);
         let seen = drafts.iter().filter(|(draft, policy)| draft.cost > 0.0 && policy.nodes == Nodes::Confidence);
@@ -147,45 +168,63 @@ impl Scheduler {
     /// Foretells whether a draft for so many requests, which costs so much, will pay.
     pub fn look_ahead(&mut self, requests: usize, drafting: f32) {
         let is_known = !self.outlook.survival.is_empty() && self.outlook.age < LOOK_AGAIN;
-        let likely = self.outlook.survival.iter().skip(1).flat_map(|&survival| std::iter::repeat_n(survival, requests));
-        self.pays = !self.rests || !is_known || self.worth(likely, requests, requests, drafting).1 > 1.0;
+        let worth = self.worth(self.outlook.foretell(requests), requests, requests, drafting).1;
+        self.pays = !self.rests || !is_known || worth > 1.0;
         self.outlook.age += 1;
     }
 
-    /// How many nodes of a queue pay beside so many rows, and the speed with them against that of plain decoding.
-    fn worth(&self, likely: impl Iterator<Item = f32>, requests: usize, rows: usize, drafting: f32) -> (usize, f32) {
-        let plain = requests as f32 / self.cost.of(rows.max(1));
-        let mut expected = requests as f32;
-        let mut best = (0, expected / (self.cost.of(rows.max(1)) + drafting));
-        for (i, survival) in likely.enumerate() {
-            expected += survival;
-            let worth = expected / (self.cost.of(rows + i + 1) + drafting);
+    /// How many nodes of a queue pay beside so many rows, and the speed with them against that of plain decoding. The queue is
+    /// told as numbers of nodes and how likely each of them is.
+    fn worth(
+        &self,
+        likely: impl Iterator<Item = (usize, f32)>,
+        requests: usize,
+        rows: usize,
+        drafting: f32,
+    ) -> (usize, f32) {
+        let cost = |nodes: usize| self.costs.of(requests, rows + nodes);
+        let (mut nodes, mut expected) = (0, requests as f32);
+        let mut best = (0, expected / (cost(0) + drafting));
+        for (more, survival) in likely {
+            nodes += more;
+            expected += more as f32 * survival;
+            let worth = expected / (cost(nodes) + drafting);
             if worth > best.1 {
-                best = (i + 1, worth);
+                best = (nodes, worth);
             }
         }
-        (best.0, best.1 / plain)
+        (best.0, best.1 * cost(0) / requests as f32)
     }
 }
 
 impl Outlook {
     fn learn<'a>(&mut self, drafts: impl Iterator<Item = &'a Draft>) {
-        let (mut sum, mut seen) = (Vec::new(), 0);
+        let (mut queue, mut seen) = (Vec::new(), 0);
         for draft in drafts {
-            sum.resize(sum.len().max(draft.survival.len()), 0.0);
-            sum.iter_mut().zip(falling(&draft.survival)).for_each(|(sum, survival)| *sum += survival);
+            queue.extend(falling(&draft.survival).skip(1));
             seen += 1;
         }
         if seen == 0 {
             return;
         }
-        let is_first = self.survival.is_empty();
-        self.survival.resize(self.survival.len().max(sum.len()), 0.0);
-        sum.resize(self.survival.len(), 0.0);
-        let rate = if is_first { 1.0 } else { 0.1 };
-        let mean = sum.into_iter().map(|sum: f32| sum / seen as f32);
-        self.survival.iter_mut().zip(mean).for_each(|(known, mean)| *known += rate * (mean - *known));
+        queue.sort_by(|a, b| b.total_cmp(a));
+        let parts = (queue.len() * SHARERS).div_ceil(seen);
+        // A part of less than a node is that node's.
+        let part = |i: usize| i * seen / SHARERS..((i + 1) * seen).div_ceil(SHARERS).min(queue.len());
+        let mean = |part: std::ops::Range<usize>| queue[part.clone()].iter().sum::<f32>() / part.len().max(1) as f32;
+        let rate = if self.survival.is_empty() { 1.0 } else { 0.1 };
+        self.survival.resize(self.survival.len().max(parts), 0.0);
+        for (i, known) in self.survival.iter_mut().enumerate() {
+            let seen = if i < parts { mean(part(i)) } else { 0.0 };
+            *known += rate * (seen - *known);
+        }
         self.age = 0;
+    }
+
+    /// The queue of so many requests: numbers of nodes, and how likely each is.
+    fn foretell(&self, requests: usize) -> impl Iterator<Item = (usize, f32)> {
+        let until = move |i: usize| i * requests / SHARERS;
+        self.survival.iter().enumerate().map(move |(i, &survival)| (until(i + 1) - until(i), survival))
     }
 }
 
@@ -243,6 +282,30 @@ mod tests {
         let crowded: Vec<_> = drafts.iter().map(|draft| (draft, Policy::CONFIDENCE)).collect();
         assert_eq!(scheduler.nodes(&crowded, 0, 4), [2, 1, 1], "rows are limited");
         assert_eq!(scheduler.nodes(&crowded, 8, 100), [4, 1, 2], "beside prompts a row more is little");
+    }
+
+    #[test]
+    fn a_request_costs_more_than_a_row() {
+        let curve = |points: &'static [(usize, f32)]| PassCost::new(points);
+        let costs = Costs { rows: curve(&[(1, 1.0), (11, 2.0)]), requests: curve(&[(1, 1.0), (11, 4.0)]) };
+        assert_eq!([costs.of(1, 1), costs.of(1, 11), costs.of(11, 11)], [1.0, 2.0, 4.0]);
+        assert!((costs.of(6, 11) - (2.5 + 0.5)).abs() < 1e-6, "six requests, and five rows more");
+    }
+
+    #[test]
+    fn some_drafts_are_better_than_others() {
+        // Of four drafts one is good. What costs half a node's worth pays for that one, and for none on the average.
+        let mut outlook = Outlook::default();
+        let drafts = [chain(&[1.0, 0.9]), chain(&[1.0, 0.1]), chain(&[1.0, 0.1]), chain(&[1.0, 0.1])];
+        outlook.learn(drafts.iter());
+        let foretold: Vec<_> = outlook.foretell(8).collect();
+        assert_eq!(foretold, [(2, 0.9), (2, 0.1), (2, 0.1), (2, 0.1)]);
+        let of_one: Vec<_> = outlook.foretell(1).collect();
+        assert_eq!(of_one.iter().map(|(nodes, _)| nodes).sum::<usize>(), 1);
+        outlook.learn([chain(&[1.0, 0.5, 0.25])].iter());
+        assert_eq!(outlook.survival.len(), 2 * SHARERS);
+        assert!((outlook.survival[0] - (0.9 + 0.1 * (0.5 - 0.9))).abs() < 1e-6);
+        assert!((outlook.survival[2 * SHARERS - 1] - 0.1 * 0.25).abs() < 1e-6, "little is known of second nodes yet");
     }
 
     #[test]

@@ -8,65 +8,74 @@ use crate::backend::{Backend, PassCost};
 use crate::batch::Entry;
 use crate::error::Result;
 use crate::sampling::Sampling;
+use crate::scheduler::Costs;
 use crate::sequence::Sequence;
 use crate::tree::TokenTree;
 
 /// Tokens in front of every tree that is timed.
 const PREFIX: usize = 256;
+/// Nodes of the largest tree that is timed.
+const TREE: usize = 64;
 /// The least of so many runs counts, after one that warms up.
 const RUNS: usize = 5;
 /// A pass that takes so long is run no more often than needed: on a slow device the curve is known soon.
 const PATIENCE_SECONDS: f64 = 0.25;
 
 impl Network {
-    /// Times passes of 1, 2, 4 .. rows, shared by as many sequences as there may be, and blocks that are filled for 1, 2, 4 ..
-    /// sequences, or where the device drafts trees of up to so many `nodes`, all of that. From then on these are the costs that
-    /// nodes are weighed by. `progress` gets steps done and in all.
+    /// Times passes of 1, 2, 4 .. rows of as few sequences as possible, passes of as many sequences with a row each, and blocks
+    /// that are filled for 1, 2, 4 .. sequences, or where the device drafts trees of up to so many `nodes`, all of that. From
+    /// then on these are the costs that nodes are weighed by. `progress` gets steps done and in all.
     pub fn measure_costs(
         &mut self,
         backend: &mut dyn Backend,
         nodes: Option<usize>,
         progress: &mut dyn FnMut(usize, usize),
-    ) -> Result<PassCost> {
+    ) -> Result<Costs> {
         let prefix = PREFIX.min(self.dims.context / 4);
         let room = self.dims.pages * self.dims.page_size / (prefix + 64);
         let most = self.dims.max_requests.min(room).max(1);
         let powers = |most: usize| (0..).map(|power| 1usize << power).take_while(move |&n| n <= most);
         let sizes: Vec<usize> = powers(self.dims.max_rows).collect();
         let blocks: Vec<usize> = powers(most).filter(|_| self.speculator.is_some()).collect();
-        let steps = sizes.len() + blocks.len();
+        let requests: Vec<usize> = powers(most).collect();
+        let steps = sizes.len() + requests.len() + blocks.len();
         let mut seqs: Vec<Sequence> = (0..most).map(|_| self.stand_in(prefix)).collect();
 
-        let mut passes = Vec::new();
-        for &rows in &sizes {
-            let requests = rows.min(most);
-            let tree = TokenTree::chain(&vec![0; (rows / requests).min(64)])?;
-            let seconds = least_seconds(&mut || {
-                let entry = |seq| Entry::of_tree(seq, tree.clone());
-                let mut entries: Vec<Entry<'_>> = seqs[..requests].iter_mut().map(entry).collect();
-                self.verify(backend, &mut entries)?;
-                self.outcomes(backend, &mut entries, None).map(drop)
-            })?;
-            passes.push((requests * tree.len(), seconds));
-            progress(passes.len(), steps);
-            if is_linear(&passes) {
-                break;
+        let mut done = 0;
+        let mut curve = |sizes: &[usize], time: &mut dyn FnMut(usize) -> Result<f64>| {
+            let mut points = Vec::new();
+            for (i, &n) in sizes.iter().enumerate() {
+                points.push((n, time(n)?));
+                progress(done + i + 1, steps);
+                if is_linear(&points) {
+                    break;
+                }
             }
-        }
-        passes.dedup_by_key(|(rows, _)| *rows);
-        let mut drafts = Vec::new();
-        for &n in &blocks {
-            drafts.push((n, self.time_drafts(backend, &mut seqs[..n], nodes)?));
-            progress(sizes.len() + drafts.len(), steps);
-            if is_linear(&drafts) {
-                break;
-            }
-        }
+            done += sizes.len();
+            Ok::<_, crate::error::Error>(points)
+        };
+        let sizes: Vec<usize> = sizes.into_iter().filter(|&rows| rows.div_ceil(TREE) <= most).collect();
+        let by_rows = curve(&sizes, &mut |rows| {
+            let requests = rows.div_ceil(TREE);
+            self.time_pass(backend, &mut seqs[..requests], rows / requests)
+        })?;
+        let by_requests = curve(&requests, &mut |n| self.time_pass(backend, &mut seqs[..n], 1))?;
+        let drafts = curve(&blocks, &mut |n| self.time_drafts(backend, &mut seqs[..n], nodes))?;
         seqs.iter_mut().for_each(|seq| self.release(&mut seq.kv));
-        let unit = passes[0].1;
-        self.cost = PassCost::measured(&passes, unit);
+        let unit = by_rows[0].1;
+        self.cost = PassCost::measured(&by_rows, unit);
         self.block_cost = (!drafts.is_empty()).then(|| PassCost::measured(&drafts, unit));
-        Ok(self.cost.clone())
+        Ok(Costs { rows: self.cost.clone(), requests: PassCost::measured(&by_requests, unit) })
+    }
+
+    fn time_pass(&mut self, backend: &mut dyn Backend, seqs: &mut [Sequence], nodes: usize) -> Result<f64> {
+        let tree = TokenTree::chain(&vec![0; nodes])?;
+        least_seconds(&mut || {
+            let entry = |seq| Entry::of_tree(seq, tree.clone());
+            let mut entries: Vec<Entry<'_>> = seqs.iter_mut().map(entry).collect();
+            self.verify(backend, &mut entries)?;
+            self.outcomes(backend, &mut entries, None).map(drop)
+        })
     }
 
     fn time_drafts(&mut self, backend: &mut dyn Backend, seqs: &mut [Sequence], nodes: Option<usize>) -> Result<f64> {

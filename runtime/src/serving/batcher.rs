@@ -32,6 +32,20 @@ pub struct Batcher {
     arrivals: u64,
     stats: Statistics,
     counters: Counters,
+    mail: Vec<Message>,
+}
+
+/// What one who asked is to hear.
+pub struct Message {
+    to: UnboundedSender<Event>,
+    event: Event,
+}
+
+impl Message {
+    /// Wakes whoever waits for it. If nobody listens any more, the next round finds out.
+    pub fn deliver(self) {
+        let _ = self.to.send(self.event);
+    }
 }
 
 /// An ask that waits or runs.
@@ -57,6 +71,7 @@ impl Batcher {
             arrivals: 0,
             stats: Statistics::default(),
             counters: Counters { pages, ..Counters::default() },
+            mail: Vec::new(),
         }
     }
 
@@ -64,8 +79,7 @@ impl Batcher {
     pub fn add(&mut self, ask: Ask, grammar: Option<Grammar>, events: UnboundedSender<Event>) {
         self.counters.requests += 1;
         if let Err(error) = self.engine.check_prompt(&ask.prompt) {
-            let _ = events.send(Event::Failed(error.to_string()));
-            return;
+            return self.mail.push(Message { to: events, event: Event::Failed(error.to_string()) });
         }
         let stops = if ask.ignore_stop_tokens && grammar.is_none() { Vec::new() } else { self.stop_tokens.clone() };
         let (context, vocab) = (self.engine.context(), self.engine.target().config().vocab_size);
@@ -94,6 +108,11 @@ impl Batcher {
         }
     }
 
+    /// What is to be delivered since the last call: elsewhere, for waking many takes its time.
+    pub fn take_mail(&mut self) -> Vec<Message> {
+        std::mem::take(&mut self.mail)
+    }
+
     /// One round of all that run, after whoever may join has joined. Tells of it if somebody watches. An error is the
     /// engine's end.
     pub fn round(&mut self, watched: bool) -> Result<Option<RoundView>> {
@@ -116,9 +135,9 @@ impl Batcher {
                     if watched && !round.tokens.is_empty() {
                         trees.push(TreeView::new(request.arrival, &round));
                     }
-                    request.hear(&round);
+                    request.hear(&round, &mut self.mail);
                 }
-                Err(error) => request.fail(&error),
+                Err(error) => request.fail(&error, &mut self.mail),
             }
             self.engine.publish(&mut request.seq);
         }
@@ -132,7 +151,8 @@ impl Batcher {
 
     /// Tells everyone that the engine has failed.
     pub fn fail(&mut self, error: &Error) {
-        self.waiting.iter_mut().chain(&mut self.running).for_each(|request| request.fail(error));
+        let all = self.waiting.iter_mut().chain(&mut self.running);
+        all.for_each(|request| request.fail(error, &mut self.mail));
     }
 
     fn drop_cancelled(&mut self) {
@@ -155,7 +175,7 @@ impl Batcher {
             let Some(mut request) = self.waiting.pop_front() else { return };
             if request.seq.finished().is_some() {
                 // No token was asked for.
-                request.end();
+                request.end(&mut self.mail);
                 continue;
             }
             let cached = self.engine.share(&mut request.seq);
@@ -165,7 +185,7 @@ impl Batcher {
             if needed > self.engine.target().pool().available() {
                 self.engine.release(&mut request.seq);
                 if self.running.is_empty() {
-                    request.fail(&self.full(&request.seq));
+                    request.fail(&self.full(&request.seq), &mut self.mail);
                     continue;
                 }
                 return self.waiting.push_front(request);
@@ -190,7 +210,7 @@ impl Batcher {
             let mut latest = self.running.pop().expect("who needs a page runs");
             self.engine.release(&mut latest.seq);
             if self.running.is_empty() {
-                return latest.fail(&self.full(&latest.seq));
+                return latest.fail(&self.full(&latest.seq), &mut self.mail);
             }
             self.counters.preempted += 1;
             self.waiting.push_front(latest);
@@ -207,7 +227,7 @@ impl Batcher {
         self.running.retain_mut(|request| {
             let goes_on = request.seq.finished().is_none();
             if !goes_on {
-                request.end();
+                request.end(&mut self.mail);
                 engine.release(&mut request.seq);
             }
             goes_on
@@ -216,8 +236,8 @@ impl Batcher {
 }
 
 impl Request {
-    /// Passes a round's tokens on. Nobody listens any more: the next round finds out.
-    fn hear(&mut self, round: &Round) {
+    /// Passes a round's tokens on.
+    fn hear(&mut self, round: &Round, mail: &mut Vec<Message>) {
         if round.tokens.is_empty() {
             return;
         }
@@ -226,18 +246,22 @@ impl Request {
         self.usage.accepted += round.accepted.draft_len();
         let logprobs = |i: usize| self.logprobs.map(|top| logprobs(&round.logits[i], round.tokens[i], top));
         let emitted = round.tokens.iter().enumerate().map(|(i, &token)| Emitted { token, logprobs: logprobs(i) });
-        let _ = self.events.send(Event::Tokens(emitted.collect()));
+        mail.push(self.message(Event::Tokens(emitted.collect())));
     }
 
-    fn end(&mut self) {
+    fn message(&self, event: Event) -> Message {
+        Message { to: self.events.clone(), event }
+    }
+
+    fn end(&mut self, mail: &mut Vec<Message>) {
         // Whoever was cancelled has gone, or has heard why.
         if let Some(reason) = self.seq.finished().filter(|reason| *reason != FinishReason::Cancelled) {
-            let _ = self.events.send(Event::End(reason, self.usage));
+            mail.push(self.message(Event::End(reason, self.usage)));
         }
     }
 
-    fn fail(&mut self, error: &Error) {
-        let _ = self.events.send(Event::Failed(error.to_string()));
+    fn fail(&mut self, error: &Error, mail: &mut Vec<Message>) {
+        mail.push(self.message(Event::Failed(error.to_string())));
         self.seq.finish(FinishReason::Cancelled);
     }
 }

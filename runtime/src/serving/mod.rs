@@ -18,7 +18,7 @@ use crate::error::Result;
 use crate::grammar::{Grammar, GrammarEngine};
 use crate::llm::Llm;
 use crate::scheduler::Policy;
-use batcher::Batcher;
+use batcher::{Batcher, Message};
 
 /// Rounds that a watcher may be behind before it misses some.
 const WATCHED_ROUNDS: usize = 64;
@@ -192,6 +192,9 @@ impl Drop for Guard<'_> {
 /// Rounds for as long as someone may ask.
 fn serve(shared: &Shared, mut batcher: Batcher, inbox: &Receiver<Letter>) {
     let _guard = Guard(shared);
+    let (post, mail) = channel::<Vec<Message>>();
+    // Whoever waits is woken while the device computes.
+    std::thread::spawn(move || mail.into_iter().flatten().for_each(Message::deliver));
     loop {
         if batcher.is_idle() {
             let Ok(letter) = inbox.recv() else { return };
@@ -204,8 +207,14 @@ fn serve(shared: &Shared, mut batcher: Batcher, inbox: &Receiver<Letter>) {
             Err(error) => {
                 *lock(&shared.failure) = Some(error.to_string());
                 inbox.try_iter().for_each(|letter| take(shared, &mut batcher, letter));
-                return batcher.fail(&error);
+                batcher.fail(&error);
+                drop(post.send(batcher.take_mail()));
+                return;
             }
+        }
+        let mail = batcher.take_mail();
+        if !mail.is_empty() {
+            drop(post.send(mail));
         }
         *lock(&shared.counters) = batcher.counters();
     }

@@ -2,7 +2,7 @@
 
 use treespark::backend::Backend;
 use treespark::scheduler::Policy;
-use treespark::serving::batcher::Batcher;
+use treespark::serving::batcher::{Batcher, Message};
 use treespark::serving::{self, Answer, Event};
 use treespark::{GrammarSource, Sequence};
 use treespark_models::Model;
@@ -44,6 +44,7 @@ impl Decoding {
         while !batcher.is_idle() {
             batcher.round(false).map_err(told)?;
         }
+        batcher.take_mail().into_iter().for_each(Message::deliver);
         let counted = batcher.counters();
         seen.rounds += counted.rounds as usize;
         seen.accepted += counted.accepted as usize;
