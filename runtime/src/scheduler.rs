@@ -2,10 +2,11 @@
 //!
 //! With survival s of a node (the probability that it is accepted), cost C(R, n) of a pass of n rows of R requests, relative to
 //! one row, and D of drafting, R requests whose drafts have n nodes together are worth E(n) / (C(R, n) + D) plain steps of one
-//! request, E(n) = sum of the survivals (a root's is 1: its draw is the bonus token). The nodes of all requests stand in one queue, the likeliest
-//! first, and of its beginnings the best is verified; it may be the roots alone. (DSpark's hardware-aware prefix scheduler,
-//! extended to trees.) The choice changes the speed, never the tokens, which are the target's own draws at positions that know
-//! nothing of each other: so it may look at everything, and where the cost has steps it need not stop at the first.
+//! request, E(n) = sum of the survivals (a root's is 1: its draw is the bonus token). The nodes of all requests stand in one
+//! queue, the likeliest first, and of its beginnings the best is verified; it may be the roots alone. (DSpark's hardware-aware
+//! prefix scheduler, extended to trees.) The choice changes the speed, never the tokens, which are the target's own draws at
+//! positions that know nothing of each other: so it may look at everything, and where the cost has steps it need not stop at
+//! the first.
 
 use crate::backend::PassCost;
 use crate::draft::{Draft, Plan};
@@ -294,7 +295,7 @@ mod tests {
 
     #[test]
     fn some_drafts_are_better_than_others() {
-        // Of four drafts one is good. What costs half a node's worth pays for that one, and for none on the average.
+        // Of four drafts one is good: on the average of them no node would pay.
         let mut outlook = Outlook::default();
         let drafts = [chain(&[1.0, 0.9]), chain(&[1.0, 0.1]), chain(&[1.0, 0.1]), chain(&[1.0, 0.1])];
         outlook.learn(drafts.iter());
