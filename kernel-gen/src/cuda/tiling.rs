@@ -1,8 +1,9 @@
 //! How `shaders/cuda/lib/matmul.cuh` cuts a matrix: which tiles suit which sizes.
 //!
 //! The knobs are all here: `SMALL_SHARE`; in `small` the bytes a block may have, the warps (`most`) and rows of a tile; in
-//! `for_many` the sizes and their `cost`; what registers suffice for; in `streaming` the shapes, their `cost`, and the depths. Whatever they are, the order of sums must follow from matrix
-//! and device alone: `cluster`, `warps_k`, `split`, `wgmma`, and whether `warps_m` is 1.
+//! `for_many` the sizes and their `cost`, and what registers these need; in `streaming` the shapes, their `cost`, and the
+//! depths. Whatever they are, the order of sums must follow from matrix and device alone: `cluster`, `warps_k`, `split`,
+//! `wgmma`, and whether `warps_m` is 1.
 
 use super::Device;
 use crate::pass::DType;

@@ -39,7 +39,7 @@ use crate::backend::{Backend, BufferId, DeviceInfo, Extent, PassCost, PassId};
 use crate::cache_folder::cache_folder;
 use crate::error::{Error, Result};
 
-/// SmolLM2-135M on an H100, behind 512 tokens: what a row costs there is the work around the products more than the
+/// SmolLM2-135M on an H200, behind 512 tokens: what a row costs there is the work around the products more than the
 /// products, since a pass waits for its kernels one after the other.
 const COST: PassCost = PassCost::new(&[(1, 1.0), (4, 1.05), (8, 1.11), (16, 1.27), (32, 1.7), (64, 1.95)]);
 
