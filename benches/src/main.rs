@@ -87,6 +87,9 @@ struct OpsArgs {
     /// Most nodes of a tree that is drafted
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(usize))]
     nodes: usize,
+    /// Sequences of a pass: each has the rows, or a block
+    #[arg(long, default_value_t = 1)]
+    requests: usize,
 }
 
 const PASS_EXAMPLES: &str = "The median is by the host's clock, from writing the batch to reading the result. On an \

@@ -12,26 +12,27 @@ use crate::passes::{AddRows, Bench, CANDIDATES, Timing, add_block};
 use crate::{OpsArgs, bushy, models};
 
 pub fn run(args: &OpsArgs) -> Result<()> {
-    let (drafter, nodes, args) = (&args.drafter, args.nodes, &args.pass);
+    let (drafter, nodes, requests, args) = (&args.drafter, args.nodes, args.requests, &args.pass);
     let model = models::open(&args.model)?;
     let speculator = drafter.as_ref().map(|path| Speculator::open(path, model.config())).transpose()?;
     let config = speculator.as_ref().map(Speculator::config_on_device);
     let mut device = Device::open(args.backend)?;
     eprintln!("{}", circumstances(&device.name()));
-    let rows = args.rows.iter().copied().chain([nodes]).max().context("no rows were asked for")?;
-    let timing = Timing { depth: args.depth, repeats: args.repeats };
+    let block = config.as_ref().map_or(1, |config| config.block().rows);
+    let rows = args.rows.iter().copied().chain([block]).max().context("no rows were asked for")?;
+    let timing = Timing { requests, depth: args.depth, nodes, repeats: args.repeats };
     let mut bench = Bench::load(device, &model, speculator.as_ref().zip(config.as_ref()), rows, timing)?;
     let dims = bench.dims.clone();
     let llama = Llama { config: model.config(), dims: &dims, speculator: config.as_ref() };
     let sampling = Sampling { temperature: args.temperature, ..Sampling::default() };
     for &rows in &args.rows {
         let tree = bushy(rows, |i| i as u32)?;
-        print(&mut bench, &llama.verify_pass(rows)?, &|batch, kv| batch.add_tree(kv, &tree, &sampling))?;
+        print(&mut bench, &llama.verify_pass(requests * rows)?, &|batch, kv| batch.add_tree(kv, &tree, &sampling))?;
     }
     if let Some(config) = &config {
         let costs: Vec<f32> = (1..=nodes).map(|rows| bench.device.backend().info().cost.of(rows)).collect();
         let costs = (bench.device.backend().drafts() && config.fits_devices()).then_some(costs.as_slice());
-        let pass = config.draft_pass(&llama, 1, CANDIDATES, costs)?;
+        let pass = config.draft_pass(&llama, config.block(), requests, CANDIDATES, costs)?;
         print(&mut bench, &pass, &add_block(config.block(), &sampling))?;
     }
     Ok(())

@@ -7,6 +7,7 @@ use treespark::kv::{KvCache, PagePool};
 use treespark::memory::Memory;
 use treespark::sampling::Sampling;
 use treespark_benches::Samples;
+use treespark_kernel_gen::layout::{accepted_words, report_words};
 use treespark_kernel_gen::{BlockShape, DType, Fill, MAX_NODES, Pass, TreeSpec};
 use treespark_models::{Dims, Model, Speculator, SpeculatorConfig, block};
 
@@ -39,13 +40,17 @@ pub struct Bench {
 
 #[derive(Debug, Clone, Copy)]
 pub struct Timing {
-    /// Committed tokens.
+    /// Sequences of a pass.
+    pub requests: usize,
+    /// Committed tokens of each.
     pub depth: usize,
+    /// Nodes of a tree that is drafted.
+    pub nodes: usize,
     pub repeats: usize,
 }
 
 impl Bench {
-    /// Puts weights on a device, for passes of up to so many rows that have a head.
+    /// Puts weights on a device, for passes of up to so many rows of each sequence that have a head.
     pub fn load(
         mut device: Device,
         model: &Model,
@@ -54,15 +59,16 @@ impl Bench {
         timing: Timing,
     ) -> Result<Bench> {
         let context = timing.depth + MAX_NODES;
-        let pages = context.div_ceil(PAGE_SIZE);
+        let (pages_per_request, requests) = (context.div_ceil(PAGE_SIZE), timing.requests);
+        let head_rows = requests * rows;
         let dims = Dims {
-            max_rows: MAX_NODES,
-            head_rows: rows,
-            max_requests: 1,
+            max_rows: head_rows.max(MAX_NODES),
+            head_rows,
+            max_requests: requests,
             context,
             page_size: PAGE_SIZE,
-            pages,
-            pages_per_request: pages,
+            pages: requests * pages_per_request,
+            pages_per_request,
             top_k: 1,
             cache_dtype: if model.dtype() == DType::F32 { DType::F32 } else { DType::BF16 },
             tree: TreeSpec::Any(MAX_NODES),
@@ -102,21 +108,31 @@ impl Bench {
     }
 
     fn write_batch(&mut self, add: &AddRows) -> Result<Extent> {
-        let mut kv = KvCache::default();
-        kv.reserve(&mut PagePool::new(self.dims.pages, PAGE_SIZE), self.dims.context)?;
-        kv.commit(self.timing.depth);
+        let report = report_words(self.timing.nodes);
+        let mut pool = PagePool::new(self.dims.pages, PAGE_SIZE);
         let mut batch = Batch::new(self.dims.pages_per_request);
-        add(&mut batch, &kv);
+        for _ in 0..self.timing.requests {
+            let mut kv = KvCache::default();
+            kv.reserve(&mut pool, self.dims.context)?;
+            kv.commit(self.timing.depth);
+            add(&mut batch, &kv);
+        }
         let backend = self.device.backend();
         for (name, words) in batch.words() {
             backend.write(self.memory.get(name), 0, words)?;
         }
         // Of a round before, nothing was accepted; the limit is far.
-        let (limit, numbers) = ([self.dims.context as u32], self.confidence.as_deref().unwrap_or_default());
-        for (name, words) in [("accepted", &[0][..]), (block::STATE, &limit), (block::CONFIDENCE, numbers)] {
-            if let Some(buffer) = self.memory.find(name) {
-                backend.write(buffer, 0, words)?;
+        for request in 0..self.timing.requests {
+            for (name, word, words) in
+                [("accepted", 0, accepted_words(MAX_NODES)), (block::STATE, self.dims.context, report)]
+            {
+                if let Some(buffer) = self.memory.find(name) {
+                    backend.write(buffer, request * words, &[word as u32])?;
+                }
             }
+        }
+        if let (Some(buffer), Some(numbers)) = (self.memory.find(block::CONFIDENCE), &self.confidence) {
+            backend.write(buffer, 0, numbers)?;
         }
         Ok(batch.extent())
     }

@@ -84,7 +84,7 @@ pub fn run(args: &Args) -> Result<()> {
     let rows = sizes(most, on_device);
     let config = speculator.config_on_device();
     let head_rows = rows[rows.len() - 1].max(config.block().rows);
-    let timing = Timing { depth: args.depth, repeats: args.repeats };
+    let timing = Timing { requests: 1, depth: args.depth, nodes: 1, repeats: args.repeats };
     let mut bench = Bench::load(device, &model, Some((&speculator, &config)), head_rows, timing)?;
     let passes = Passes::compile(&mut bench, model.config(), &config, &rows, on_device)?;
 
@@ -196,9 +196,10 @@ impl Passes {
             verify.push((rows, vec![bench.compile(&pass)?]));
         }
         let costs = on_device.then_some(&[1.0; NODES][..]);
-        let mut draft = vec![bench.compile(&speculator.draft_pass(&llama, 1, CANDIDATES, costs)?)?];
+        let mut draft =
+            vec![bench.compile(&speculator.draft_pass(&llama, speculator.block(), 1, CANDIDATES, costs)?)?];
         if on_device {
-            draft.insert(0, bench.compile(&llama.block_pass(NODES)?)?);
+            draft.insert(0, bench.compile(&llama.block_pass(speculator.block(), NODES)?)?);
         }
         Ok(Passes { plain, verify, draft, block: speculator.block() })
     }
