@@ -230,7 +230,11 @@ impl Op {
                 }
                 match confidence {
                     None => Ok(()),
-                    Some(buf) => c.shape("confidence", *buf, DType::F32, &[width + rank + 1 + 2 * block.depth()]),
+                    Some(buf) => {
+                        c.rank("confidence", *buf, 1)?;
+                        let numbers = (width + rank + 1 + 2 * block.depth()).max(c.dims(*buf)[0]);
+                        c.shape("confidence", *buf, DType::F32, &[numbers])
+                    }
                 }
             }
             Op::GrowTrellis { block, ids, trellis, order, state, costs, .. } => {
@@ -392,9 +396,11 @@ impl Check<'_> {
             return Err(self.error("ids", format!("{problem} of {}", max_requests * block.rows)));
         }
         self.shape("ids", ids, DType::U32, &[rows, k])?;
-        let shape = [max_requests * block.depth(), k, k];
-        self.shape("trellis", trellis, DType::F32, &shape)?;
-        self.shape("order", order, DType::U32, &shape)?;
+        // Longer blocks may share the buffers.
+        self.rank("trellis", trellis, 3)?;
+        let places = (max_requests * block.depth()).max(self.dims(trellis)[0]);
+        self.shape("trellis", trellis, DType::F32, &[places, k, k])?;
+        self.shape("order", order, DType::U32, &[places, k, k])?;
         Ok(k)
     }
 

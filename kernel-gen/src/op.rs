@@ -84,6 +84,11 @@ impl BlockShape {
     pub fn depth(&self) -> usize {
         self.rows - self.first
     }
+
+    /// As many of its rows as predict so many tokens, if it has more.
+    pub fn shortened(&self, depth: usize) -> BlockShape {
+        BlockShape { rows: self.rows.min(self.first + depth.max(1)), ..*self }
+    }
 }
 
 /// Most requests whose blocks are opened together: one thread looks at each.
@@ -337,9 +342,9 @@ pub enum Op {
         hidden: Buf,
         /// Weights `[V, rank]`: W1 and W2
         markov: Option<(Buf, Buf)>,
-        /// F32 `[H + rank + 1 + 2 * depth]`: weights, bias, for each depth one over its temperature, for each its factor
+        /// F32 `[H + rank + 1 + 2 * depth]` or more: weights, bias, for each depth one over its temperature and its factor
         confidence: Option<Buf>,
-        /// F32 `[B * depth, K, K]`: probabilities of each parent's children, descending
+        /// F32 `[B * depth, K, K]` or more: probabilities of each parent's children, descending
         trellis: Buf,
         /// U32, the same shape: the candidates j that they are of
         order: Buf,

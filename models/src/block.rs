@@ -47,13 +47,20 @@ pub(crate) fn rank_as(b: &mut Builder, end: &str, candidates: usize, perturb: bo
     Ranked { ids, scores }
 }
 
-/// Trees on the device. `costs` are those of a pass of 1, 2, .. rows, as many as a tree may have nodes.
-pub(crate) fn grow(b: &mut Builder, block: BlockShape, ranked: Ranked, heads: Sequential, costs: &[f32]) {
+/// Trees on the device, from a block that may be a shortened one of the drafter's. `costs` are those of a pass of 1, 2, .. rows,
+/// as many as a tree may have nodes.
+pub(crate) fn grow(
+    b: &mut Builder,
+    [block, longest]: [BlockShape; 2],
+    ranked: Ranked,
+    heads: Sequential,
+    costs: &[f32],
+) {
     let (batch, Ranked { ids, scores }) = (b.batch, ranked);
     let Sequential { hidden, markov, confidence } = heads;
     let candidates = b.pass.buffer(ids).shape[1];
     let confidence = confidence.map(|numbers| b.pass.add(CONFIDENCE, Role::Input, DType::F32, &[numbers]));
-    let shape = [b.dims.max_requests * block.depth(), candidates, candidates];
+    let shape = [b.dims.max_requests * longest.depth(), candidates, candidates];
     let trellis = b.pass.add("draft.trellis", Role::Scratch, DType::F32, &shape);
     let order = b.pass.add("draft.order", Role::Scratch, DType::U32, &shape);
     let state = state(b, costs.len());

@@ -20,7 +20,7 @@
 mod config;
 mod heads;
 
-use treespark_kernel_gen::{Buf, DType, Op, Pass, PassError, Role};
+use treespark_kernel_gen::{BlockShape, Buf, DType, Op, Pass, PassError, Role};
 
 pub use config::{DsparkConfig, MarkovKind};
 pub use heads::{MarkovState, SequentialHeads, Step, sigmoid};
@@ -117,12 +117,13 @@ impl DsparkConfig {
     pub fn draft_pass(
         &self,
         target: &Llama,
+        block: BlockShape,
         blocks: usize,
         candidates: usize,
         costs: Option<&[f32]>,
     ) -> Result<Pass, PassError> {
         let (config, decoder) = (&self.backbone, self.decoder());
-        let mut b = target.builder("draft a block", blocks * self.block);
+        let mut b = target.builder("draft a block", blocks * block.rows);
         let (batch, x, eps) = (b.batch, decoder.x(&mut b), config.rms_eps);
         let table = b.weight(if self.has_embedding { "draft.embed" } else { "embed" });
         b.push(Op::Embed { batch, table, out: x });
@@ -143,7 +144,7 @@ impl DsparkConfig {
             let rank = self.markov.map_or(0, |(_, rank)| rank);
             let confidence = self.confidence.map(|_| config.hidden + rank + 1 + 2 * self.depth());
             let heads = Sequential { hidden, markov: markov[0].zip(markov[1]), confidence };
-            block::grow(&mut b, self.block_shape(), ranked, heads, costs);
+            block::grow(&mut b, [block, self.block_shape()], ranked, heads, costs);
         }
         b.finish()
     }

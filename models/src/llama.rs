@@ -11,7 +11,7 @@
 //! A drafter that reads the target's hidden states ([`Speculator`](crate::Speculator)) adds to these passes what it
 //! takes from them.
 
-use treespark_kernel_gen::{Op, Pass, PassError, TreeShape};
+use treespark_kernel_gen::{BlockShape, Op, Pass, PassError, TreeShape};
 
 use crate::block;
 use crate::builder::{Builder, Dims, NgramDims, Weight, WeightList};
@@ -97,14 +97,15 @@ impl<'a> Llama<'a> {
     pub fn round_pass_with_block(&self, rows: usize, nodes: usize) -> Result<Pass, PassError> {
         let mut builder = self.builder("round", rows);
         self.verify(&mut builder);
-        self.open_block(&mut builder, nodes);
+        let speculator = self.speculator.expect("a drafter of blocks is loaded");
+        block::open(&mut builder, speculator.block(), nodes);
         builder.finish()
     }
 
-    /// Begins the block of the first round.
-    pub fn block_pass(&self, nodes: usize) -> Result<Pass, PassError> {
+    /// Begins the blocks of the first round, or of any round of several sequences; they may be shortened ones.
+    pub fn block_pass(&self, block: BlockShape, nodes: usize) -> Result<Pass, PassError> {
         let mut builder = self.builder("open a block", self.dims.max_rows);
-        self.open_block(&mut builder, nodes);
+        block::open(&mut builder, block, nodes);
         builder.finish()
     }
 
@@ -172,11 +173,6 @@ impl<'a> Llama<'a> {
         if let Some(speculator) = self.speculator {
             speculator.inject(builder);
         }
-    }
-
-    fn open_block(&self, builder: &mut Builder, nodes: usize) {
-        let speculator = self.speculator.expect("a drafter of blocks is loaded");
-        block::open(builder, speculator.block(), nodes);
     }
 
     fn head(&self, builder: &mut Builder) {

@@ -128,17 +128,18 @@ impl MedusaConfig {
     pub(crate) fn draft_pass(
         &self,
         target: &Llama,
+        block: BlockShape,
         blocks: usize,
         candidates: usize,
         costs: Option<&[f32]>,
     ) -> Result<Pass, PassError> {
-        let mut b = target.builder("draft with heads", blocks * self.heads);
+        let mut b = target.builder("draft with heads", blocks * block.rows);
         let (batch, states, out) = (b.batch, self.states(&mut b), b.scratch("draft.x", &[self.hidden]));
         let (weight, bias) = (b.weight("draft.blocks"), b.weight("draft.block_bias"));
         b.push(Op::ResBlock { batch, states, weight, bias, out });
         let residual = b.logits();
         if self.has_matrices {
-            for head in 0..self.heads {
+            for head in 0..block.rows {
                 let weight = b.weight(&format!("draft.head.{head}"));
                 b.push(Op::Project { batch, add: false, x: out, weight, residual });
                 block::rank_as(&mut b, &format!(".{head}"), candidates, true);
@@ -150,7 +151,7 @@ impl MedusaConfig {
         let ranked = block::rank(&mut b, candidates, true);
         if let Some(costs) = costs {
             let heads = Sequential { hidden: states, markov: None, confidence: None };
-            block::grow(&mut b, self.block_shape(), ranked, heads, costs);
+            block::grow(&mut b, [block, self.block_shape()], ranked, heads, costs);
         }
         b.finish()
     }
@@ -198,16 +199,16 @@ mod tests {
             let speculator = SpeculatorConfig::Medusa(MedusaConfig::of_target(&config, 5, has_matrices));
             let llama = Llama { config: &config, dims: &dims, speculator: Some(&speculator) };
             for blocks in [1, 3, 4] {
-                let pass = speculator.draft_pass(&llama, blocks, 16, None).unwrap();
+                let pass = speculator.draft_pass(&llama, speculator.block(), blocks, 16, None).unwrap();
                 assert_eq!(pass.rows, 5 * blocks);
             }
             // The logits hold 20 rows, whichever op comes to write them.
-            let refused = speculator.draft_pass(&llama, 5, 16, None).unwrap_err();
+            let refused = speculator.draft_pass(&llama, speculator.block(), 5, 16, None).unwrap_err();
             assert!(["logits", "residual"].contains(&refused.field), "{refused}");
         }
         let speculator = SpeculatorConfig::Medusa(MedusaConfig::of_target(&config, 5, false));
         let llama = Llama { config: &config, dims: &dims, speculator: Some(&speculator) };
-        let pass = speculator.draft_pass(&llama, 4, 16, Some(&[1.0; 64])).unwrap();
+        let pass = speculator.draft_pass(&llama, speculator.block(), 4, 16, Some(&[1.0; 64])).unwrap();
         // Trees of all requests have more nodes than the batch has rows: which of them get one, the host says.
         assert_eq!(pass.ops.last().map(Op::name), Some("grow_trellis"));
         llama.round_pass_with_block(16, 64).unwrap();

@@ -96,17 +96,18 @@ impl SpeculatorConfig {
 
     /// Fills up to `blocks` blocks, of a request each, and ranks `candidates` tokens of each of their rows. With `costs` of a
     /// pass of 1, 2, .. rows, as many as a tree may have nodes, the device also grows the next round's trees. No request may
-    /// have a block that the pass has no rows for.
+    /// have a block that the pass has no rows for. The block may be a shortened one.
     pub fn draft_pass(
         &self,
         target: &Llama,
+        block: BlockShape,
         blocks: usize,
         candidates: usize,
         costs: Option<&[f32]>,
     ) -> Result<Pass, PassError> {
         match self {
-            SpeculatorConfig::Dspark(dspark) => dspark.draft_pass(target, blocks, candidates, costs),
-            SpeculatorConfig::Medusa(medusa) => medusa.draft_pass(target, blocks, candidates, costs),
+            SpeculatorConfig::Dspark(dspark) => dspark.draft_pass(target, block, blocks, candidates, costs),
+            SpeculatorConfig::Medusa(medusa) => medusa.draft_pass(target, block, blocks, candidates, costs),
         }
     }
 

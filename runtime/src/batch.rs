@@ -16,14 +16,14 @@ pub struct Entry<'a> {
     pub seq: &'a mut Sequence,
     pub tree: TokenTree,
     pub given: usize,
-    /// Whether the device, if it drafts for many, may draft what comes next.
-    pub drafts: bool,
+    /// How deep the device, if it drafts for many, may draft what comes next; 0: not at all.
+    pub draft_depth: usize,
 }
 
 impl<'a> Entry<'a> {
     /// Of a sequence whose text is in the cache but for the last token.
     pub fn of_tree(seq: &'a mut Sequence, tree: TokenTree) -> Entry<'a> {
-        Entry { seq, tree, given: 1, drafts: false }
+        Entry { seq, tree, given: 1, draft_depth: 0 }
     }
 
     /// Whether it is a part of a prompt that does not reach the end: nobody wants to know what follows it.

@@ -27,11 +27,13 @@ pub struct Draft {
     pub survival: Vec<f32>,
     /// What drafting cost, relative to a pass of one row.
     pub cost: f32,
+    /// How deep its drafter looked, at that cost: the tree may end before.
+    pub reach: usize,
 }
 
 impl Draft {
     pub fn root(token: u32) -> Draft {
-        Draft { tree: TokenTree::root(token), survival: vec![1.0], cost: 0.0 }
+        Draft { tree: TokenTree::root(token), survival: vec![1.0], cost: 0.0, reach: 0 }
     }
 
     /// Adds a child and returns its node.
@@ -42,7 +44,7 @@ impl Draft {
 
     /// Some of its nodes, ascending, each with its parent.
     pub fn only(&self, nodes: &[usize]) -> Draft {
-        let mut some = Draft { cost: self.cost, ..Draft::root(self.tree.token(0)) };
+        let mut some = Draft { cost: self.cost, reach: self.reach, ..Draft::root(self.tree.token(0)) };
         let place = |node: usize| nodes.binary_search(&node).expect("a node comes with its parent");
         for &node in &nodes[1..] {
             let parent = place(self.tree.shape().parent(node));

@@ -144,7 +144,8 @@ impl Engine {
         let mut clock = stats.start_round();
         // Those that may draft, or soon may: behind a prompt the device drafts at once.
         let ready = seqs.iter().filter(|seq| seq.pending().len() == 1).count().max(1);
-        scheduler.look_ahead(ready, target.draft_cost(ready));
+        let costs = |depth| (depth, target.draft_cost(ready, depth));
+        scheduler.look_ahead(ready, &target.draft_depths().into_iter().map(costs).collect::<Vec<_>>());
 
         // Draft. Where the device drafts, the round before has. Node 0 is the last committed token; every other node is a guess.
         // One that a grammar forbids is left out.
@@ -161,7 +162,9 @@ impl Engine {
         // Verify. One target pass; a node sees the committed prefix and its own ancestors, and the target draws its own
         // token at every node. The path whose tokens equal those draws is accepted, plus one bonus token; its rows move
         // next to the prefix.
-        entries.iter_mut().for_each(|entry| entry.drafts = nodes.is_some() && may_draft(scheduler, entry));
+        if nodes.is_some() {
+            entries.iter_mut().for_each(|entry| entry.draft_depth = draft_depth(scheduler, entry));
+        }
         target.verify(backend, &mut entries)?;
         let outcomes = target.outcomes(backend, &mut entries, nodes)?; // the round's only wait on the target
         clock.verified(stats);
@@ -292,9 +295,10 @@ fn drafted(seqs: &mut [&mut Sequence]) -> Vec<Option<Draft>> {
     seqs.iter_mut().map(draft).collect()
 }
 
-/// Whether the device may draft behind an entry.
-fn may_draft(scheduler: &Scheduler, entry: &Entry<'_>) -> bool {
-    !entry.is_part() && scheduler.plan(entry.seq.policy, entry.seq.room()).max_nodes > 1
+/// How deep the device may draft behind an entry.
+fn draft_depth(scheduler: &Scheduler, entry: &Entry<'_>) -> usize {
+    let plan = scheduler.plan(entry.seq.policy, entry.seq.room());
+    if entry.is_part() || plan.max_nodes == 1 { 0 } else { plan.max_depth }
 }
 
 /// The entries of a pass, and whose they are: of those with a draft as many nodes as pay, of the others parts of prompts, whoever
@@ -332,7 +336,7 @@ fn schedule<'a>(
             None => continue,
         };
         places.push(place);
-        entries.push(Entry { seq, tree, given, drafts: false });
+        entries.push(Entry { seq, tree, given, draft_depth: 0 });
     }
     (places, entries)
 }

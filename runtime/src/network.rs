@@ -39,12 +39,13 @@ enum Kind {
     Draft,
     /// From these, a tree's next level: the last of the shape.
     Grow(TreeShape),
-    /// A speculator's parallel stage, for the host to grow trees from. Its rows are those of whole blocks.
-    Block,
+    /// A speculator's parallel stage, in blocks for so many tokens, for the host to grow trees from. Its rows are those of whole
+    /// blocks.
+    Block { depth: usize },
     /// The same, and the device grows trees of up to so many nodes: the end of the three below, with a speculator.
-    GrowBlock { nodes: usize },
+    GrowBlock { depth: usize, nodes: usize },
     /// Begins the blocks of many sequences, from which trees of up to so many nodes are grown.
-    OpenBlocks { nodes: usize },
+    OpenBlocks { depth: usize, nodes: usize },
     /// All of a round, then a draft of the next on the device, of up to so many nodes.
     Round { nodes: usize },
     /// The device's draft of the first round.
@@ -133,8 +134,8 @@ pub struct Network {
     speculator: Option<SpeculatorConfig>,
     /// Of its passes, by rows: what trees that the device grows are cut by.
     cost: PassCost,
-    /// Of blocks, by how many are filled, where it was measured.
-    block_cost: Option<PassCost>,
+    /// Of blocks for so many tokens, by how many are filled, where it was measured.
+    block_costs: Vec<(usize, PassCost)>,
     /// Weights that filling a block reads, against those that a pass of the target reads.
     draft_share: f32,
     /// The backend runs passes that draft.
@@ -206,7 +207,7 @@ impl Network {
             pass_weight_bytes: 0,
             drafted: None,
             cost: backend.info().cost.clone(),
-            block_cost: None,
+            block_costs: Vec::new(),
             draft_share: 0.0,
             dims,
         };
@@ -275,9 +276,9 @@ impl Network {
         let masks = masks(entries);
         let mut batch = Batch::new(self.dims.pages_per_request);
         let block_rows = self.block_rows();
-        for Entry { seq, tree, given, drafts } in entries.iter_mut() {
+        for Entry { seq, tree, given, draft_depth } in entries.iter_mut() {
             // A block may follow before anyone knows how much of the tree is accepted.
-            seq.kv.reserve(&mut self.pool, tree.len() + if *drafts { block_rows } else { 0 })?;
+            seq.kv.reserve(&mut self.pool, tree.len() + if *draft_depth > 0 { block_rows } else { 0 })?;
             seq.last_row = batch.n_rows();
             batch.add_given(&seq.kv, tree, *given, &seq.sampling);
         }
@@ -356,7 +357,7 @@ impl Network {
     /// The pass for this many rows, or a few more; compiled when first needed.
     fn pass(&mut self, backend: &mut dyn Backend, kind: Kind, rows: usize) -> Result<PassId> {
         let rows = match kind {
-            Kind::Block | Kind::GrowBlock { .. } => rows,
+            Kind::Block { .. } | Kind::GrowBlock { .. } => rows,
             Kind::Round { .. } => round_rows(rows),
             // Devices that draft are quick enough for a size to matter, if there are many sequences.
             Kind::Verify | Kind::VerifyMasked if self.drafts_on_device && self.dims.max_requests > 1 => {
@@ -372,7 +373,7 @@ impl Network {
         let drafter = |nodes: usize| NgramDims { nodes, row_cost: self.cost.of_a_row() };
         // A tree runs in the next larger pass, and was drafted.
         let cost = self.cost.clone();
-        let drafted = self.draft_cost(1);
+        let drafted = self.draft_cost(1, usize::MAX);
         let costs = |nodes: usize| (1..=nodes).map(|n| cost.of(round_rows(n)) + drafted).collect::<Vec<f32>>();
         let llama = self.llama();
         let pass = match &key.0 {
@@ -380,13 +381,13 @@ impl Network {
             Kind::Verify => llama.verify_pass(rows),
             Kind::VerifyMasked => llama.verify_masked_pass(rows),
             Kind::Draft => llama.draft_pass(rows),
-            Kind::Block => self.block_pass(rows / self.block().rows, None),
-            Kind::GrowBlock { nodes } => self.block_pass(rows / self.block().rows, Some(&costs(*nodes))),
+            Kind::Block { depth } => self.block_pass(self.shortened(*depth), rows, None),
+            Kind::GrowBlock { depth, nodes } => self.block_pass(self.shortened(*depth), rows, Some(&costs(*nodes))),
             Kind::Grow(shape) => llama.grow_pass(shape.clone()),
             Kind::Round { nodes } if self.speculator.is_some() => llama.round_pass_with_block(rows, *nodes),
             Kind::Round { nodes } => llama.round_pass(rows, drafter(*nodes)),
-            Kind::OpenBlocks { nodes } => llama.block_pass(*nodes),
-            Kind::First { nodes } if self.speculator.is_some() => llama.block_pass(*nodes),
+            Kind::OpenBlocks { depth, nodes } => llama.block_pass(self.shortened(*depth), *nodes),
+            Kind::First { nodes } if self.speculator.is_some() => llama.block_pass(self.block(), *nodes),
             Kind::First { nodes } => llama.ngram_pass(drafter(*nodes)),
         }?;
         if matches!(key.0, Kind::Verify | Kind::VerifyMasked | Kind::Round { .. }) {
@@ -398,7 +399,8 @@ impl Network {
             self.write_confidence(backend)?;
         }
         if let (Kind::Round { nodes } | Kind::First { nodes }, true) = (&key.0, self.grows_blocks()) {
-            let fill = self.pass(backend, Kind::GrowBlock { nodes: *nodes }, self.block().rows)?;
+            let whole = Kind::GrowBlock { depth: self.block().depth(), nodes: *nodes };
+            let fill = self.pass(backend, whole, self.block().rows)?;
             id = backend.join(&[id, fill])?;
         }
         self.passes.insert(key, id);

@@ -8,6 +8,10 @@
 //! positions that know nothing of each other: so it may look at everything, and where the cost has steps it need not stop at
 //! the first.
 
+mod outlook;
+
+use outlook::Outlook;
+
 use crate::backend::PassCost;
 use crate::draft::{Draft, Plan};
 use treespark_kernel_gen::TreeShape;
@@ -52,11 +56,6 @@ impl std::str::FromStr for Policy {
     }
 }
 
-/// Rounds without a draft after which one is made all the same: what drafts are worth may have changed.
-const LOOK_AGAIN: usize = 256;
-/// Requests that share a node in what is foretold: of some more nodes are verified than of others.
-const SHARERS: usize = 4;
-
 #[derive(Debug)]
 pub struct Scheduler {
     shape: Option<TreeShape>,
@@ -64,8 +63,8 @@ pub struct Scheduler {
     costs: Costs,
     /// Whether drafters rest while they do not pay.
     rests: bool,
-    /// Whether the next draft is expected to pay.
-    pays: bool,
+    /// How deep the next draft should look; 0: none is expected to pay.
+    depth: usize,
     outlook: Outlook,
 }
 
@@ -86,23 +85,12 @@ impl Costs {
     }
 }
 
-/// What drafts were worth of late. A drafter costs its time also where none of its nodes is worth a row, so before it is asked
-/// its draft is foretold.
-#[derive(Debug, Default)]
-struct Outlook {
-    /// The survivals of all nodes that stood in the queue together, falling, as the means of parts of it: each part has one
-    /// node for every so many (SHARERS) requests. Empty: nothing is known.
-    survival: Vec<f32>,
-    /// Rounds since that was seen.
-    age: usize,
-}
-
 impl Scheduler {
     /// With a shape every round verifies all of it that the drafter can fill.
     pub fn new(shape: Option<TreeShape>, max_nodes: usize, cost: PassCost) -> Scheduler {
         let max_nodes = shape.as_ref().map_or(max_nodes, TreeShape::len);
         let costs = Costs { rows: cost.clone(), requests: cost };
-        Scheduler { max_nodes, shape, costs, rests: false, pays: true, outlook: Outlook::default() }
+        Scheduler { max_nodes, shape, costs, rests: false, depth: usize::MAX, outlook: Outlook::default() }
     }
 
     /// From now on nodes are weighed by what was measured, and drafters rest while they do not pay.
@@ -119,15 +107,21 @@ impl Scheduler {
     /// What the next round may draft, with room for so many more tokens.
     pub fn plan(&self, policy: Policy, room: usize) -> Plan {
         let max_nodes = match policy.nodes {
-            Nodes::Confidence if !self.pays => 1,
+            Nodes::Confidence if self.depth == 0 => 1,
             Nodes::Confidence => self.max_nodes,
             Nodes::Fixed(drafts) => self.max_nodes.min(drafts + 1),
             Nodes::Off => 1,
         };
         // A chain is the likeliest path of a tree.
         let max_nodes = if policy.chain && max_nodes > 1 { self.max_nodes } else { max_nodes };
+        let depth = match policy.nodes {
+            Nodes::Confidence => self.depth,
+            Nodes::Fixed(drafts) if self.shape.is_none() => drafts,
+            Nodes::Fixed(_) | Nodes::Off => usize::MAX,
+        };
         // The bonus token takes one place; a node deeper than the rest could never be emitted.
-        Plan { shape: self.shape.clone().filter(|_| max_nodes > 1), max_nodes, max_depth: room.saturating_sub(1) }
+        let max_depth = room.saturating_sub(1).min(depth);
+        Plan { shape: self.shape.clone().filter(|_| max_nodes > 1), max_nodes, max_depth }
     }
 
     /// How many nodes of each draft to verify in one pass, beside so many rows of prompts and with no more than `room` rows
@@ -152,86 +146,69 @@ impl Scheduler {
                     rows += nodes[i] - 1;
                 }
                 // No node is likelier than the one before it, so that what is taken of a draft is a prefix.
-                None => queue.extend(falling(&draft.survival).skip(1).map(|survival| (survival, i))),
+                None => queue.extend(falling(draft.survival.iter().copied()).skip(1).map(|survival| (survival, i))),
             }
         }
         queue.sort_by(|a, b| b.0.total_cmp(&a.0));
         queue.truncate(room);
         let drafting: f32 = drafts.iter().map(|(draft, _)| draft.cost).sum();
-        let likely = queue.iter().map(|&(survival, _)| (1, survival));
-        let (taken, _) = self.worth(likely, drafts.len(), rows, drafting);
+        let (taken, ..) = self.best(queue.iter().map(|&(survival, _)| survival), drafts.len(), rows, drafting);
         queue[..taken].iter().for_each(|&(_, i)| nodes[i] += 1);
-        let seen = drafts.iter().filter(|(draft, policy)| draft.cost > 0.0 && policy.nodes == Nodes::Confidence);
-        self.outlook.learn(seen.map(|(draft, _)| *draft));
+        let foretell = |(draft, policy): &&(&Draft, Policy)| draft.cost > 0.0 && policy.nodes == Nodes::Confidence;
+        self.learn(drafts.iter().filter(foretell).map(|(draft, _)| *draft));
         nodes
     }
 
-    /// Foretells whether a draft for so many requests, which costs so much, will pay.
-    pub fn look_ahead(&mut self, requests: usize, drafting: f32) {
-        let is_known = !self.outlook.survival.is_empty() && self.outlook.age < LOOK_AGAIN;
-        let worth = self.worth(self.outlook.foretell(requests), requests, requests, drafting).1;
-        self.pays = !self.rests || !is_known || worth > 1.0;
-        self.outlook.age += 1;
+    /// Foretells how deep drafts for so many requests should look, if a draft will pay at all. `drafting` tells how deep they
+    /// can, the deepest first, and what that costs.
+    pub fn look_ahead(&mut self, requests: usize, drafting: &[(usize, f32)]) {
+        if self.rests {
+            self.depth = self.outlook.depth(requests, drafting);
+        }
     }
 
-    /// How many nodes of a queue pay beside so many rows, and the speed with them against that of plain decoding. The queue is
-    /// told as numbers of nodes and how likely each of them is.
-    fn worth(
+    /// What these drafts would have brought if they had looked less deep, too.
+    fn learn<'a>(&mut self, drafts: impl Iterator<Item = &'a Draft> + Clone) {
+        for (place, (depth, cost)) in self.outlook.drafting().to_vec().into_iter().enumerate() {
+            let (mut queue, mut requests) = (Vec::new(), 0);
+            for draft in drafts.clone().filter(|draft| draft.reach >= depth) {
+                let nodes = draft.survival.iter().zip(draft.tree.shape().depths()).filter(|(_, at)| *at <= depth);
+                queue.extend(falling(nodes.map(|(&survival, _)| survival)).skip(1));
+                requests += 1;
+            }
+            if requests > 0 {
+                queue.sort_unstable_by(|a, b| b.total_cmp(a));
+                let (_, tokens, time) = self.best(queue.into_iter(), requests, requests, cost);
+                self.outlook.learn(place, tokens / requests as f32, time / self.costs.of(requests, requests));
+            }
+        }
+    }
+
+    /// How many nodes of a queue pay beside so many rows: with their tokens, and the time that they take.
+    fn best(
         &self,
-        likely: impl Iterator<Item = (usize, f32)>,
+        likely: impl Iterator<Item = f32>,
         requests: usize,
         rows: usize,
         drafting: f32,
-    ) -> (usize, f32) {
-        let cost = |nodes: usize| self.costs.of(requests, rows + nodes);
-        let (mut nodes, mut expected) = (0, requests as f32);
-        let mut best = (0, expected / (cost(0) + drafting));
-        for (more, survival) in likely {
-            nodes += more;
-            expected += more as f32 * survival;
-            let worth = expected / (cost(nodes) + drafting);
-            if worth > best.1 {
-                best = (nodes, worth);
+    ) -> (usize, f32, f32) {
+        let time = |nodes: usize| self.costs.of(requests, rows + nodes) + drafting;
+        let mut expected = requests as f32;
+        let mut best = (0, expected, time(0));
+        for (i, survival) in likely.enumerate() {
+            expected += survival;
+            let time = time(i + 1);
+            if expected * best.2 > best.1 * time {
+                best = (i + 1, expected, time);
             }
         }
-        (best.0, best.1 * cost(0) / requests as f32)
-    }
-}
-
-impl Outlook {
-    fn learn<'a>(&mut self, drafts: impl Iterator<Item = &'a Draft>) {
-        let (mut queue, mut seen) = (Vec::new(), 0);
-        for draft in drafts {
-            queue.extend(falling(&draft.survival).skip(1));
-            seen += 1;
-        }
-        if seen == 0 {
-            return;
-        }
-        queue.sort_by(|a, b| b.total_cmp(a));
-        let parts = (queue.len() * SHARERS).div_ceil(seen);
-        // A part of less than a node is that node's.
-        let part = |i: usize| i * seen / SHARERS..((i + 1) * seen).div_ceil(SHARERS).min(queue.len());
-        let mean = |part: std::ops::Range<usize>| queue[part.clone()].iter().sum::<f32>() / part.len().max(1) as f32;
-        let rate = if self.survival.is_empty() { 1.0 } else { 0.1 };
-        self.survival.resize(self.survival.len().max(parts), 0.0);
-        for (i, known) in self.survival.iter_mut().enumerate() {
-            let seen = if i < parts { mean(part(i)) } else { 0.0 };
-            *known += rate * (seen - *known);
-        }
-        self.age = 0;
-    }
-
-    /// The queue of so many requests: numbers of nodes, and how likely each is.
-    fn foretell(&self, requests: usize) -> impl Iterator<Item = (usize, f32)> {
-        let until = move |i: usize| i * requests / SHARERS;
-        self.survival.iter().enumerate().map(move |(i, &survival)| (until(i + 1) - until(i), survival))
+        best
     }
 }
 
 /// Each value, or the least before it.
-fn falling(values: &[f32]) -> impl Iterator<Item = f32> {
-    values.iter().scan(f32::INFINITY, |least, &value| {
+fn falling(values: impl Iterator<Item = f32>) -> impl Iterator<Item = f32> {
+    values.scan(f32::INFINITY, |least, value| {
         *least = least.min(value);
         Some(*least)
     })
@@ -243,7 +220,12 @@ mod tests {
     use crate::tree::TokenTree;
 
     fn chain(survival: &[f32]) -> Draft {
-        Draft { tree: TokenTree::chain(&vec![0; survival.len()]).unwrap(), survival: survival.to_vec(), cost: 0.0 }
+        Draft {
+            tree: TokenTree::chain(&vec![0; survival.len()]).unwrap(),
+            survival: survival.to_vec(),
+            cost: 0.0,
+            reach: 0,
+        }
     }
 
     fn scheduler(points: &'static [(usize, f32)]) -> Scheduler {
@@ -294,22 +276,6 @@ mod tests {
     }
 
     #[test]
-    fn some_drafts_are_better_than_others() {
-        // Of four drafts one is good: on the average of them no node would pay.
-        let mut outlook = Outlook::default();
-        let drafts = [chain(&[1.0, 0.9]), chain(&[1.0, 0.1]), chain(&[1.0, 0.1]), chain(&[1.0, 0.1])];
-        outlook.learn(drafts.iter());
-        let foretold: Vec<_> = outlook.foretell(8).collect();
-        assert_eq!(foretold, [(2, 0.9), (2, 0.1), (2, 0.1), (2, 0.1)]);
-        let of_one: Vec<_> = outlook.foretell(1).collect();
-        assert_eq!(of_one.iter().map(|(nodes, _)| nodes).sum::<usize>(), 1);
-        outlook.learn([chain(&[1.0, 0.5, 0.25])].iter());
-        assert_eq!(outlook.survival.len(), 2 * SHARERS);
-        assert!((outlook.survival[0] - (0.9 + 0.1 * (0.5 - 0.9))).abs() < 1e-6);
-        assert!((outlook.survival[2 * SHARERS - 1] - 0.1 * 0.25).abs() < 1e-6, "little is known of second nodes yet");
-    }
-
-    #[test]
     fn policies_are_obeyed() {
         let mut scheduler = scheduler(&[(1, 1.0), (2, 1.01)]);
         let drafts = [chain(&[1.0, 0.9, 0.8]), chain(&[1.0, 0.9, 0.8])];
@@ -326,24 +292,31 @@ mod tests {
     }
 
     #[test]
-    fn drafters_rest_where_they_do_not_pay() {
-        // Up to eight rows are free, and a draft costs a tenth of a pass for each request.
-        let mut scheduler = Scheduler { rests: true, ..scheduler(&[(1, 1.0), (8, 1.0), (9, 2.0), (16, 4.0)]) };
-        let mut drafts_for = |requests: usize| {
-            scheduler.look_ahead(requests, 0.1 * requests as f32);
-            scheduler.plan(Policy::CONFIDENCE, 10).max_nodes > 1
+    fn drafts_look_as_deep_as_pays() {
+        let mut scheduler = Scheduler { rests: true, ..scheduler(&[(1, 1.0), (64, 1.63)]) };
+        // For each request looking four deep costs two fifths of a pass, one deep a twentieth.
+        let depth_for = |scheduler: &mut Scheduler, requests: usize| {
+            scheduler.look_ahead(requests, &[(4, 0.4 * requests as f32), (1, 0.05 * requests as f32)]);
+            scheduler.plan(Policy::CONFIDENCE, 10).max_depth
         };
-        assert!(drafts_for(8), "nothing is known yet");
-        let drafts = [Draft { cost: 0.1, ..chain(&[1.0, 0.9, 0.8]) }];
-        nodes(&mut scheduler, &drafts, Policy::CONFIDENCE);
-        let mut drafts_for = |requests: usize| {
-            scheduler.look_ahead(requests, 0.1 * requests as f32);
-            scheduler.plan(Policy::CONFIDENCE, 10).max_nodes > 1
+        let drafts_of = |requests: usize, reach: usize, survival: &[f32]| {
+            vec![Draft { cost: 0.1, reach, ..chain(survival) }; requests]
         };
-        assert!(drafts_for(1) && drafts_for(2));
-        assert!(!drafts_for(8), "there is no row that costs nothing");
-        assert!(drafts_for(2), "as soon as there is room again");
-        let rests = (0..).take_while(|_| !drafts_for(8)).count();
-        assert_eq!(rests, LOOK_AGAIN - 4, "from time to time it is tried all the same");
+        for requests in [1, 8, 32] {
+            for _ in 0..outlook::LOOK {
+                assert_eq!(depth_for(&mut scheduler, requests), 4, "nothing is known yet");
+                let drafts = drafts_of(requests, 4, &[1.0, 0.9, 0.8, 0.7, 0.6]);
+                nodes(&mut scheduler, &drafts, Policy::CONFIDENCE);
+            }
+        }
+        assert_eq!([1, 8, 32].map(|requests| depth_for(&mut scheduler, requests)), [4, 1, 0]);
+        // What is less deep tells nothing of what is deeper.
+        for _ in 0..100 {
+            depth_for(&mut scheduler, 8);
+            nodes(&mut scheduler, &drafts_of(8, 1, &[1.0, 0.1]), Policy::CONFIDENCE);
+        }
+        assert_eq!([1, 8].map(|requests| depth_for(&mut scheduler, requests)), [4, 0]);
+        assert_eq!(scheduler.plan("fixed:2".parse().unwrap(), 10).max_depth, 2);
+        assert_eq!(scheduler.plan("fixed:2".parse().unwrap(), 2).max_depth, 1, "the last token is no draft");
     }
 }

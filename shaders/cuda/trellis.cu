@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     trellis(const u32* rows, const u32* requests, const u32* ids, const float* scores, // [rows, K]
             const float* hidden, // [rows, HIDDEN]
             const void* w1, const void* w2, // [tokens, RANK]
-            const float* confidence, // HIDDEN + RANK weights, the bias, DEPTH inverse temperatures, DEPTH factors
+            const float* confidence, // HIDDEN + RANK weights, the bias, of each depth: inverse temperature, factor
             float* out, u32* order) { // [requests * DEPTH, K, K]
     release_next();
     __shared__ float first_rows[PARENTS * STRIDE]; // of W1
@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (u32 e = lane; e < HIDDEN; e += 32) mine = fmaf(hidden[(u64)row * HIDDEN + e], confidence[e], mine);
         for (u32 i = warp, n = 0; i < n_here; i += WARPS, n++) {
             const float logit = sum_of_warp(mine + read[n]) + confidence[HIDDEN + RANK];
-            const float scaled = logit * confidence[HIDDEN + RANK + 1 + depth];
+            const float scaled = logit * confidence[HIDDEN + RANK + 1 + 2 * depth];
             if (lane == 0) parent_confidence[i] = 1.0f / (1.0f + expf(-scaled));
         }
     }
@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const float wa = lane < K ? expf(a - largest) : 0.0f, wb = lane + 32 < K ? expf(b - largest) : 0.0f;
         const float rest = sum_of_warp((lane == best ? 0.0f : wa) + (lane + 32 == best ? 0.0f : wb));
         const float first = CONFIDENCE ? parent_confidence[i] : 1.0f / (1.0f + rest);
-        const float factor = CONFIDENCE ? confidence[HIDDEN + RANK + 1 + DEPTH + depth] : 1.0f;
+        const float factor = CONFIDENCE ? confidence[HIDDEN + RANK + 2 + 2 * depth] : 1.0f;
         const float share = rest > 0.0f ? factor * (1.0f - first) / rest : 0.0f;
         const float p = lane == best ? first : wa * share, q = lane + 32 == best ? first : wb * share;
         if (lane < K) table[i * K + lane] = p;

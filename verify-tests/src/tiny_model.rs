@@ -268,9 +268,11 @@ impl TinyModel {
         let ids = add("ids", DType::U32, &[rows, k]);
         let scores = add("scores", DType::F32, &[MAX_ROWS, k]);
         let states = add("hidden", DType::F32, &[MAX_ROWS, hidden]);
-        let shape = [requests * block.depth(), k, k];
+        // Some buffers are those of longer blocks.
+        let depth = block.depth() + requests % 2;
+        let shape = [requests * depth, k, k];
         let (trellis, order) = (add("trellis", DType::F32, &shape), add("order", DType::U32, &shape));
-        let words = [hidden + rank + 1 + 2 * block.depth()];
+        let words = [hidden + rank + 1 + 2 * depth];
         let confidence = confident.then(|| add("confidence", DType::F32, &words));
         let shape = [self.sizes.vocab, rank];
         let mut weight = |name: &str| pass.add(name, Role::Weight, self.sizes.weights, &shape);

@@ -57,7 +57,7 @@ fn rounds_agree(backend: &mut dyn Backend, name: &str) {
         for token in &text[prompt..start] {
             network.extend(backend, &mut seq.kv, &[*token], &mut |_| {}).unwrap();
         }
-        let block = network.draft_blocks(backend, &mut [&mut seq]).unwrap().remove(0);
+        let block = network.draft_blocks(backend, &mut [&mut seq], usize::MAX).unwrap().remove(0);
         let rows = |kind: &str| floats(&file, &format!("round{round}.{kind}"));
         let (hidden, base, logits) = (rows("hidden"), rows("base"), rows("logits"));
         let mut previous = text[start];

@@ -53,7 +53,7 @@ fn heads_agree(backend: &mut dyn Backend, name: &str) {
     let accepted = network.outcomes(backend, &mut entries, None).unwrap().remove(0).accepted;
     seq.kv.commit(accepted.path.len());
     seq.push(&accepted.tokens);
-    let block = network.draft_blocks(backend, &mut [&mut seq]).unwrap().remove(0);
+    let block = network.draft_blocks(backend, &mut [&mut seq], usize::MAX).unwrap().remove(0);
     assert_eq!(block.candidates.len(), 4);
     for (head, (candidates, logits)) in block.candidates.iter().zip(logits.chunks(vocab)).enumerate() {
         for &(token, score) in candidates {

@@ -138,14 +138,14 @@ impl SequentialHeads {
     }
 
     /// The confidence head's numbers as [`Op::Trellis`](treespark_kernel_gen::Op::Trellis) reads them: the weights of the
-    /// hidden state and of the Markov embedding, the bias, and for each depth one over its temperature.
+    /// hidden state and of the Markov embedding, the bias, and for each depth one over its temperature and its factor.
     pub fn confidence_numbers(&self, config: &DsparkConfig) -> Option<Vec<f32>> {
         let head = self.confidence.as_ref()?;
         let mut numbers = head.weight.clone();
         numbers.resize(config.backbone.hidden + config.markov.map_or(0, |(_, rank)| rank), 0.0);
         numbers.push(head.bias);
-        numbers.extend((0..config.depth()).map(|depth| 1.0 / head.calibration.temperature(depth)));
-        numbers.extend((0..config.depth()).map(|depth| head.calibration.factor(depth)));
+        let of_depth = |depth| [1.0 / head.calibration.temperature(depth), head.calibration.factor(depth)];
+        numbers.extend((0..config.depth()).flat_map(of_depth));
         Some(numbers)
     }
 

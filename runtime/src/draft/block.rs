@@ -121,11 +121,13 @@ impl Drafter for BlockDrafter {
         target: &mut Network,
         seqs: &mut [(&mut Sequence, Plan)],
     ) -> Result<Vec<Draft>> {
+        let depth = seqs.iter().map(|(_, plan)| plan.max_depth).max().unwrap_or(0);
         let mut drafting: Vec<&mut Sequence> = seqs.iter_mut().map(|(seq, _)| &mut **seq).collect();
-        let cost = target.draft_cost(drafting.len()) / drafting.len() as f32;
-        let blocks = target.draft_blocks(backend, &mut drafting)?;
+        let cost = target.draft_cost(drafting.len(), depth) / drafting.len() as f32;
+        let blocks = target.draft_blocks(backend, &mut drafting, depth)?;
         let draft = |(block, (seq, plan)): (&Block, &(&mut Sequence, Plan))| {
-            self.grow(block, seq, plan).map(|draft| Draft { cost, ..draft })
+            let reach = block.candidates.len();
+            self.grow(block, seq, plan).map(|draft| Draft { cost, reach, ..draft })
         };
         blocks.iter().zip(seqs.iter()).map(draft).collect()
     }

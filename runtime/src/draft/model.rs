@@ -91,7 +91,7 @@ impl Drafter for ModelDrafter {
         for (node, rank) in shape.ranks().into_iter().enumerate().skip(1) {
             survival.push(survival[shape.parent(node)] * self.rates.rate(rank));
         }
-        Ok(Draft { tree, survival, cost: 0.0 })
+        Ok(Draft { tree, survival, cost: 0.0, reach: 0 })
     }
 
     fn observe(&mut self, seq: &Sequence, draft: &Draft, accepted: &Accepted) {

@@ -3,8 +3,8 @@
 //! Behind the verify pass a second one fills a block for every sequence that may draft and grows its tree. The host waits once,
 //! for both; it then chooses among the nodes of all trees, and writes the rows of the next pass.
 
-use treespark_kernel_gen::MAX_NODES;
 use treespark_kernel_gen::layout::{RoundReport, report_words};
+use treespark_kernel_gen::{BlockShape, MAX_NODES};
 use treespark_models::block;
 
 use super::block::floats;
@@ -27,14 +27,14 @@ pub struct Outcome {
 
 impl Network {
     /// Of the last verify pass, in the order of its entries. Waits. With `nodes` the device drafts trees of up to so many for
-    /// those that may have one, before it is waited for.
+    /// those that may have one, before it is waited for: from blocks as long as the deepest needs.
     pub fn outcomes(
         &mut self,
         backend: &mut dyn Backend,
         entries: &mut [Entry<'_>],
         nodes: Option<usize>,
     ) -> Result<Vec<Outcome>> {
-        let Some(nodes) = nodes.filter(|_| entries.iter().any(|entry| entry.drafts)) else {
+        let Some(nodes) = nodes.filter(|_| entries.iter().any(|entry| entry.draft_depth > 0)) else {
             return self.accepted(backend, entries);
         };
         // Who drafts overwrites the logits.
@@ -84,29 +84,37 @@ impl Network {
     /// Enqueues the passes that draft.
     fn draft_behind(&mut self, backend: &mut dyn Backend, entries: &[Entry<'_>], nodes: usize) -> Result<()> {
         let requests = entries.len();
-        let blocks = entries.iter().filter(|entry| entry.drafts).count().next_power_of_two();
-        let rows = self.block_rows() * blocks.min(self.dims.max_requests);
-        let open = self.pass(backend, Kind::OpenBlocks { nodes }, 1)?;
-        let grow = self.pass(backend, Kind::GrowBlock { nodes }, rows)?;
+        let (block, drafting) = self.blocks_of(entries);
+        let (depth, blocks) = (block.depth(), drafting.next_power_of_two().min(self.dims.max_requests));
+        let rows = block.rows * blocks;
+        let open = self.pass(backend, Kind::OpenBlocks { depth, nodes }, 1)?;
+        let grow = self.pass(backend, Kind::GrowBlock { depth, nodes }, rows)?;
         // A sequence that has reached its limit gets no block; that of the others is 0.
         let mut words = vec![0; requests * report_words(nodes)];
         for (entry, report) in entries.iter().zip(words.chunks_exact_mut(report_words(nodes))) {
             let limit = entry.seq.tokens().len() + entry.seq.room();
-            report[0] = if entry.drafts { limit as u32 } else { 0 };
+            report[0] = if entry.draft_depth > 0 { limit as u32 } else { 0 };
         }
         backend.write(self.memory.get(block::STATE), 0, &words)?;
         let keys = entries.iter().map(|entry| entry.seq.tokens().len()).max().unwrap_or(0) + rows;
         [open, grow].into_iter().try_for_each(|pass| backend.run(pass, Extent { rows, requests, keys }))
     }
 
+    /// What blocks the entries' drafts need, and how many.
+    fn blocks_of(&self, entries: &[Entry<'_>]) -> (BlockShape, usize) {
+        let depths = entries.iter().map(|entry| entry.draft_depth).filter(|&depth| depth > 0);
+        (self.shortened(depths.clone().max().unwrap_or(0)), depths.count())
+    }
+
     fn reported(&mut self, backend: &mut dyn Backend, entries: &[Entry<'_>], nodes: usize) -> Result<Vec<Outcome>> {
         let words = backend.read(self.memory.get(block::STATE), 0, entries.len() * report_words(nodes))?;
-        let drafting = entries.iter().filter(|entry| entry.drafts).count().max(1);
-        let cost = self.draft_cost(drafting) / drafting as f32;
+        let (block, drafting) = self.blocks_of(entries);
+        let cost = self.draft_cost(drafting, block.depth()) / drafting as f32;
         let each = entries.iter().zip(words.chunks_exact(report_words(nodes)));
         each.map(|(entry, words)| {
             let report = RoundReport::new(words, nodes);
-            let draft = if entry.drafts && report.nodes() > 0 { Some(drafted(&report, cost)?) } else { None };
+            let is_there = entry.draft_depth > 0 && report.nodes() > 0;
+            let draft = if is_there { Some(drafted(&report, cost, block.depth())?) } else { None };
             Ok(Outcome { accepted: accepted(entry, &report), logits: Vec::new(), draft })
         })
         .collect()
@@ -125,8 +133,8 @@ fn accepted(entry: &Entry<'_>, report: &RoundReport) -> Accepted {
     accepted
 }
 
-fn drafted(report: &RoundReport, cost: f32) -> Result<Draft> {
-    let mut draft = Draft { cost, ..Draft::root(report.token(0)) };
+fn drafted(report: &RoundReport, cost: f32, reach: usize) -> Result<Draft> {
+    let mut draft = Draft { cost, reach, ..Draft::root(report.token(0)) };
     for node in 1..report.nodes() {
         draft.push(report.parent(node), report.token(node), report.survival(node))?;
     }

@@ -18,13 +18,16 @@ const PREFIX: usize = 256;
 const TREE: usize = 64;
 /// The least of so many runs counts, after one that warms up.
 const RUNS: usize = 5;
+/// Points of a curve that tell of those behind them.
+const LAST: usize = 5;
 /// A pass that takes so long is run no more often than needed: on a slow device the curve is known soon.
 const PATIENCE_SECONDS: f64 = 0.25;
 
 impl Network {
-    /// Times passes of 1, 2, 4 .. rows of as few sequences as possible, passes of as many sequences with a row each, and blocks
-    /// that are filled for 1, 2, 4 .. sequences, or where the device drafts trees of up to so many `nodes`, all of that. From
-    /// then on these are the costs that nodes are weighed by. `progress` gets steps done and in all.
+    /// Times passes of 1, 2, 4, 5, 8, 9 .. rows of as few sequences as possible (passes are compiled for powers of two, so that
+    /// costs jump behind them), passes of as many sequences with a row each, and blocks that are filled for so many, or where
+    /// the device drafts trees of up to so many `nodes`, all of that. From then on these are the costs that nodes are weighed
+    /// by. `progress` gets steps done and in all.
     pub fn measure_costs(
         &mut self,
         backend: &mut dyn Backend,
@@ -35,10 +38,12 @@ impl Network {
         let room = self.dims.pages * self.dims.page_size / (prefix + 64);
         let most = self.dims.max_requests.min(room).max(1);
         let powers = |most: usize| (0..).map(|power| 1usize << power).take_while(move |&n| n <= most);
-        let sizes: Vec<usize> = powers(self.dims.max_rows).collect();
-        let blocks: Vec<usize> = powers(most).filter(|_| self.speculator.is_some()).collect();
-        let requests: Vec<usize> = powers(most).collect();
-        let steps = sizes.len() + requests.len() + blocks.len();
+        let behind = |power: usize| if power < 4 { vec![power] } else { vec![power, power + 1] };
+        let up_to = |most: usize| powers(most).flat_map(behind).filter(|&n| n <= most).collect::<Vec<usize>>();
+        let sizes: Vec<usize> = up_to(self.dims.max_rows.min(most * TREE));
+        let requests = up_to(most);
+        let depths = if self.speculator.is_some() { self.draft_depths() } else { Vec::new() };
+        let steps = sizes.len() + requests.len() * (1 + depths.len());
         let mut seqs: Vec<Sequence> = (0..most).map(|_| self.stand_in(prefix)).collect();
 
         let mut done = 0;
@@ -47,54 +52,65 @@ impl Network {
             for (i, &n) in sizes.iter().enumerate() {
                 points.push((n, time(n)?));
                 progress(done + i + 1, steps);
-                if is_linear(&points) {
+                // Beyond the last points the curve is a line through them.
+                if n.is_power_of_two() && is_linear(&points) {
                     break;
                 }
             }
             done += sizes.len();
             Ok::<_, crate::error::Error>(points)
         };
-        let sizes: Vec<usize> = sizes.into_iter().filter(|&rows| rows.div_ceil(TREE) <= most).collect();
-        let by_rows = curve(&sizes, &mut |rows| {
-            let requests = rows.div_ceil(TREE);
-            self.time_pass(backend, &mut seqs[..requests], rows / requests)
-        })?;
-        let by_requests = curve(&requests, &mut |n| self.time_pass(backend, &mut seqs[..n], 1))?;
-        let drafts = curve(&blocks, &mut |n| self.time_drafts(backend, &mut seqs[..n], nodes))?;
-        seqs.iter_mut().for_each(|seq| self.release(&mut seq.kv));
+        let by_rows = curve(&sizes, &mut |rows| self.time_pass(backend, &mut seqs[..rows.div_ceil(TREE)], rows))?;
+        let by_requests = curve(&requests, &mut |n| self.time_pass(backend, &mut seqs[..n], n))?;
         let unit = by_rows[0].1;
+        let mut block_costs = Vec::new();
+        for depth in depths {
+            let points = curve(&requests, &mut |n| self.time_drafts(backend, &mut seqs[..n], nodes, depth))?;
+            block_costs.push((depth, PassCost::measured(&points, unit)));
+        }
+        seqs.iter_mut().for_each(|seq| self.release(&mut seq.kv));
         self.cost = PassCost::measured(&by_rows, unit);
-        self.block_cost = (!drafts.is_empty()).then(|| PassCost::measured(&drafts, unit));
+        self.block_costs = block_costs;
         Ok(Costs { rows: self.cost.clone(), requests: PassCost::measured(&by_requests, unit) })
     }
 
-    fn time_pass(&mut self, backend: &mut dyn Backend, seqs: &mut [Sequence], nodes: usize) -> Result<f64> {
-        let tree = TokenTree::chain(&vec![0; nodes])?;
+    /// A pass of so many rows, in shares as equal as can be.
+    fn time_pass(&mut self, backend: &mut dyn Backend, seqs: &mut [Sequence], rows: usize) -> Result<f64> {
+        let n = seqs.len();
+        let chain = |i: usize| TokenTree::chain(&vec![0; rows * (i + 1) / n - rows * i / n]);
+        let trees = (0..n).map(chain).collect::<Result<Vec<TokenTree>>>()?;
         least_seconds(&mut || {
-            let entry = |seq| Entry::of_tree(seq, tree.clone());
-            let mut entries: Vec<Entry<'_>> = seqs.iter_mut().map(entry).collect();
+            let entry = |(seq, tree): (_, &TokenTree)| Entry::of_tree(seq, tree.clone());
+            let mut entries: Vec<Entry<'_>> = seqs.iter_mut().zip(&trees).map(entry).collect();
             self.verify(backend, &mut entries)?;
             self.outcomes(backend, &mut entries, None).map(drop)
         })
     }
 
-    fn time_drafts(&mut self, backend: &mut dyn Backend, seqs: &mut [Sequence], nodes: Option<usize>) -> Result<f64> {
+    /// Of blocks for so many tokens.
+    fn time_drafts(
+        &mut self,
+        backend: &mut dyn Backend,
+        seqs: &mut [Sequence],
+        nodes: Option<usize>,
+        depth: usize,
+    ) -> Result<f64> {
         if nodes.is_none() {
             return least_seconds(&mut || {
                 let mut drafting: Vec<&mut Sequence> = seqs.iter_mut().collect();
-                self.draft_blocks(backend, &mut drafting).map(drop)
+                self.draft_blocks(backend, &mut drafting, depth).map(drop)
             });
         }
         // What drafting adds to a round.
-        let mut round = |drafts: bool| {
+        let mut round = |draft_depth: usize| {
             least_seconds(&mut || {
-                let entry = |seq| Entry { drafts, ..Entry::of_tree(seq, TokenTree::root(0)) };
+                let entry = |seq| Entry { draft_depth, ..Entry::of_tree(seq, TokenTree::root(0)) };
                 let mut entries: Vec<Entry<'_>> = seqs.iter_mut().map(entry).collect();
                 self.verify(backend, &mut entries)?;
                 self.outcomes(backend, &mut entries, nodes).map(drop)
             })
         };
-        Ok(round(true)? - round(false)?)
+        Ok(round(depth)? - round(0)?)
     }
 
     /// A sequence as if so many tokens were in the cache; what is there does not change the time.
@@ -124,6 +140,6 @@ fn least_seconds(run: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
 
 /// Whether the last steps were in proportion to the rows, so that the rest can be told.
 fn is_linear(points: &[(usize, f64)]) -> bool {
-    let steep = |pair: &[(usize, f64)]| pair[1].1 > 1.8 * pair[0].1;
-    points.len() > 3 && points[points.len() - 3..].windows(2).all(steep)
+    let steep = |pair: &[(usize, f64)]| pair[1].1 / pair[0].1 > 0.9 * pair[1].0 as f64 / pair[0].0 as f64;
+    points.len() > LAST && points[points.len() - LAST..].windows(2).all(steep)
 }

@@ -137,8 +137,8 @@ fn drafts(backend: &mut dyn Backend, seed: u64, (requests, room): (usize, usize)
     let rows = room * block.rows;
     let (scores, states) = (numbers(rows * k, 2.0), numbers(rows * hidden, 1.0));
     let mut confidence = numbers(hidden + rank + 1, 1.0 / (hidden as f64).sqrt());
-    confidence.extend((0..block.depth()).map(|depth| 1.0 / (1.0 + depth as f32 / 10.0)));
-    confidence.extend((0..block.depth()).map(|depth| 1.1 - depth as f32 / 20.0));
+    let of_depth = |depth: f32| [1.0 / (1.0 + depth / 10.0), 1.1 - depth / 20.0];
+    confidence.extend((0..block.depth()).flat_map(|depth| of_depth(depth as f32)));
     for bed in [&mut right, &mut tested] {
         bed.clear(&pass);
         bed.write("accepted", &accepted);

@@ -84,8 +84,7 @@ impl Step<'_> {
                         let numbers = self.slice(buf, 0, width + rank + 1 + 2 * block.depth());
                         let inputs = [self.slice(hidden, row * width, width), embedded.clone()].concat();
                         let logit = dot(&inputs, &numbers[..width + rank]) + numbers[width + rank];
-                        let inverse_temperature = numbers[width + rank + 1 + depth];
-                        let factor = numbers[width + rank + 1 + block.depth() + depth];
+                        let [inverse_temperature, factor] = [1, 2].map(|i| numbers[width + rank + i + 2 * depth]);
                         (1.0 / (1.0 + (-logit * inverse_temperature).exp()), factor)
                     });
                     let (sure, factor) = sure.unwrap_or((1.0 / total, 1.0));
