@@ -31,10 +31,10 @@ use crate::tree::TokenTree;
 enum Kind {
     /// Only cache rows: prompts.
     Extend,
-    /// The target's draw at every row, and the accepted path.
-    Verify,
+    /// The target's draw at every row, and the accepted path, of trees of up to so many nodes.
+    Verify { largest: usize },
     /// The same, each row drawing from what a grammar allows.
-    VerifyMasked,
+    VerifyMasked { largest: usize },
     /// The most likely tokens at every row.
     Draft,
     /// From these, a tree's next level: the last of the shape.
@@ -220,8 +220,31 @@ impl Network {
         self.cost = cost;
     }
 
-    fn llama(&self) -> Llama<'_> {
-        Llama { config: &self.config, dims: &self.dims, speculator: self.speculator.as_ref() }
+    fn llama<'a>(&'a self, dims: &'a Dims) -> Llama<'a> {
+        Llama { config: &self.config, dims, speculator: self.speculator.as_ref() }
+    }
+
+    /// For passes over trees of up to so many nodes.
+    fn dims_for(&self, largest: usize) -> Dims {
+        Dims { tree: TreeSpec::Any(largest), ..self.dims.clone() }
+    }
+
+    /// Devices that draft are quick enough for the size of a pass to matter, if there are many sequences.
+    fn is_quick_with_many(&self) -> bool {
+        self.drafts_on_device && self.dims.max_requests > 1
+    }
+
+    /// Nodes of trees that a pass of many is compiled for, ascending: attention takes 16, 64 or 128 query rows at once, and
+    /// many small trees would leave most of 128 idle.
+    fn tree_sizes(&self) -> Vec<usize> {
+        let group = self.config.heads / self.config.kv_heads;
+        let few = [16, 64].map(|rows| rows / group).into_iter().filter(|&nodes| self.is_quick_with_many() && nodes > 0);
+        few.chain([MAX_NODES]).collect()
+    }
+
+    /// The least of these for a tree of so many nodes.
+    fn largest(&self, nodes: usize) -> usize {
+        self.tree_sizes().into_iter().find(|&size| size >= nodes).unwrap_or(MAX_NODES)
     }
 
     pub fn config(&self) -> &Config {
@@ -285,7 +308,8 @@ impl Network {
         if entries.iter().all(Entry::is_part) {
             return self.run(backend, Kind::Extend, &batch);
         }
-        let kind = if masks.is_some() { Kind::VerifyMasked } else { Kind::Verify };
+        let largest = self.largest(entries.iter().map(|entry| entry.tree.len()).max().unwrap_or(1));
+        let kind = if masks.is_some() { Kind::VerifyMasked { largest } } else { Kind::Verify { largest } };
         let pass = self.pass(backend, kind, batch.n_rows())?;
         if let Some(masks) = masks {
             backend.write(self.memory.get("allowed"), 0, &masks)?;
@@ -300,8 +324,8 @@ impl Network {
 
     /// The pass that [`verify`](Network::verify) runs for a tree of so many nodes, to be looked at or timed by itself.
     pub fn verify_pass(&mut self, backend: &mut dyn Backend, nodes: usize) -> Result<(Pass, PassId)> {
-        let pass = self.llama().verify_pass(compiled_rows(nodes))?;
-        Ok((pass, self.pass(backend, Kind::Verify, nodes)?))
+        let pass = self.llama(&self.dims).verify_pass(compiled_rows(nodes))?;
+        Ok((pass, self.pass(backend, Kind::Verify { largest: self.largest(nodes) }, nodes)?))
     }
 
     /// The pages of the cache.
@@ -359,10 +383,7 @@ impl Network {
         let rows = match kind {
             Kind::Block { .. } | Kind::GrowBlock { .. } => rows,
             Kind::Round { .. } => round_rows(rows),
-            // Devices that draft are quick enough for a size to matter, if there are many sequences.
-            Kind::Verify | Kind::VerifyMasked if self.drafts_on_device && self.dims.max_requests > 1 => {
-                round_rows(rows)
-            }
+            Kind::Verify { .. } | Kind::VerifyMasked { .. } if self.is_quick_with_many() => round_rows(rows),
             _ => compiled_rows(rows),
         };
         let rows = rows.min(self.dims.max_rows);
@@ -375,11 +396,15 @@ impl Network {
         let cost = self.cost.clone();
         let drafted = self.draft_cost(1, usize::MAX);
         let costs = |nodes: usize| (1..=nodes).map(|n| cost.of(round_rows(n)) + drafted).collect::<Vec<f32>>();
-        let llama = self.llama();
+        let dims = match key.0 {
+            Kind::Verify { largest } | Kind::VerifyMasked { largest } => self.dims_for(largest),
+            _ => self.dims.clone(),
+        };
+        let llama = self.llama(&dims);
         let pass = match &key.0 {
             Kind::Extend => llama.extend_pass(rows),
-            Kind::Verify => llama.verify_pass(rows),
-            Kind::VerifyMasked => llama.verify_masked_pass(rows),
+            Kind::Verify { .. } => llama.verify_pass(rows),
+            Kind::VerifyMasked { .. } => llama.verify_masked_pass(rows),
             Kind::Draft => llama.draft_pass(rows),
             Kind::Block { depth } => self.block_pass(self.shortened(*depth), rows, None),
             Kind::GrowBlock { depth, nodes } => self.block_pass(self.shortened(*depth), rows, Some(&costs(*nodes))),
@@ -390,7 +415,7 @@ impl Network {
             Kind::First { nodes } if self.speculator.is_some() => llama.block_pass(self.block(), *nodes),
             Kind::First { nodes } => llama.ngram_pass(drafter(*nodes)),
         }?;
-        if matches!(key.0, Kind::Verify | Kind::VerifyMasked | Kind::Round { .. }) {
+        if matches!(key.0, Kind::Verify { .. } | Kind::VerifyMasked { .. } | Kind::Round { .. }) {
             self.pass_weight_bytes = pass.weight_bytes();
         }
         let buffers = self.memory.bind(backend, &pass)?;

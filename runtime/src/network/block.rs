@@ -100,7 +100,8 @@ impl Network {
 
     /// The pass that fills blocks, of a request each, with so many rows in all.
     pub(super) fn block_pass(&self, block: BlockShape, rows: usize, costs: Option<&[f32]>) -> Result<Pass, PassError> {
-        self.speculator().draft_pass(&self.llama(), block, rows / block.rows, self.candidates(), costs)
+        let dims = self.dims_for(block.rows);
+        self.speculator().draft_pass(&self.llama(&dims), block, rows / block.rows, self.candidates(), costs)
     }
 
     /// What filling so many blocks for so many tokens costs, relative to a pass of one row: as measured, or as many weights as
@@ -138,7 +139,7 @@ impl Network {
             return Ok(0.0);
         }
         let block = self.block();
-        let passes = [self.block_pass(block, block.rows, None)?, self.llama().verify_pass(1)?];
+        let passes = [self.block_pass(block, block.rows, None)?, self.llama(&self.dims).verify_pass(1)?];
         let [draft, plain] = passes.map(|pass| pass.weight_bytes() as f32);
         Ok(draft / plain)
     }

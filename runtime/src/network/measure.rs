@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use super::Network;
+use super::{Kind, Network};
 use crate::backend::{Backend, PassCost};
 use crate::batch::Entry;
 use crate::error::Result;
@@ -44,6 +44,7 @@ impl Network {
         let requests = up_to(most);
         let depths = if self.speculator.is_some() { self.draft_depths() } else { Vec::new() };
         let steps = sizes.len() + requests.len() * (1 + depths.len());
+        self.prepare_trees(backend, &sizes)?;
         let mut seqs: Vec<Sequence> = (0..most).map(|_| self.stand_in(prefix)).collect();
 
         let mut done = 0;
@@ -72,6 +73,13 @@ impl Network {
         self.cost = PassCost::measured(&by_rows, unit);
         self.block_costs = block_costs;
         Ok(Costs { rows: self.cost.clone(), requests: PassCost::measured(&by_requests, unit) })
+    }
+
+    /// Compiles passes of so many rows over trees of all sizes, so that no round waits for it.
+    fn prepare_trees(&mut self, backend: &mut dyn Backend, rows: &[usize]) -> Result<()> {
+        let sizes = if self.is_quick_with_many() { self.tree_sizes() } else { Vec::new() };
+        let passes = sizes.into_iter().flat_map(|largest| rows.iter().map(move |&rows| (largest, rows)));
+        passes.into_iter().try_for_each(|(largest, rows)| self.pass(backend, Kind::Verify { largest }, rows).map(drop))
     }
 
     /// A pass of so many rows, in shares as equal as can be.
