@@ -71,7 +71,7 @@ impl Bench {
             pages_per_request,
             top_k: 1,
             cache_dtype: if model.dtype() == DType::F32 { DType::F32 } else { DType::BF16 },
-            tree: TreeSpec::Any(MAX_NODES),
+            tree: TreeSpec::Any(if requests > 1 { rows } else { MAX_NODES }),
         };
         let mut memory = Memory::default();
         let beside = speculator.into_iter().flat_map(|(speculator, config)| speculator.weights(config, context));

@@ -78,14 +78,22 @@ pub fn cuda_launches(device: &Device) -> Result<Vec<Launch>, cuda::LowerError> {
     for model in MODELS {
         for &rows in ROWS {
             let pass = model.pass(rows, TreeSpec::Any(rows.clamp(64, MAX_NODES)));
-            for launch in cuda::lower_pass(&pass, device)? {
-                if launches.iter().all(|known| known.spec != launch.spec) {
-                    launches.push(launch);
-                }
-            }
+            add_new(&mut launches, cuda::lower_pass(&pass, device)?);
         }
+        // A server's: many requests with small trees.
+        let mut pass = model.pass_of(128, MAX_NODES, TreeSpec::Any((16 * model.kv_heads / model.heads).max(1)));
+        pass.ops.retain(|op| op.name() == "tree_attention");
+        add_new(&mut launches, cuda::lower_pass(&pass, device)?);
     }
     Ok(launches)
+}
+
+fn add_new(launches: &mut Vec<Launch>, of_pass: Vec<Launch>) {
+    for launch in of_pass {
+        if launches.iter().all(|known| known.spec != launch.spec) {
+            launches.push(launch);
+        }
+    }
 }
 
 /// Kernels whose whole source is committed, in `kernel-gen/golden/`, so that a change to what is generated shows in a
@@ -118,25 +126,29 @@ pub fn goldens() -> Vec<(String, String)> {
 impl Sizes {
     /// A pass with each op once: one layer, then the head, the draw, acceptance and commit.
     pub fn pass(&self, rows: usize, tree: TreeSpec) -> Pass {
-        const MAX_REQUESTS: usize = 4;
+        self.pass_of(4, rows, tree)
+    }
+
+    /// The same, with room for so many requests.
+    fn pass_of(&self, max_requests: usize, rows: usize, tree: TreeSpec) -> Pass {
         const CONTEXT: usize = 2048;
         let cache = CacheShape {
             layers: 2,
-            pages: MAX_REQUESTS * CONTEXT / 16,
+            pages: max_requests * CONTEXT / 16,
             kv_heads: self.kv_heads,
             page_size: 16,
             head_dim: self.head_dim,
         };
         let mut pass = Pass::new(self.name, rows);
         let p = &mut pass;
-        let words = HEADER_WORDS + MAX_REQUESTS * Request::WORDS;
+        let words = HEADER_WORDS + max_requests * Request::WORDS;
         let batch = Batch {
             rows: p.add("rows", Role::Input, DType::U32, &[rows, Row::WORDS]),
             requests: p.add("requests", Role::Input, DType::U32, &[words]),
-            pages: p.add("pages", Role::Input, DType::U32, &[MAX_REQUESTS, CONTEXT / cache.page_size]),
+            pages: p.add("pages", Role::Input, DType::U32, &[max_requests, CONTEXT / cache.page_size]),
         };
         let bits = self.vocab.div_ceil(32);
-        let seen = p.add("seen", Role::Input, DType::U32, &[MAX_REQUESTS, bits]);
+        let seen = p.add("seen", Role::Input, DType::U32, &[max_requests, bits]);
         let allowed = p.add("allowed", Role::Input, DType::U32, &[rows.min(64), bits]);
         let heads = self.heads + 2 * self.kv_heads;
         let weight = |p: &mut Pass, name: &str, shape: [usize; 2]| p.add(name, Role::Weight, self.weight, &shape);
@@ -158,7 +170,7 @@ impl Sizes {
         let ids = output(p, "ids", &[rows, 8]);
         let values = scratch(p, "values", &[rows, 8]);
         let draws = output(p, "draws", &[rows]);
-        let accepted = output(p, "accepted", &[MAX_REQUESTS, accepted_words(MAX_NODES)]);
+        let accepted = output(p, "accepted", &[max_requests, accepted_words(MAX_NODES)]);
         let (kv_heads, eps, layer) = (self.kv_heads, 1e-5, 1);
 
         let qkv = Op::Qkv {
