@@ -110,6 +110,11 @@ pub trait Backend {
     /// Makes a checked pass ready to run; `buffers[i]` is the pass's buffer i.
     fn compile(&mut self, pass: &Pass, buffers: &[BufferId]) -> Result<PassId>;
 
+    /// Where compiling takes long, does what it can for all these passes at once.
+    fn prepare(&mut self, _: &[Pass]) -> Result<()> {
+        Ok(())
+    }
+
     /// A pass that runs these, one after the other. Only backends that [draft](Backend::drafts) are asked for one.
     fn join(&mut self, passes: &[PassId]) -> Result<PassId> {
         unreachable!("{} has no pass of {passes:?}: it leaves drafting to the host", self.info().backend)

@@ -102,6 +102,8 @@ pub struct Plan {
     pub max_nodes: usize,
     /// Deepest useful node: tokens that may still be generated.
     pub max_depth: usize,
+    /// How deep it pays to look. A drafter of blocks looks as deep as the deepest of many needs.
+    pub reach: usize,
 }
 
 pub trait Drafter {

@@ -298,7 +298,7 @@ fn drafted(seqs: &mut [&mut Sequence]) -> Vec<Option<Draft>> {
 /// How deep the device may draft behind an entry.
 fn draft_depth(scheduler: &Scheduler, entry: &Entry<'_>) -> usize {
     let plan = scheduler.plan(entry.seq.policy, entry.seq.room());
-    if entry.is_part() || plan.max_nodes == 1 { 0 } else { plan.max_depth }
+    if entry.is_part() || plan.max_nodes == 1 { 0 } else { plan.reach }
 }
 
 /// The entries of a pass, and whose they are: of those with a draft as many nodes as pay, of the others parts of prompts, whoever

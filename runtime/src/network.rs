@@ -282,9 +282,8 @@ impl Network {
 
     /// Compiles what prompts of any length need.
     pub fn prepare_prompts(&mut self, backend: &mut dyn Backend) -> Result<()> {
-        (1..=MAX_NODES)
-            .filter(|&rows| rows == compiled_rows(rows))
-            .try_for_each(|rows| self.pass(backend, Kind::Extend, rows).map(drop))
+        let sizes = (1..=MAX_NODES).filter(|&rows| rows == compiled_rows(rows));
+        self.prepare(backend, sizes.map(|rows| (Kind::Extend, rows)).collect())
     }
 
     /// Waits for all that was enqueued.
@@ -378,30 +377,64 @@ impl Network {
         batch.words().into_iter().try_for_each(|(name, words)| backend.write(self.memory.get(name), 0, words))
     }
 
-    /// The pass for this many rows, or a few more; compiled when first needed.
-    fn pass(&mut self, backend: &mut dyn Backend, kind: Kind, rows: usize) -> Result<PassId> {
+    /// Compiles passes of so many rows, all at once where the backend can.
+    fn prepare(&mut self, backend: &mut dyn Backend, wanted: Vec<(Kind, usize)>) -> Result<()> {
+        let sized = wanted.into_iter().map(|(kind, rows)| (self.compiled_rows(&kind, rows), kind));
+        let missing: Vec<(usize, Kind)> =
+            sized.filter(|(rows, kind)| !self.passes.contains_key(&(kind.clone(), *rows))).collect();
+        let passes = missing.iter().map(|(rows, kind)| self.described(kind, *rows)).collect::<Result<Vec<Pass>>>()?;
+        backend.prepare(&passes)?;
+        missing.into_iter().try_for_each(|(rows, kind)| self.pass(backend, kind, rows).map(drop))
+    }
+
+    /// Rows of the pass that runs so many.
+    fn compiled_rows(&self, kind: &Kind, rows: usize) -> usize {
         let rows = match kind {
             Kind::Block { .. } | Kind::GrowBlock { .. } => rows,
             Kind::Round { .. } => round_rows(rows),
             Kind::Verify { .. } | Kind::VerifyMasked { .. } if self.is_quick_with_many() => round_rows(rows),
             _ => compiled_rows(rows),
         };
-        let rows = rows.min(self.dims.max_rows);
+        rows.min(self.dims.max_rows)
+    }
+
+    /// The pass for this many rows, or a few more; compiled when first needed.
+    fn pass(&mut self, backend: &mut dyn Backend, kind: Kind, rows: usize) -> Result<PassId> {
+        let rows = self.compiled_rows(&kind, rows);
         let key = (kind, rows);
         if let Some(&pass) = self.passes.get(&key) {
             return Ok(pass);
         }
+        let pass = self.described(&key.0, key.1)?;
+        if matches!(key.0, Kind::Verify { .. } | Kind::VerifyMasked { .. } | Kind::Round { .. }) {
+            self.pass_weight_bytes = pass.weight_bytes();
+        }
+        let buffers = self.memory.bind(backend, &pass)?;
+        let mut id = backend.compile(&pass, &buffers)?;
+        if matches!(key.0, Kind::GrowBlock { .. }) {
+            self.write_confidence(backend)?;
+        }
+        if let (Kind::Round { nodes } | Kind::First { nodes }, true) = (&key.0, self.grows_blocks()) {
+            let (whole, rows) = self.whole_block(*nodes);
+            let fill = self.pass(backend, whole, rows)?;
+            id = backend.join(&[id, fill])?;
+        }
+        self.passes.insert(key, id);
+        Ok(id)
+    }
+
+    fn described(&self, kind: &Kind, rows: usize) -> Result<Pass> {
         let drafter = |nodes: usize| NgramDims { nodes, row_cost: self.cost.of_a_row() };
         // A tree runs in the next larger pass, and was drafted.
         let cost = self.cost.clone();
         let drafted = self.draft_cost(1, usize::MAX);
         let costs = |nodes: usize| (1..=nodes).map(|n| cost.of(round_rows(n)) + drafted).collect::<Vec<f32>>();
-        let dims = match key.0 {
+        let dims = match *kind {
             Kind::Verify { largest } | Kind::VerifyMasked { largest } => self.dims_for(largest),
             _ => self.dims.clone(),
         };
         let llama = self.llama(&dims);
-        let pass = match &key.0 {
+        let pass = match kind {
             Kind::Extend => llama.extend_pass(rows),
             Kind::Verify { .. } => llama.verify_pass(rows),
             Kind::VerifyMasked { .. } => llama.verify_masked_pass(rows),
@@ -414,22 +447,13 @@ impl Network {
             Kind::OpenBlocks { depth, nodes } => llama.block_pass(self.shortened(*depth), *nodes),
             Kind::First { nodes } if self.speculator.is_some() => llama.block_pass(self.block(), *nodes),
             Kind::First { nodes } => llama.ngram_pass(drafter(*nodes)),
-        }?;
-        if matches!(key.0, Kind::Verify { .. } | Kind::VerifyMasked { .. } | Kind::Round { .. }) {
-            self.pass_weight_bytes = pass.weight_bytes();
-        }
-        let buffers = self.memory.bind(backend, &pass)?;
-        let mut id = backend.compile(&pass, &buffers)?;
-        if matches!(key.0, Kind::GrowBlock { .. }) {
-            self.write_confidence(backend)?;
-        }
-        if let (Kind::Round { nodes } | Kind::First { nodes }, true) = (&key.0, self.grows_blocks()) {
-            let whole = Kind::GrowBlock { depth: self.block().depth(), nodes: *nodes };
-            let fill = self.pass(backend, whole, self.block().rows)?;
-            id = backend.join(&[id, fill])?;
-        }
-        self.passes.insert(key, id);
-        Ok(id)
+        };
+        Ok(pass?)
+    }
+
+    /// What fills one block, all of it, and how many rows that has.
+    fn whole_block(&self, nodes: usize) -> (Kind, usize) {
+        (Kind::GrowBlock { depth: self.block().depth(), nodes }, self.block().rows)
     }
 }
 

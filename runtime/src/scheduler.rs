@@ -68,20 +68,31 @@ pub struct Scheduler {
     outlook: Outlook,
 }
 
-/// What passes cost, relative to a pass of one row.
+/// What passes cost, relative to a pass of one row: by their rows, and by their requests, for every one has a cache that is
+/// read.
 #[derive(Debug, Clone)]
 pub struct Costs {
-    /// Of rows of few requests.
-    pub rows: PassCost,
-    /// Of requests with a row each: every one has a cache that is read.
-    pub requests: PassCost,
+    /// Of passes of so many requests, ascending; what is between is between them.
+    by_requests: Vec<(usize, PassCost)>,
 }
 
 impl Costs {
+    pub fn new(by_requests: Vec<(usize, PassCost)>) -> Costs {
+        Costs { by_requests }
+    }
+
     /// Of a pass of so many rows, not fewer than its requests.
     fn of(&self, requests: usize, rows: usize) -> f32 {
-        let requests = requests.max(1);
-        self.requests.of(requests) + self.rows.of(rows.max(requests)) - self.rows.of(requests)
+        let next = self.by_requests.iter().position(|(at, _)| *at >= requests).unwrap_or(self.by_requests.len() - 1);
+        let (after, more) = &self.by_requests[next];
+        let cost_after = more.of(rows.max(*after));
+        if next == 0 || *after <= requests {
+            return cost_after;
+        }
+        let (before, fewer) = &self.by_requests[next - 1];
+        let share = (requests - before) as f32 / (after - before) as f32;
+        let cost_before = fewer.of(rows.max(*before));
+        cost_before + share * (cost_after - cost_before)
     }
 }
 
@@ -89,7 +100,7 @@ impl Scheduler {
     /// With a shape every round verifies all of it that the drafter can fill.
     pub fn new(shape: Option<TreeShape>, max_nodes: usize, cost: PassCost) -> Scheduler {
         let max_nodes = shape.as_ref().map_or(max_nodes, TreeShape::len);
-        let costs = Costs { rows: cost.clone(), requests: cost };
+        let costs = Costs::new(vec![(1, cost)]);
         Scheduler { max_nodes, shape, costs, rests: false, depth: usize::MAX, outlook: Outlook::default() }
     }
 
@@ -114,14 +125,14 @@ impl Scheduler {
         };
         // A chain is the likeliest path of a tree.
         let max_nodes = if policy.chain && max_nodes > 1 { self.max_nodes } else { max_nodes };
-        let depth = match policy.nodes {
+        let reach = match policy.nodes {
             Nodes::Confidence => self.depth,
             Nodes::Fixed(drafts) if self.shape.is_none() => drafts,
             Nodes::Fixed(_) | Nodes::Off => usize::MAX,
         };
         // The bonus token takes one place; a node deeper than the rest could never be emitted.
-        let max_depth = room.saturating_sub(1).min(depth);
-        Plan { shape: self.shape.clone().filter(|_| max_nodes > 1), max_nodes, max_depth }
+        let max_depth = room.saturating_sub(1).min(reach);
+        Plan { shape: self.shape.clone().filter(|_| max_nodes > 1), max_nodes, max_depth, reach }
     }
 
     /// How many nodes of each draft to verify in one pass, beside so many rows of prompts and with no more than `room` rows
@@ -270,9 +281,10 @@ mod tests {
     #[test]
     fn a_request_costs_more_than_a_row() {
         let curve = |points: &'static [(usize, f32)]| PassCost::new(points);
-        let costs = Costs { rows: curve(&[(1, 1.0), (11, 2.0)]), requests: curve(&[(1, 1.0), (11, 4.0)]) };
-        assert_eq!([costs.of(1, 1), costs.of(1, 11), costs.of(11, 11)], [1.0, 2.0, 4.0]);
-        assert!((costs.of(6, 11) - (2.5 + 0.5)).abs() < 1e-6, "six requests, and five rows more");
+        let costs = Costs::new(vec![(1, curve(&[(1, 1.0), (11, 2.0)])), (11, curve(&[(11, 4.0), (21, 6.0)]))]);
+        assert_eq!([costs.of(1, 1), costs.of(1, 11), costs.of(11, 11), costs.of(11, 16)], [1.0, 2.0, 4.0, 5.0]);
+        assert_eq!([costs.of(6, 11), costs.of(6, 21)], [3.0, 4.5], "half as many requests");
+        assert_eq!([costs.of(6, 8), costs.of(22, 22)], [(1.7 + 4.0) / 2.0, 6.2], "as near as it is known");
     }
 
     #[test]

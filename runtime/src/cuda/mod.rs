@@ -122,7 +122,7 @@ impl CudaBackend {
     }
 
     /// Makes launches ready to run as a pass; `buffers[i]` is the pass's buffer i.
-    fn prepare(&mut self, launches: &[Launch], buffers: &[BufferId]) -> Result<PassId> {
+    fn bound(&mut self, launches: &[Launch], buffers: &[BufferId]) -> Result<PassId> {
         let functions = self.kernels.functions(launches)?;
         let mut ready = Vec::with_capacity(launches.len());
         for (launch, function) in launches.iter().zip(functions) {
@@ -165,6 +165,10 @@ pub fn drawback(gpu: &Gpu) -> Option<String> {
         return Some(format!("a block has {has} KiB of shared memory, kernels need {needed} KiB: use Vulkan"));
     }
     Nvrtc::find(gpu.driver).err().map(String::from)
+}
+
+fn lowered(pass: &Pass, device: &OpenDevice) -> Result<Vec<Launch>> {
+    lower_pass(pass, &device.gpu.device).map_err(|e| Error::Device(format!("pass {}: {e}", pass.name)))
 }
 
 impl Buffer {
@@ -253,9 +257,14 @@ impl Backend for CudaBackend {
 
     fn compile(&mut self, pass: &Pass, buffers: &[BufferId]) -> Result<PassId> {
         self.device.enter()?;
-        let launches =
-            lower_pass(pass, &self.device.gpu.device).map_err(|e| Error::Device(format!("pass {}: {e}", pass.name)))?;
-        self.prepare(&launches, buffers)
+        let launches = lowered(pass, &self.device)?;
+        self.bound(&launches, buffers)
+    }
+
+    fn prepare(&mut self, passes: &[Pass]) -> Result<()> {
+        self.device.enter()?;
+        let lowered = passes.iter().map(|pass| lowered(pass, &self.device)).collect::<Result<Vec<_>>>()?;
+        self.kernels.functions(&lowered.concat()).map(drop)
     }
 
     /// One graph of all launches.

@@ -85,7 +85,7 @@ fn a_pass_is_replayed_behind_what_was_written() {
     let spec = know_add(&mut gpu);
     let [x, y] = [1, 2].map(|_| gpu.alloc(&desc(Role::Scratch, DType::U32, &[128])).unwrap());
     let (from, to) = (Source::Buffer(Buf(1)), Source::Buffer(Buf(0)));
-    let pass = gpu.prepare(&[add(&spec, to, from), add(&spec, from, to), add(&spec, to, from)], &[x, y]).unwrap();
+    let pass = gpu.bound(&[add(&spec, to, from), add(&spec, from, to), add(&spec, to, from)], &[x, y]).unwrap();
     let extent = Extent { rows: 1, requests: 1, keys: 1 };
     let (mut a, mut b) = (words(128, 5), words(128, 6));
     gpu.write(x, 0, &a).unwrap();
@@ -113,7 +113,7 @@ fn shared_memory_grows_without_moving_what_is_captured() {
     let x = gpu.alloc(&desc(Role::Scratch, DType::U32, &[128])).unwrap();
     let prepare = |counters: usize, gpu: &mut CudaBackend| {
         let launch = add(&spec, Source::Buffer(Buf(0)), Source::Counters(counters));
-        gpu.prepare(&[launch], &[x]).unwrap()
+        gpu.bound(&[launch], &[x]).unwrap()
     };
     let passes = [128, 4096, 128].map(|counters| prepare(counters, &mut gpu));
     assert_eq!(gpu.counters.kept.len(), 2);

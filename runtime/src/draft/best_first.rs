@@ -116,7 +116,7 @@ mod tests {
     }
 
     fn plan(shape: Option<&str>, max_nodes: usize, max_depth: usize) -> Plan {
-        Plan { shape: shape.map(|text| text.parse().unwrap()), max_nodes, max_depth }
+        Plan { shape: shape.map(|text| text.parse().unwrap()), max_nodes, max_depth, reach: max_depth }
     }
 
     #[test]

@@ -121,7 +121,7 @@ impl Drafter for BlockDrafter {
         target: &mut Network,
         seqs: &mut [(&mut Sequence, Plan)],
     ) -> Result<Vec<Draft>> {
-        let depth = seqs.iter().map(|(_, plan)| plan.max_depth).max().unwrap_or(0);
+        let depth = seqs.iter().map(|(_, plan)| plan.reach).max().unwrap_or(0);
         let mut drafting: Vec<&mut Sequence> = seqs.iter_mut().map(|(seq, _)| &mut **seq).collect();
         let cost = target.draft_cost(drafting.len(), depth) / drafting.len() as f32;
         let blocks = target.draft_blocks(backend, &mut drafting, depth)?;

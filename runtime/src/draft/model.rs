@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     fn fit(shape: &str, max_nodes: usize, max_depth: usize, max_children: usize) -> String {
-        let plan = Plan { shape: None, max_nodes, max_depth };
+        let plan = Plan { shape: None, max_nodes, max_depth, reach: max_depth };
         fitting(&shape.parse().unwrap(), &plan, max_children).to_string()
     }
 

@@ -14,8 +14,9 @@ use crate::tree::TokenTree;
 
 /// Tokens in front of every tree that is timed.
 const PREFIX: usize = 256;
-/// Nodes of the largest tree that is timed.
+/// Nodes of the largest tree that is timed, alone and beside others.
 const TREE: usize = 64;
+const SMALL_TREE: usize = 8;
 /// The least of so many runs counts, after one that warms up.
 const RUNS: usize = 5;
 /// Points of a curve that tell of those behind them.
@@ -24,10 +25,10 @@ const LAST: usize = 5;
 const PATIENCE_SECONDS: f64 = 0.25;
 
 impl Network {
-    /// Times passes of 1, 2, 4, 5, 8, 9 .. rows of as few sequences as possible (passes are compiled for powers of two, so that
-    /// costs jump behind them), passes of as many sequences with a row each, and blocks that are filled for so many, or where
-    /// the device drafts trees of up to so many `nodes`, all of that. From then on these are the costs that nodes are weighed
-    /// by. `progress` gets steps done and in all.
+    /// Times passes of 1, 4, 16 .. sequences with different numbers of rows, and blocks that are filled for 1, 2, 4 .. of them, or
+    /// where the device drafts trees of up to so many `nodes`, all of that. Passes are compiled for powers of two, so that costs
+    /// jump behind these: what lies there is timed, too. From then on these are the costs that nodes are weighed by. `progress`
+    /// gets steps done and in all.
     pub fn measure_costs(
         &mut self,
         backend: &mut dyn Backend,
@@ -35,16 +36,20 @@ impl Network {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Costs> {
         let prefix = PREFIX.min(self.dims.context / 4);
-        let room = self.dims.pages * self.dims.page_size / (prefix + 64);
+        let room = self.dims.pages * self.dims.page_size / (prefix + TREE);
         let most = self.dims.max_requests.min(room).max(1);
-        let powers = |most: usize| (0..).map(|power| 1usize << power).take_while(move |&n| n <= most);
-        let behind = |power: usize| if power < 4 { vec![power] } else { vec![power, power + 1] };
-        let up_to = |most: usize| powers(most).flat_map(behind).filter(|&n| n <= most).collect::<Vec<usize>>();
-        let sizes: Vec<usize> = up_to(self.dims.max_rows.min(most * TREE));
-        let requests = up_to(most);
+        let blocks = between(1, most);
+        let mut loads: Vec<usize> =
+            blocks.iter().copied().filter(|n| n.is_power_of_two() && n.ilog2() % 2 == 0).collect();
+        if !loads.contains(&most) {
+            loads.push(most);
+        }
+        let largest = |requests: usize| if requests == 1 { TREE } else { requests * SMALL_TREE };
+        let sizes = |requests: usize| between(requests, largest(requests).min(self.dims.max_rows));
+        let sizes: Vec<Vec<usize>> = loads.iter().map(|&requests| sizes(requests)).collect();
         let depths = if self.speculator.is_some() { self.draft_depths() } else { Vec::new() };
-        let steps = sizes.len() + requests.len() * (1 + depths.len());
-        self.prepare_trees(backend, &sizes)?;
+        let steps = sizes.iter().map(Vec::len).sum::<usize>() + blocks.len() * depths.len();
+        self.prepare_many(backend, &sizes.concat(), &blocks, nodes)?;
         let mut seqs: Vec<Sequence> = (0..most).map(|_| self.stand_in(prefix)).collect();
 
         let mut done = 0;
@@ -61,25 +66,45 @@ impl Network {
             done += sizes.len();
             Ok::<_, crate::error::Error>(points)
         };
-        let by_rows = curve(&sizes, &mut |rows| self.time_pass(backend, &mut seqs[..rows.div_ceil(TREE)], rows))?;
-        let by_requests = curve(&requests, &mut |n| self.time_pass(backend, &mut seqs[..n], n))?;
-        let unit = by_rows[0].1;
+        let mut passes = Vec::new();
+        for (&requests, sizes) in loads.iter().zip(&sizes) {
+            passes.push(curve(sizes, &mut |rows| self.time_pass(backend, &mut seqs[..requests], rows))?);
+        }
+        let unit = passes[0][0].1;
         let mut block_costs = Vec::new();
         for depth in depths {
-            let points = curve(&requests, &mut |n| self.time_drafts(backend, &mut seqs[..n], nodes, depth))?;
+            let points = curve(&blocks, &mut |n| self.time_drafts(backend, &mut seqs[..n], nodes, depth))?;
             block_costs.push((depth, PassCost::measured(&points, unit)));
         }
         seqs.iter_mut().for_each(|seq| self.release(&mut seq.kv));
-        self.cost = PassCost::measured(&by_rows, unit);
+        let passes: Vec<PassCost> = passes.iter().map(|points| PassCost::measured(points, unit)).collect();
+        self.cost = passes[0].clone();
         self.block_costs = block_costs;
-        Ok(Costs { rows: self.cost.clone(), requests: PassCost::measured(&by_requests, unit) })
+        Ok(Costs::new(loads.into_iter().zip(passes).collect()))
     }
 
-    /// Compiles passes of so many rows over trees of all sizes, so that no round waits for it.
-    fn prepare_trees(&mut self, backend: &mut dyn Backend, rows: &[usize]) -> Result<()> {
-        let sizes = if self.is_quick_with_many() { self.tree_sizes() } else { Vec::new() };
-        let passes = sizes.into_iter().flat_map(|largest| rows.iter().map(move |&rows| (largest, rows)));
-        passes.into_iter().try_for_each(|(largest, rows)| self.pass(backend, Kind::Verify { largest }, rows).map(drop))
+    /// Compiles what rounds of many may run on a quick device, so that none of them waits for it.
+    fn prepare_many(
+        &mut self,
+        backend: &mut dyn Backend,
+        rows: &[usize],
+        requests: &[usize],
+        nodes: Option<usize>,
+    ) -> Result<()> {
+        if !self.is_quick_with_many() {
+            return Ok(());
+        }
+        let mut wanted = Vec::new();
+        for largest in self.tree_sizes() {
+            wanted.extend(rows.iter().map(|&rows| (Kind::Verify { largest }, rows)));
+        }
+        for (depth, nodes) in self.draft_depths().into_iter().flat_map(|depth| nodes.map(|nodes| (depth, nodes))) {
+            let rows = self.shortened(depth).rows;
+            wanted.push((Kind::OpenBlocks { depth, nodes }, 1));
+            let blocks = requests.iter().filter(|requests| requests.is_power_of_two());
+            wanted.extend(blocks.map(|blocks| (Kind::GrowBlock { depth, nodes }, blocks * rows)));
+        }
+        self.prepare(backend, wanted)
     }
 
     /// A pass of so many rows, in shares as equal as can be.
@@ -130,6 +155,13 @@ impl Network {
         }
         seq
     }
+}
+
+/// Powers of two from the first number to the last, with the first, and what lies right behind each.
+fn between(first: usize, last: usize) -> Vec<usize> {
+    let powers = (0..).map(|power| 1usize << power).take_while(|&n| n <= last).filter(|&n| n > first);
+    let with_next = |n: usize| if n < 4 { vec![n] } else { vec![n, n + 1] };
+    std::iter::once(first).chain(powers).flat_map(with_next).filter(|&n| n <= last).collect()
 }
 
 fn least_seconds(run: &mut dyn FnMut() -> Result<()>) -> Result<f64> {

@@ -66,9 +66,10 @@ impl Network {
     /// Compiles all that rounds of up to `nodes` nodes may need, so that they wait for no compiler. Returns the pass that
     /// drafts the first tree.
     pub fn prepare_rounds(&mut self, backend: &mut dyn Backend, nodes: usize) -> Result<PassId> {
-        for rows in (1..=nodes).filter(|&rows| rows == round_rows(rows) || rows == nodes) {
-            self.pass(backend, Kind::Round { nodes }, rows)?;
-        }
+        let sizes = (1..=nodes).filter(|&rows| rows == round_rows(rows) || rows == nodes);
+        let whole = self.grows_blocks().then(|| self.whole_block(nodes));
+        let rounds = sizes.map(|rows| (Kind::Round { nodes }, rows));
+        self.prepare(backend, rounds.chain(whole).chain([(Kind::First { nodes }, 1)]).collect())?;
         self.pass(backend, Kind::First { nodes }, 1)
     }
 
