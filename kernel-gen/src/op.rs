@@ -94,9 +94,6 @@ impl BlockShape {
 /// Most requests whose blocks are opened together: one thread looks at each.
 pub const MAX_OPENED: usize = 1024;
 
-/// Trees among whose nodes the host chooses hold none that survives less likely.
-pub const MIN_SURVIVAL: f32 = 0.02;
-
 #[derive(Debug, Clone, PartialEq)]
 pub enum Op {
     /// `out[r] = table[token(r)]`; widened to f32.
@@ -354,7 +351,7 @@ pub enum Op {
     ///
     /// With one request of room, as many of its nodes as pay also go into `rows` and `requests`, and the tree may end once no
     /// further nodes could pay. With room for several it leaves `rows` and `requests` alone, for the host chooses among the
-    /// nodes of all trees; costs change nothing, and a tree ends before a node whose survival is below [`MIN_SURVIVAL`].
+    /// nodes of all trees; costs change nothing, and a tree ends before a node whose survival is below `least`.
     GrowTrellis {
         batch: Batch,
         block: BlockShape,
@@ -367,6 +364,7 @@ pub enum Op {
         state: Buf,
         /// Of a pass of 1, 2, .. rows, as many as a tree may have nodes; counts with one request of room.
         costs: Vec<f32>,
+        least: f32,
     },
 }
 

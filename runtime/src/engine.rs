@@ -141,7 +141,7 @@ impl Engine {
         let nodes = self.nodes_for_many;
         let Engine { backend, target, drafter, scheduler, .. } = self;
         let backend = backend.as_mut();
-        let mut clock = stats.start_round();
+        let (start, mut clock) = (Instant::now(), stats.start_round());
         // Those that may draft, or soon may: behind a prompt the device drafts at once.
         let ready = seqs.iter().filter(|seq| seq.pending().len() == 1).count().max(1);
         let costs = |depth| (depth, target.draft_cost(ready, depth));
@@ -165,8 +165,10 @@ impl Engine {
         if nodes.is_some() {
             entries.iter_mut().for_each(|entry| entry.draft_depth = draft_depth(scheduler, entry));
         }
+        let scheduled = Instant::now();
         target.verify(backend, &mut entries)?;
         let outcomes = target.outcomes(backend, &mut entries, nodes)?; // the round's only wait on the target
+        let passes = scheduled.elapsed();
         clock.verified(stats);
 
         // Accept. A stop token or the end of the context may lie inside the path.
@@ -175,6 +177,7 @@ impl Engine {
             rounds.push((place, accept(entry, outcome, proposals[place].as_ref(), drafter.as_mut(), stats)));
         }
         clock.accepted(stats);
+        scheduler.took_beside((start.elapsed() - passes).as_secs_f64());
         Ok(rounds)
     }
 

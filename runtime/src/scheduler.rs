@@ -66,6 +66,8 @@ pub struct Scheduler {
     /// How deep the next draft should look; 0: none is expected to pay.
     depth: usize,
     outlook: Outlook,
+    /// What the host does between passes, in the mean: of all rounds' time, whatever is verified.
+    beside: f32,
 }
 
 /// What passes cost, relative to a pass of one row: by their rows, and by their requests, for every one has a cache that is
@@ -74,25 +76,27 @@ pub struct Scheduler {
 pub struct Costs {
     /// Of passes of so many requests, ascending; what is between is between them.
     by_requests: Vec<(usize, PassCost)>,
+    /// Of a pass of one row.
+    seconds: f64,
 }
 
 impl Costs {
-    pub fn new(by_requests: Vec<(usize, PassCost)>) -> Costs {
-        Costs { by_requests }
+    /// With the seconds that a pass of one row takes.
+    pub fn new(by_requests: Vec<(usize, PassCost)>, seconds: f64) -> Costs {
+        Costs { by_requests, seconds }
     }
 
-    /// Of a pass of so many rows, not fewer than its requests.
-    fn of(&self, requests: usize, rows: usize) -> f32 {
-        let next = self.by_requests.iter().position(|(at, _)| *at >= requests).unwrap_or(self.by_requests.len() - 1);
-        let (after, more) = &self.by_requests[next];
-        let cost_after = more.of(rows.max(*after));
-        if next == 0 || *after <= requests {
-            return cost_after;
+    /// Of passes of so many requests, by their rows, not fewer.
+    fn of(&self, requests: usize) -> impl Fn(usize) -> f32 + '_ {
+        let at = |i: usize| &self.by_requests[i];
+        let next = self.by_requests.iter().position(|(n, _)| *n >= requests).unwrap_or(self.by_requests.len() - 1);
+        let before = if next > 0 && at(next).0 > requests { next - 1 } else { next };
+        let ((fewer, below), (more, above)) = (at(before), at(next));
+        let share = (requests.saturating_sub(*fewer)) as f32 / (more - fewer).max(1) as f32;
+        move |rows| {
+            let [low, high] = [below.of(rows.max(*fewer)), above.of(rows.max(*more))];
+            if fewer == more { low } else { low + share * (high - low) }
         }
-        let (before, fewer) = &self.by_requests[next - 1];
-        let share = (requests - before) as f32 / (after - before) as f32;
-        let cost_before = fewer.of(rows.max(*before));
-        cost_before + share * (cost_after - cost_before)
     }
 }
 
@@ -100,8 +104,8 @@ impl Scheduler {
     /// With a shape every round verifies all of it that the drafter can fill.
     pub fn new(shape: Option<TreeShape>, max_nodes: usize, cost: PassCost) -> Scheduler {
         let max_nodes = shape.as_ref().map_or(max_nodes, TreeShape::len);
-        let costs = Costs::new(vec![(1, cost)]);
-        Scheduler { max_nodes, shape, costs, rests: false, depth: usize::MAX, outlook: Outlook::default() }
+        let costs = Costs::new(vec![(1, cost)], 0.0);
+        Scheduler { max_nodes, shape, costs, rests: false, depth: usize::MAX, outlook: Outlook::default(), beside: 0.0 }
     }
 
     /// From now on nodes are weighed by what was measured, and drafters rest while they do not pay.
@@ -178,6 +182,13 @@ impl Scheduler {
         }
     }
 
+    /// Tells of a round's seconds that were not spent on its passes.
+    pub fn took_beside(&mut self, seconds: f64) {
+        if self.rests {
+            self.beside += ((seconds / self.costs.seconds) as f32 - self.beside) / 16.0;
+        }
+    }
+
     /// What these drafts would have brought if they had looked less deep, too.
     fn learn<'a>(&mut self, drafts: impl Iterator<Item = &'a Draft> + Clone) {
         for (place, (depth, cost)) in self.outlook.drafting().to_vec().into_iter().enumerate() {
@@ -190,7 +201,11 @@ impl Scheduler {
             if requests > 0 {
                 queue.sort_unstable_by(|a, b| b.total_cmp(a));
                 let (_, tokens, time) = self.best(queue.into_iter(), requests, requests, cost);
-                self.outlook.learn(place, tokens / requests as f32, time / self.costs.of(requests, requests));
+                self.outlook.learn(
+                    place,
+                    tokens / requests as f32,
+                    time / (self.costs.of(requests)(requests) + self.beside),
+                );
             }
         }
     }
@@ -203,7 +218,8 @@ impl Scheduler {
         rows: usize,
         drafting: f32,
     ) -> (usize, f32, f32) {
-        let time = |nodes: usize| self.costs.of(requests, rows + nodes) + drafting;
+        let cost = self.costs.of(requests);
+        let time = |nodes: usize| cost(rows + nodes) + drafting + self.beside;
         let mut expected = requests as f32;
         let mut best = (0, expected, time(0));
         for (i, survival) in likely.enumerate() {
@@ -281,10 +297,10 @@ mod tests {
     #[test]
     fn a_request_costs_more_than_a_row() {
         let curve = |points: &'static [(usize, f32)]| PassCost::new(points);
-        let costs = Costs::new(vec![(1, curve(&[(1, 1.0), (11, 2.0)])), (11, curve(&[(11, 4.0), (21, 6.0)]))]);
-        assert_eq!([costs.of(1, 1), costs.of(1, 11), costs.of(11, 11), costs.of(11, 16)], [1.0, 2.0, 4.0, 5.0]);
-        assert_eq!([costs.of(6, 11), costs.of(6, 21)], [3.0, 4.5], "half as many requests");
-        assert_eq!([costs.of(6, 8), costs.of(22, 22)], [(1.7 + 4.0) / 2.0, 6.2], "as near as it is known");
+        let costs = Costs::new(vec![(1, curve(&[(1, 1.0), (11, 2.0)])), (11, curve(&[(11, 4.0), (21, 6.0)]))], 1.0);
+        assert_eq!([costs.of(1)(1), costs.of(1)(11), costs.of(11)(11), costs.of(11)(16)], [1.0, 2.0, 4.0, 5.0]);
+        assert_eq!([costs.of(6)(11), costs.of(6)(21)], [3.0, 4.5], "half as many requests");
+        assert_eq!([costs.of(6)(8), costs.of(22)(22)], [(1.7 + 4.0) / 2.0, 6.2], "as near as it is known");
     }
 
     #[test]

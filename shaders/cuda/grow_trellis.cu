@@ -14,7 +14,7 @@ constexpr u32 K = 64; // candidates of a depth
 constexpr u32 ROWS = 7; // of a block
 constexpr u32 FIRST = 0; // row of a block that predicts depth 1
 constexpr bool MAKES_ROWS = true; // of the one request that there is room for
-constexpr float MIN_SURVIVAL = 0.02f; // of a node where the host makes up the rows
+constexpr float LEAST = 0.02f; // survival of a node where the host makes up the rows
 __device__ constexpr u32 COSTS[] = {0x3f800000, 0x3f8ccccd, 0x3f99999a, 0x3fa66666}; // of 1, 2 .. rows: bits of floats
 // constants-end
 
@@ -113,7 +113,7 @@ __device__ void grow(u32 max_depth, const Trellis& trellis, Tree& tree) {
         tree.parent[0] = tree.place[0] = 0;
     }
     __syncwarp();
-    const u32 least = MAKES_ROWS ? 1 : key_of(MIN_SURVIVAL);
+    const u32 least = MAKES_ROWS ? 1 : key_of(LEAST);
     Worth worth = {};
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {

@@ -279,7 +279,7 @@ impl TinyModel {
         let markov = (rank > 0).then(|| (weight("w1"), weight("w2")));
         pass.ops.push(Op::OpenBlock { batch, accepted, state, block });
         pass.ops.push(Op::Trellis { batch, block, ids, scores, hidden: states, markov, confidence, trellis, order });
-        pass.ops.push(Op::GrowTrellis { batch, block, ids, trellis, order, state, costs: costs.to_vec() });
+        pass.ops.push(Op::GrowTrellis { batch, block, ids, trellis, order, state, costs: costs.to_vec(), least: 0.02 });
         pass.check().expect("the trellis pass is well formed");
         pass
     }

@@ -4,7 +4,7 @@
 use super::{Argument, Launch, Lowering};
 use crate::MAX_NODES;
 use crate::layout::{ngram_nodes, report_nodes};
-use crate::op::{Fill, MAX_OPENED, MIN_SURVIVAL, Op};
+use crate::op::{Fill, MAX_OPENED, Op};
 use crate::pass::{Buf, DType};
 use crate::spec::{KernelSpec, Value};
 
@@ -87,7 +87,7 @@ impl Lowering<'_> {
     }
 
     pub(super) fn grow_trellis(&self) -> Vec<Launch> {
-        let &Op::GrowTrellis { ref block, ids, trellis, order, state, ref costs, .. } = self.op else {
+        let &Op::GrowTrellis { ref block, ids, trellis, order, state, ref costs, least, .. } = self.op else {
             unreachable!("lowering another op")
         };
         let spec = KernelSpec::new("grow_trellis")
@@ -96,7 +96,7 @@ impl Lowering<'_> {
             .size("ROWS", "r", block.rows)
             .with("FIRST", block.first)
             .flag("MAKES_ROWS", "rows", self.max_requests() == 1)
-            .with("MIN_SURVIVAL", MIN_SURVIVAL)
+            .with("LEAST", least)
             .with("COSTS", Value::Words(costs.iter().map(|cost| cost.to_bits()).collect()));
         let operands = [self.batch.rows, self.batch.requests, ids, trellis, order, state];
         vec![launch(spec, operands.map(Argument::from).to_vec(), self.max_requests(), 512)]
@@ -167,7 +167,7 @@ mod tests {
         let (trellis, order) = (add("trellis", DType::F32, &shape), add("order", DType::U32, &shape));
         let block = BlockShape { rows: 5, first: 0, fill: Fill::Mask(7) };
         let open = Op::OpenBlock { batch, accepted, state, block };
-        (pass, [open, Op::GrowTrellis { batch, block, ids, trellis, order, state, costs: vec![1.0; 16] }])
+        (pass, [open, Op::GrowTrellis { batch, block, ids, trellis, order, state, costs: vec![1.0; 16], least: 0.02 }])
     }
 
     #[test]

@@ -15,10 +15,11 @@ use super::gpus::DriverVersion;
 use crate::error::{Error, Result};
 use search::{Places, is_nvrtc};
 
-/// Beside `--gpu-architecture`. What is optimised is exact: no flushing of small numbers, no fast functions. `-v` costs
+/// Beside `--gpu-architecture`. What is optimised is exact: no flushing of small numbers, no fast functions, and a product and
+/// a sum are one operation only where the source says so, or a row's bits would depend on the tile that it is in. `-v` costs
 /// nothing and puts registers, shared memory and spills into the log; warnings would be of constants that one kernel of
 /// several does not use.
-const OPTIONS: [&str; 4] = ["--std=c++17", "--ftz=false", "--ptxas-options=-v", "--disable-warnings"];
+const OPTIONS: [&str; 5] = ["--std=c++17", "--ftz=false", "--fmad=false", "--ptxas-options=-v", "--disable-warnings"];
 
 pub struct Nvrtc {
     pub version: Version,

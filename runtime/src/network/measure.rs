@@ -80,7 +80,7 @@ impl Network {
         let passes: Vec<PassCost> = passes.iter().map(|points| PassCost::measured(points, unit)).collect();
         self.cost = passes[0].clone();
         self.block_costs = block_costs;
-        Ok(Costs::new(loads.into_iter().zip(passes).collect()))
+        Ok(Costs::new(loads.into_iter().zip(passes).collect(), unit))
     }
 
     /// Compiles what rounds of many may run on a quick device, so that none of them waits for it.

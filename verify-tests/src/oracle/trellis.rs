@@ -3,7 +3,6 @@
 //! Survivals are f32, as in `drafting`: they only rank nodes, and another rounding would be another tree.
 
 use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, report_nodes, report_words};
-use treespark_kernel_gen::op::MIN_SURVIVAL;
 use treespark_kernel_gen::{Fill, MAX_NODES, Op, Request, Row};
 
 use super::Step;
@@ -103,7 +102,7 @@ impl Step<'_> {
     }
 
     pub(super) fn grow_trellis(&mut self, op: &Op) {
-        let Op::GrowTrellis { state, costs, .. } = op else { unreachable!() };
+        let Op::GrowTrellis { state, costs, least, .. } = op else { unreachable!() };
         let nodes = costs.len();
         let is_alone = self.pass.buffer(self.batch.requests).len() == HEADER_WORDS + Request::WORDS;
         for request in 0..self.n_requests() {
@@ -112,7 +111,7 @@ impl Step<'_> {
             }
             let mut places = self.likeliest_of(op, request);
             if !is_alone {
-                places.retain(|place| place.survival >= MIN_SURVIVAL);
+                places.retain(|place| place.survival >= *least);
             }
             let rows = if is_alone { worth_it(&places, costs) } else { places.len() };
             let tokens: Vec<u32> = places.iter().map(|place| self.token_of(op, request, place)).collect();
