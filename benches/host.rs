@@ -23,7 +23,7 @@ fn shapes(c: &mut Criterion) {
 
 fn ngram(c: &mut Criterion) {
     let context = text(4096);
-    let plan = Plan { shape: None, max_nodes: 64, max_depth: 64 };
+    let plan = Plan { shape: None, max_nodes: 64, max_depth: 64, reach: 64 };
     let mut drafter = NgramDrafter::default();
     drafter.continue_text(0, &context, &plan).unwrap();
     c.bench_function("n-gram tree of 64 nodes from 4096 tokens", |b| {

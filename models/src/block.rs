@@ -73,7 +73,7 @@ pub(crate) fn grow(
 fn least_survival(blocks: usize) -> f32 {
     match blocks {
         ..=8 => 0.02,
-        ..=32 => 0.05,
+        9..=32 => 0.05,
         _ => 0.15,
     }
 }

@@ -80,9 +80,10 @@ impl PagePool {
         kv
     }
 
-    /// Publishes the pages of a cache that have become full; `tokens` are those that it holds, and may be more.
+    /// Publishes the pages of a cache that have become full; `tokens` are those that it holds, and may be more, or fewer where a
+    /// sequence ended inside what was accepted.
     pub fn publish(&mut self, kv: &mut KvCache, tokens: &[u32]) {
-        while kv.len / self.page_size > kv.published {
+        while kv.len.min(tokens.len()) / self.page_size > kv.published {
             let from = kv.published * self.page_size;
             let contents: Contents = (kv.chain, tokens[from..from + self.page_size].into());
             let page = match self.published.get(&contents) {
@@ -265,6 +266,16 @@ mod tests {
         assert_eq!(pool.share(&[1, 2, 3, 4]).pages(), a.pages());
         b.release(&mut pool);
         assert_eq!(pool.available(), 2);
+    }
+
+    #[test]
+    fn what_lies_behind_the_end_of_a_sequence_is_not_published() {
+        let mut pool = PagePool::new(4, 2);
+        let mut kv = KvCache::default();
+        kv.reserve(&mut pool, 6).unwrap();
+        kv.commit(6); // a path of three tokens more, of which the second was a stop token
+        pool.publish(&mut kv, &[1, 2, 3, 4, 5]);
+        assert_eq!(pool.share(&[1, 2, 3, 4, 5, 6]).len(), 4);
     }
 
     proptest! {
