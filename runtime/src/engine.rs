@@ -141,7 +141,7 @@ impl Engine {
         let nodes = self.nodes_for_many;
         let Engine { backend, target, drafter, scheduler, .. } = self;
         let backend = backend.as_mut();
-        let (start, mut clock) = (Instant::now(), stats.start_round());
+        let mut clock = stats.start_round();
         // Those that may draft, or soon may: behind a prompt the device drafts at once.
         let ready = seqs.iter().filter(|seq| seq.pending().len() == 1).count().max(1);
         let costs = |depth| (depth, target.draft_cost(ready, depth));
@@ -153,6 +153,7 @@ impl Engine {
             Some(_) => drafted(seqs),
             None => draft(backend, target, drafter.as_mut(), scheduler, seqs)?,
         };
+        let start = Instant::now(); // of the host's own part
         let proposals = propose(drafts, seqs);
         clock.drafted(stats);
 

@@ -379,7 +379,7 @@ impl Network {
 
     /// Compiles passes of so many rows, all at once where the backend can.
     fn prepare(&mut self, backend: &mut dyn Backend, wanted: Vec<(Kind, usize)>) -> Result<()> {
-        let sized = wanted.into_iter().map(|(kind, rows)| (self.compiled_rows(&kind, rows), kind));
+        let sized = wanted.into_iter().map(|(kind, rows)| (self.rows_of(&kind, rows), kind));
         let missing: Vec<(usize, Kind)> =
             sized.filter(|(rows, kind)| !self.passes.contains_key(&(kind.clone(), *rows))).collect();
         let passes = missing.iter().map(|(rows, kind)| self.described(kind, *rows)).collect::<Result<Vec<Pass>>>()?;
@@ -388,7 +388,7 @@ impl Network {
     }
 
     /// Rows of the pass that runs so many.
-    fn compiled_rows(&self, kind: &Kind, rows: usize) -> usize {
+    fn rows_of(&self, kind: &Kind, rows: usize) -> usize {
         let rows = match kind {
             Kind::Block { .. } | Kind::GrowBlock { .. } => rows,
             Kind::Round { .. } => round_rows(rows),
@@ -400,7 +400,7 @@ impl Network {
 
     /// The pass for this many rows, or a few more; compiled when first needed.
     fn pass(&mut self, backend: &mut dyn Backend, kind: Kind, rows: usize) -> Result<PassId> {
-        let rows = self.compiled_rows(&kind, rows);
+        let rows = self.rows_of(&kind, rows);
         let key = (kind, rows);
         if let Some(&pass) = self.passes.get(&key) {
             return Ok(pass);

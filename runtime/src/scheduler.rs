@@ -182,7 +182,7 @@ impl Scheduler {
         }
     }
 
-    /// Tells of a round's seconds that were not spent on its passes.
+    /// Tells of a round's seconds that were spent neither on drafting nor on its passes.
     pub fn took_beside(&mut self, seconds: f64) {
         if self.rests {
             self.beside += ((seconds / self.costs.seconds) as f32 - self.beside) / 16.0;
