@@ -146,8 +146,9 @@ pub fn is_at_an_edge(scored: &[Scored], request: &Request, tolerance: f64) -> bo
 struct Filters<'a> {
     request: &'a Request,
     shift: f64,
-    /// Scaled logits, descending, and their masses, not normalised.
+    /// Scaled logits, descending.
     sorted: Vec<f64>,
+    /// The mass of the first i of them, not normalised.
     mass: Vec<f64>,
     /// Mass of what top-k keeps.
     total: f64,
@@ -157,10 +158,13 @@ impl<'a> Filters<'a> {
     fn new(scored: &[Scored], request: &'a Request, shift: f64) -> Filters<'a> {
         let mut sorted: Vec<f64> = scored.iter().map(|s| s.scaled).collect();
         sorted.sort_by(|a, b| b.total_cmp(a));
-        let mass: Vec<f64> = sorted.iter().map(|x| (x - sorted[0]).exp()).collect();
+        let mut mass = vec![0.0];
+        for x in &sorted {
+            mass.push(mass[mass.len() - 1] + (x - sorted[0]).exp());
+        }
         let mut filters = Filters { request, shift, sorted, mass, total: 0.0 };
-        let in_top_k = |(x, _): &(&f64, &f64)| filters.in_top_k(**x);
-        filters.total = filters.sorted.iter().zip(&filters.mass).filter(in_top_k).map(|(_, mass)| mass).sum();
+        let in_top_k = filters.sorted.partition_point(|&x| filters.in_top_k(x));
+        filters.total = filters.mass[in_top_k];
         filters
     }
 
@@ -177,7 +181,7 @@ impl<'a> Filters<'a> {
     fn keep(&self, x: f64) -> bool {
         let (top_p, min_p) = (f64::from(self.request.top_p), f64::from(self.request.min_p));
         let above = self.above(x);
-        let mass_above: f64 = self.mass[..above].iter().sum::<f64>() / self.total;
+        let mass_above = self.mass[above] / self.total;
         let in_top_p = top_p >= 1.0 || mass_above < top_p + self.shift;
         let in_min_p = x - self.sorted[0] >= min_p.ln() - self.shift;
         above == 0 || (self.in_top_k(x) && in_top_p && in_min_p)

@@ -15,7 +15,7 @@ use treespark::{DrafterChoice, GenerateOptions, Llm, LlmOptions, Many, Sampling}
 use treespark_kernel_gen::DType;
 use treespark_models::{Model, hub};
 use treespark_verify_tests::cases::samplings;
-use treespark_verify_tests::logits::logits;
+use treespark_verify_tests::logits::LogitsPass;
 use treespark_verify_tests::near_tie::{Verdict, draw_context, first_divergence};
 use treespark_verify_tests::rng::Rng;
 
@@ -126,7 +126,8 @@ pub fn run(args: &Args) -> Result<bool> {
     if !tally.differing.is_empty() {
         let model = Model::open(&hub::resolve(&args.model, &mut |_| {})?)?;
         let mut backend = devices::open(&args.backend)?;
-        let excuses = tally.differing.iter().map(|(ask, tokens)| excuse(&mut *backend, &model, &known[*ask], tokens));
+        let pass = LogitsPass::load(&mut *backend, &model, DType::BF16, CONTEXT);
+        let excuses = tally.differing.iter().map(|(ask, tokens)| excuse(&mut *backend, &pass, &known[*ask], tokens));
         let wrong: Vec<String> = excuses.filter_map(|excuse| excuse.err().map(|error| format!("{error:#}"))).collect();
         println!("{} of the different answers are near-ties", tally.differing.len() - wrong.len());
         tally.wrong.extend(wrong);
@@ -222,12 +223,12 @@ fn listen(mut answer: Answer, patience: usize) -> Result<Option<Vec<u32>>, Strin
 }
 
 /// Only a near-tie is an excuse for an answer that differs, and only on CUDA.
-fn excuse(backend: &mut dyn Backend, model: &Model, known: &Known, tokens: &[u32]) -> Result<()> {
+fn excuse(backend: &mut dyn Backend, pass: &LogitsPass, known: &Known, tokens: &[u32]) -> Result<()> {
     let is_cuda = backend.info().backend == "cuda";
     let whole = |tokens: &[u32]| [&known.ask.prompt[..], tokens].concat();
     let runs = [whole(&known.truth), whole(tokens)];
     let found = first_divergence([&runs[0], &runs[1]], TOLERANCE, |at| {
-        let row = logits(backend, model, DType::BF16, &[runs[0][..at].to_vec()]).remove(0).pop();
+        let row = pass.run(backend, &runs[0][..at]).pop();
         let row = row.expect("a prompt has a token");
         ([row.clone(), row], draw_context(&known.ask.sampling, &runs[0][..at]))
     });
