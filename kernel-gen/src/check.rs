@@ -10,6 +10,11 @@ const MAX_DEVICE_NODES: usize = 64;
 const MAX_BLOCK_ROWS: usize = 64;
 /// A lane of a warp has two.
 const MAX_CANDIDATES: usize = 64;
+/// Elements of a key.
+const MAX_HEAD_DIM: usize = 256;
+
+mod experts;
+mod latent;
 
 impl Op {
     /// Validates buffers, shapes, dtypes and parameters against the pass. Backends assume that it passed.
@@ -107,6 +112,14 @@ impl Op {
                 c.weight_shape("weight", *weight, &[2 * ffn, hidden])?;
                 c.shape("out", *out, DType::F32, &[max_rows, ffn])
             }
+            Op::Latent { .. } | Op::LatentQueries { .. } | Op::PerHead { .. } | Op::LatentAttention { .. } => {
+                c.latent(max_rows)
+            }
+            Op::Route { .. }
+            | Op::GroupRows { .. }
+            | Op::ExpertGateUp { .. }
+            | Op::ExpertDown { .. }
+            | Op::Combine { .. } => c.experts(max_rows),
             Op::ResBlock { states, weight, bias, out, .. } => {
                 c.weight("weight", *weight)?;
                 let (rows, hidden) = (c.dims(*weight)[0], c.dims(*weight)[1]);
@@ -159,7 +172,10 @@ impl Op {
                 c.accepted(*accepted, max_requests)
             }
             Op::Commit { accepted, k_cache, v_cache, .. } => {
-                c.cache(*k_cache, *v_cache, 0)?;
+                match v_cache {
+                    Some(v_cache) => c.cache(*k_cache, *v_cache, 0)?,
+                    None => c.latent_cache(*k_cache, 0)?,
+                };
                 c.accepted(*accepted, max_requests)
             }
             Op::DraftNgram { accepted, history, state, row_cost, .. } => {
@@ -331,22 +347,28 @@ impl Check<'_> {
     }
 
     fn cache(&self, k: Buf, v: Buf, layer: usize) -> Result<CacheShape, PassError> {
-        self.rank("k_cache", k, 5)?;
+        let cache = self.one_cache("k_cache", k, layer, MAX_HEAD_DIM)?;
         let desc = self.pass.buffer(k);
         self.shape("v_cache", v, desc.dtype, &desc.shape)?;
-        let cache = self.pass.cache_shape(k);
+        Ok(cache)
+    }
+
+    fn one_cache(&self, field: &'static str, buf: Buf, layer: usize, most: usize) -> Result<CacheShape, PassError> {
+        self.rank(field, buf, 5)?;
+        let desc = self.pass.buffer(buf);
+        let cache = self.pass.cache_shape(buf);
         if desc.dtype == DType::U32 || desc.role != Role::Cache {
-            return Err(self.error("k_cache", format!("is {:?} of {:?}, expected a cache", desc.role, desc.dtype)));
+            return Err(self.error(field, format!("is {:?} of {:?}, expected a cache", desc.role, desc.dtype)));
         }
         if layer >= cache.layers {
-            return Err(self.error("k_cache", format!("has {} layers, layer {layer} was asked for", cache.layers)));
+            return Err(self.error(field, format!("has {} layers, layer {layer} was asked for", cache.layers)));
         }
         if !cache.page_size.is_power_of_two() {
-            return Err(self.error("k_cache", format!("has pages of {}, not a power of two", cache.page_size)));
+            return Err(self.error(field, format!("has pages of {}, not a power of two", cache.page_size)));
         }
-        if !cache.head_dim.is_multiple_of(8) || cache.head_dim > 256 {
+        if !cache.head_dim.is_multiple_of(8) || cache.head_dim > most {
             return Err(
-                self.error("k_cache", format!("has head_dim {}, expected a multiple of 8 up to 256", cache.head_dim))
+                self.error(field, format!("has head_dim {}, expected a multiple of 8 up to {most}", cache.head_dim))
             );
         }
         Ok(cache)

@@ -89,6 +89,8 @@ pub enum Source {
 pub enum LowerError {
     #[error("{op}: needs {needed} bytes of shared memory in a block, the GPU has {available}")]
     SharedMemory { op: &'static str, needed: usize, available: usize },
+    #[error("{op}: there is no kernel of it for CUDA yet: use another backend")]
+    NoKernel { op: &'static str },
 }
 
 /// Whether a cache lies in the order that tensor cores read it in; see `shaders/cuda/lib/paged.cuh`.
@@ -137,6 +139,15 @@ pub fn lower(op: &Op, pass: &Pass, device: &Device) -> Result<Vec<Launch>, Lower
         Op::OpenBlock { .. } => lowering.open_block(),
         Op::Trellis { .. } => lowering.trellis(),
         Op::GrowTrellis { .. } => lowering.grow_trellis(),
+        Op::Latent { .. }
+        | Op::LatentQueries { .. }
+        | Op::PerHead { .. }
+        | Op::LatentAttention { .. }
+        | Op::Route { .. }
+        | Op::GroupRows { .. }
+        | Op::ExpertGateUp { .. }
+        | Op::ExpertDown { .. }
+        | Op::Combine { .. } => return Err(LowerError::NoKernel { op: op.name() }),
     };
     for launch in &launches {
         if launch.shared_bytes > device.shared_bytes {

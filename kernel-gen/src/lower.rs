@@ -44,6 +44,8 @@ pub enum LowerError {
     HeadInTwoBanks { op: &'static str, buffer: String, head_dim: usize },
     #[error("{op}: only CUDA has a kernel for it; draft on the host")]
     OnlyCuda { op: &'static str },
+    #[error("{op}: there is no kernel of it for wgpu yet: use another backend")]
+    NoKernel { op: &'static str },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -166,7 +168,7 @@ pub fn lower(op: &Op, pass: &Pass, limits: &Limits) -> Result<Vec<KernelCall>, L
         Op::Accept { .. } => lowering.accept(),
         Op::Commit { .. } => lowering.commit(),
         _ if op.drafts() => Err(LowerError::OnlyCuda { op: op.name() }),
-        _ => unreachable!("every op that does not draft has a kernel"),
+        _ => Err(LowerError::NoKernel { op: op.name() }),
     }?;
     calls.iter().try_for_each(|call| lowering.check(call))?;
     Ok(calls)

@@ -10,89 +10,10 @@
 use crate::TreeShape;
 use crate::pass::Buf;
 
-/// Which trees a kernel is compiled for.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum TreeSpec {
-    /// Any tree of up to this many nodes; ancestor words are read from the rows.
-    Any(usize),
-    /// Exactly this tree (or a prefix of its nodes); ancestor words are constants of the kernel.
-    Static(TreeShape),
-}
+mod operands;
+mod parameters;
 
-impl TreeSpec {
-    pub fn max_nodes(&self) -> usize {
-        match self {
-            TreeSpec::Any(n) => *n,
-            TreeSpec::Static(shape) => shape.len(),
-        }
-    }
-}
-
-/// Sizes of a paged cache buffer, `[layers, pages, kv_heads, page_size, head_dim]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct CacheShape {
-    pub layers: usize,
-    pub pages: usize,
-    pub kv_heads: usize,
-    pub page_size: usize,
-    pub head_dim: usize,
-}
-
-impl CacheShape {
-    pub fn dims(&self) -> Vec<usize> {
-        vec![self.layers, self.pages, self.kv_heads, self.page_size, self.head_dim]
-    }
-
-    /// Element index of `[layer, page, head, place, 0]`.
-    pub fn index(&self, layer: usize, page: usize, head: usize, place: usize) -> usize {
-        (((layer * self.pages + page) * self.kv_heads + head) * self.page_size + place) * self.head_dim
-    }
-}
-
-/// The batch buffers that most ops read (see [`layout`](crate::layout)).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Batch {
-    /// U32 `[R, Row::WORDS]`
-    pub rows: Buf,
-    /// U32 `[HEADER_WORDS + B * Request::WORDS]`
-    pub requests: Buf,
-    /// U32 `[B, pages_per_request]`
-    pub pages: Buf,
-}
-
-/// The rows of a block that a parallel drafter fills.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BlockShape {
-    pub rows: usize,
-    /// The row that predicts depth 1: 0, or 1 where the first is dropped.
-    pub first: usize,
-    /// What the rows hold.
-    pub fill: Fill,
-}
-
-/// What the rows of a block hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fill {
-    /// The last token, then this one, each row seeing all (DSpark).
-    Mask(u32),
-    /// The last token; their node is the last accepted one's row in the round before, whose hidden state they read (Medusa).
-    State,
-}
-
-impl BlockShape {
-    /// Tokens that a block predicts.
-    pub fn depth(&self) -> usize {
-        self.rows - self.first
-    }
-
-    /// As many of its rows as predict so many tokens, if it has more.
-    pub fn shortened(&self, depth: usize) -> BlockShape {
-        BlockShape { rows: self.rows.min(self.first + depth.max(1)), ..*self }
-    }
-}
-
-/// Most requests whose blocks are opened together: one thread looks at each.
-pub const MAX_OPENED: usize = 1024;
+pub use parameters::*;
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Op {
@@ -178,6 +99,141 @@ pub enum Op {
         weight: Buf,
         /// F32 `[R, F]`
         out: Buf,
+    },
+    /// What latent attention (MLA, DeepSeek-V2) keeps of a row, and what its queries start from. Of
+    /// `y = rms_norm(x, norm, eps) · weightᵀ`, the first elements are the compressed query, the next `C` a latent, the last `D`
+    /// a key. `rms_norm(latent, latent_norm, latent_eps)` and behind it the key, rotated as in [`Op::Qkv`], go into the cache at the
+    /// row's slot.
+    Latent {
+        batch: Batch,
+        layer: usize,
+        eps: f32,
+        latent_eps: f32,
+        /// F32 `[R, H]`
+        x: Buf,
+        /// F32 `[H]`
+        norm: Buf,
+        /// Weight `[Q + C + D, H]`
+        weight: Buf,
+        /// F32 `[C]`
+        latent_norm: Buf,
+        /// F32 `[max_positions, D/2, 2]`: cos, sin
+        rope: Buf,
+        /// F32 `[R, Q]`, not normalised; without, Q is 0.
+        compressed: Option<Buf>,
+        /// Cache, [`CacheShape`] with one head of C + D
+        cache: Buf,
+    },
+    /// Queries of latent attention: of each head of `rms_norm(x, norm, eps) · weightᵀ`, the first `N` elements go to `nope`, and
+    /// the last `D`, rotated, to the end of the head's `q`.
+    LatentQueries {
+        batch: Batch,
+        heads: usize,
+        eps: f32,
+        /// F32 `[R, K]`: the residual stream, or a compressed query
+        x: Buf,
+        /// F32 `[K]`
+        norm: Buf,
+        /// Weight `[heads * (N + D), K]`
+        weight: Buf,
+        /// F32 `[max_positions, D/2, 2]`
+        rope: Buf,
+        /// F32 `[R, heads, N]`
+        nope: Buf,
+        /// F32 `[R, heads, C + D]`
+        q: Buf,
+    },
+    /// `out[r, h, ..N] = weight[h] · x[r, h]`: each head has a matrix of its own. What is behind the first N elements of a head of
+    /// `out` is left as it is.
+    PerHead {
+        batch: Batch,
+        heads: usize,
+        /// F32 `[R, heads, K]`
+        x: Buf,
+        /// Weight `[heads * N, K]`
+        weight: Buf,
+        /// F32 `[R, heads, N]`, or with longer heads
+        out: Buf,
+    },
+    /// Attention in the space of latents: `out[r, h] = softmax(q[r, h] · K * scale) · K[..C]` over the keys of
+    /// [`Op::TreeAttention`], in the same order. All heads read the same keys, which are their own values.
+    LatentAttention {
+        batch: Batch,
+        layer: usize,
+        heads: usize,
+        scale: f32,
+        tree: TreeSpec,
+        /// F32 `[R, heads, C + D]`
+        q: Buf,
+        cache: Buf,
+        /// F32 `[R, heads, C]`
+        out: Buf,
+    },
+    /// The experts of every row, by falling score, and what each counts for. With logits `rms_norm(x, norm, eps) · weightᵀ`, a
+    /// score is made of each; experts are chosen by score plus bias, ties to the lowest, from the groups worth most; a weight is
+    /// made of the score alone. See [`Routing`].
+    Route {
+        batch: Batch,
+        eps: f32,
+        routing: Routing,
+        /// F32 `[R, H]`
+        x: Buf,
+        /// F32 `[H]`
+        norm: Buf,
+        /// Weight `[E, H]`
+        weight: Buf,
+        /// F32 `[E]`
+        bias: Option<Buf>,
+        /// U32 `[R, k]`
+        experts: Buf,
+        /// F32 `[R, k]`
+        weights: Buf,
+    },
+    /// Which rows each expert has, so that its weights are read once for all of them: `groups` begins with where each expert's
+    /// entries begin, E + 1 numbers; then come the entries, `row * k + j` where `experts[row, j]` is the expert, ascending.
+    GroupRows {
+        batch: Batch,
+        /// U32 `[R, k]`
+        experts: Buf,
+        /// U32 `[E + 1 + R * k]`
+        groups: Buf,
+    },
+    /// [`Op::GateUp`] of each chosen expert: `out[r, j]`, with the halves of the weight of expert `experts[r, j]`.
+    ExpertGateUp {
+        batch: Batch,
+        eps: f32,
+        /// F32 `[R, H]`
+        x: Buf,
+        /// F32 `[H]`
+        norm: Buf,
+        /// Weight `[E * 2 * F, H]`: of each expert, gate rows, then up rows
+        weight: Buf,
+        /// U32 `[E + 1 + R * k]`
+        groups: Buf,
+        /// F32 `[R, k, F]`
+        out: Buf,
+    },
+    /// `out[r, j] = x[r, j] · weight[experts[r, j]]ᵀ`
+    ExpertDown {
+        batch: Batch,
+        /// F32 `[R, k, F]`
+        x: Buf,
+        /// Weight `[E * H, F]`
+        weight: Buf,
+        /// U32 `[E + 1 + R * k]`
+        groups: Buf,
+        /// F32 `[R, k, H]`
+        out: Buf,
+    },
+    /// `residual[r] += Σ weights[r, j] * x[r, j]`, by ascending j.
+    Combine {
+        batch: Batch,
+        /// F32 `[R, k, H]`
+        x: Buf,
+        /// F32 `[R, k]`
+        weights: Buf,
+        /// F32 `[R, H]`
+        residual: Buf,
     },
     /// `out[r] = s + silu(weight[h] · s + bias[h])` with `s = states[node(r)]` and `h = position(r) - prefix`: the residual
     /// block of Medusa head h. A row's node names the row whose state is read.
@@ -282,7 +338,8 @@ pub enum Op {
         /// U32 `[B, accepted_words(max_nodes)]`
         accepted: Buf,
         k_cache: Buf,
-        v_cache: Buf,
+        /// None where the keys are their own values.
+        v_cache: Option<Buf>,
     },
     /// Observes what the last round accepted (it is appended to the history, the prefix grows by it, hit rates learn of
     /// it), and drafts the next: writes `rows` and `requests` with trees of what followed the end of the history where it
@@ -366,126 +423,4 @@ pub enum Op {
         costs: Vec<f32>,
         least: f32,
     },
-}
-
-impl Op {
-    /// The op's name, as printed and as the kernel's file stem.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Op::Embed { .. } => "embed",
-            Op::Qkv { .. } => "qkv",
-            Op::TreeAttention { .. } => "tree_attention",
-            Op::Project { .. } => "project",
-            Op::GateUp { .. } => "gate_up",
-            Op::ResBlock { .. } => "res_block",
-            Op::Norm { .. } => "rms_norm",
-            Op::Head { .. } => "head",
-            Op::Mask { .. } => "mask",
-            Op::Draw { .. } => "draw",
-            Op::Perturb { .. } => "perturb",
-            Op::TopK { .. } => "top_k",
-            Op::Accept { .. } => "accept",
-            Op::Commit { .. } => "commit",
-            Op::DraftNgram { .. } => "draft_ngram",
-            Op::Grow { .. } => "grow",
-            Op::OpenBlock { .. } => "open_block",
-            Op::Trellis { .. } => "trellis",
-            Op::GrowTrellis { .. } => "grow_trellis",
-        }
-    }
-
-    pub fn batch(&self) -> &Batch {
-        match self {
-            Op::Embed { batch, .. }
-            | Op::Qkv { batch, .. }
-            | Op::TreeAttention { batch, .. }
-            | Op::Project { batch, .. }
-            | Op::GateUp { batch, .. }
-            | Op::ResBlock { batch, .. }
-            | Op::Norm { batch, .. }
-            | Op::Head { batch, .. }
-            | Op::Mask { batch, .. }
-            | Op::Draw { batch, .. }
-            | Op::Perturb { batch, .. }
-            | Op::TopK { batch, .. }
-            | Op::Accept { batch, .. }
-            | Op::Commit { batch, .. }
-            | Op::DraftNgram { batch, .. }
-            | Op::Grow { batch, .. }
-            | Op::OpenBlock { batch, .. }
-            | Op::Trellis { batch, .. }
-            | Op::GrowTrellis { batch, .. } => batch,
-        }
-    }
-
-    /// Whether it makes up the batch of the next pass, which some backends leave to the host.
-    pub fn drafts(&self) -> bool {
-        matches!(
-            self,
-            Op::DraftNgram { .. }
-                | Op::Grow { .. }
-                | Op::OpenBlock { .. }
-                | Op::Trellis { .. }
-                | Op::GrowTrellis { .. }
-        )
-    }
-
-    /// The buffers the op names, with the name of the field, in field order (batch first).
-    pub fn operands(&self) -> Vec<(&'static str, Buf)> {
-        let batch = self.batch();
-        let mut list = vec![("rows", batch.rows), ("requests", batch.requests), ("pages", batch.pages)];
-        match *self {
-            Op::Embed { table, out, .. } => list.extend([("table", table), ("out", out)]),
-            Op::Qkv { x, norm, weight, bias, q_norm, k_norm, rope, q, k_cache, v_cache, .. } => {
-                list.extend([("x", x), ("norm", norm), ("weight", weight)]);
-                list.extend(bias.map(|b| ("bias", b)));
-                list.extend(q_norm.map(|b| ("q_norm", b)));
-                list.extend(k_norm.map(|b| ("k_norm", b)));
-                list.extend([("rope", rope), ("q", q), ("k_cache", k_cache), ("v_cache", v_cache)]);
-            }
-            Op::TreeAttention { q, k_cache, v_cache, out, .. } => {
-                list.extend([("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("out", out)]);
-            }
-            Op::Project { x, weight, residual, .. } => {
-                list.extend([("x", x), ("weight", weight), ("residual", residual)]);
-            }
-            Op::GateUp { x, norm, weight, out, .. } => {
-                list.extend([("x", x), ("norm", norm), ("weight", weight), ("out", out)]);
-            }
-            Op::ResBlock { states, weight, bias, out, .. } => {
-                list.extend([("states", states), ("weight", weight), ("bias", bias), ("out", out)]);
-            }
-            Op::Norm { x, norm, out, .. } => list.extend([("x", x), ("norm", norm), ("out", out)]),
-            Op::Head { x, norm, weight, logits, .. } => {
-                list.extend([("x", x), ("norm", norm), ("weight", weight), ("logits", logits)]);
-            }
-            Op::Mask { allowed, logits, .. } => list.extend([("allowed", allowed), ("logits", logits)]),
-            Op::Draw { seen, logits, draws, .. } => {
-                list.extend([("seen", seen), ("logits", logits), ("draws", draws)]);
-            }
-            Op::Perturb { logits, .. } => list.push(("logits", logits)),
-            Op::TopK { logits, ids, values, .. } => {
-                list.extend([("logits", logits), ("ids", ids), ("values", values)]);
-            }
-            Op::Accept { draws, accepted, .. } => list.extend([("draws", draws), ("accepted", accepted)]),
-            Op::Commit { accepted, k_cache, v_cache, .. } => {
-                list.extend([("accepted", accepted), ("k_cache", k_cache), ("v_cache", v_cache)]);
-            }
-            Op::DraftNgram { accepted, history, state, .. } => {
-                list.extend([("accepted", accepted), ("history", history), ("state", state)]);
-            }
-            Op::Grow { ids, tokens, .. } => list.extend([("ids", ids), ("tokens", tokens)]),
-            Op::OpenBlock { accepted, state, .. } => list.extend([("accepted", accepted), ("state", state)]),
-            Op::Trellis { ids, scores, hidden, markov, confidence, trellis, order, .. } => {
-                list.extend([("ids", ids), ("scores", scores), ("hidden", hidden)]);
-                list.extend(markov.into_iter().flat_map(|(w1, w2)| [("w1", w1), ("w2", w2)]));
-                list.extend(confidence.map(|buf| ("confidence", buf)));
-                list.extend([("trellis", trellis), ("order", order)]);
-            }
-            Op::GrowTrellis { ids, trellis, order, state, .. } => {
-                list.extend([("ids", ids), ("trellis", trellis), ("order", order), ("state", state)]);
-            }
-        }
-        list
-    }
 }

@@ -223,7 +223,7 @@ impl Sizes {
                 Op::TopK { batch, logits, ids, values },
                 Op::Draw { batch, seen, logits, draws },
                 Op::Accept { batch, tree, draws, accepted },
-                Op::Commit { batch, accepted, k_cache, v_cache },
+                Op::Commit { batch, accepted, k_cache, v_cache: Some(v_cache) },
                 Op::Perturb { batch, logits },
                 Op::Mask { batch, allowed, logits },
                 Op::ResBlock { batch, states: x, weight: blocks, bias, out: normed },

@@ -11,6 +11,7 @@ use treespark_kernel_gen::{
 };
 
 use crate::config::Config;
+use crate::cut::Cut;
 
 /// The constant sizes and formats of the buffers that a model's passes share.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,20 +54,25 @@ pub struct Weight {
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Source {
-    /// Tensors of the checkpoint with their shapes, stacked along the first dimension.
-    Stack(Vec<(String, Vec<usize>)>),
-    /// The columns of one tensor, from `first` on: as many as the buffer has.
-    Columns { tensor: (String, Vec<usize>), first: usize },
+    /// Stacked along the first dimension.
+    Stack(Vec<Part>),
     /// [`rope::table`](crate::rope::table)
     RopeTable,
 }
 
+/// A tensor of the checkpoint, or what is taken of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Part {
+    pub tensor: String,
+    /// As the checkpoint has it.
+    pub shape: Vec<usize>,
+    pub cut: Option<Cut>,
+}
+
 impl Source {
-    /// The tensors that it is made of, with their shapes.
-    pub(crate) fn tensors(&self) -> &[(String, Vec<usize>)] {
+    pub(crate) fn parts(&self) -> &[Part] {
         match self {
             Source::Stack(parts) => parts,
-            Source::Columns { tensor, .. } => std::slice::from_ref(tensor),
             Source::RopeTable => &[],
         }
     }
@@ -91,21 +97,18 @@ impl WeightList {
         self.stack(name.into(), DType::F32, parts, &[]);
     }
 
-    pub fn rope(&mut self, name: &str, positions: usize, head_dim: usize) {
-        self.add(name.to_string(), DType::F32, vec![positions, head_dim / 2, 2], Source::RopeTable);
+    pub fn rope(&mut self, name: &str, positions: usize, rotated: usize) {
+        self.add(name.to_string(), DType::F32, vec![positions, rotated / 2, 2], Source::RopeTable);
     }
 
-    /// The columns of a tensor, `[rows, columns]`, from `first` on: as many as the buffer has.
-    pub fn columns(
-        &mut self,
-        name: impl Into<String>,
-        tensor: &str,
-        [rows, columns]: [usize; 2],
-        first: usize,
-        width: usize,
-    ) {
-        let source = Source::Columns { tensor: (tensor.to_string(), vec![rows, columns]), first };
-        self.add(name.into(), self.matrix_dtype, vec![rows, width], source);
+    /// What is taken of matrices, `[rows, columns]` each.
+    pub fn cut(&mut self, name: impl Into<String>, parts: Vec<(String, [usize; 2], Option<Cut>)>) {
+        let cut = |shape, cut: &Option<Cut>| cut.as_ref().map_or(shape, |cut| cut.shape(shape));
+        let shapes: Vec<[usize; 2]> = parts.iter().map(|(_, shape, how)| cut(*shape, how)).collect();
+        let shape = vec![shapes.iter().map(|[rows, _]| rows).sum(), shapes[0][1]];
+        let parts = parts.into_iter().map(|(tensor, shape, cut)| Part { tensor, shape: shape.to_vec(), cut });
+        let source = Source::Stack(parts.collect());
+        self.add(name.into(), self.matrix_dtype, shape, source);
     }
 
     pub fn finish(self) -> Vec<Weight> {
@@ -115,7 +118,7 @@ impl WeightList {
     fn stack(&mut self, name: String, dtype: DType, parts: Vec<(String, usize)>, columns: &[usize]) {
         let shape = |rows| [&[rows], columns].concat();
         let total = parts.iter().map(|(_, rows)| rows).sum();
-        let parts = parts.into_iter().map(|(tensor, rows)| (tensor, shape(rows))).collect();
+        let parts = parts.into_iter().map(|(tensor, rows)| Part { tensor, shape: shape(rows), cut: None }).collect();
         self.add(name, dtype, shape(total), Source::Stack(parts));
     }
 
@@ -170,13 +173,22 @@ impl<'a> Builder<'a> {
         self.pass.add(name, Role::Scratch, DType::F32, &[&[self.dims.max_rows], row_shape].concat())
     }
 
-    /// Keys and values of a stack of layers whose buffers begin with `prefix`.
-    pub fn cache(&mut self, prefix: &str, config: &Config) -> (Buf, Buf) {
+    /// What a stack of layers whose buffers begin with `prefix` keeps: "cache.k" and "cache.v", or "cache" of latents.
+    pub fn cache(&mut self, prefix: &str, name: &str, config: &Config) -> Buf {
         let Dims { pages, page_size, cache_dtype, .. } = *self.dims;
         let &Config { layers, kv_heads, head_dim, .. } = config;
         let shape = CacheShape { layers, pages, kv_heads, page_size, head_dim }.dims();
-        let mut add = |name: &str| self.pass.add(format!("{prefix}{name}"), Role::Cache, cache_dtype, &shape);
-        (add("cache.k"), add("cache.v"))
+        self.pass.add(format!("{prefix}{name}"), Role::Cache, cache_dtype, &shape)
+    }
+
+    /// Words for each row of the pass.
+    pub fn scratch_words(&mut self, name: &str, row_shape: &[usize]) -> Buf {
+        self.pass.add(name, Role::Scratch, DType::U32, &[&[self.dims.max_rows], row_shape].concat())
+    }
+
+    /// Which rows each of so many experts has, where a row has `chosen`.
+    pub fn expert_groups(&mut self, name: &str, experts: usize, chosen: usize) -> Buf {
+        self.pass.add(name, Role::Scratch, DType::U32, &[experts + 1 + self.dims.max_rows * chosen])
     }
 
     pub fn logits(&mut self) -> Buf {

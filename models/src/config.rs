@@ -11,27 +11,41 @@ use treespark_kernel_gen::DType;
 
 use crate::error::{Error, Result};
 
-/// The `architectures` that can be loaded. All are pre-norm decoders with rope, grouped-query attention and SwiGLU.
-pub const SUPPORTED: [&str; 3] = ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
+mod deepseek;
+mod rope;
+
+pub use deepseek::{Experts, Latent};
+pub use rope::{Rope, RopeScaling};
+
+/// The `architectures` that can be loaded. All are pre-norm decoders with rope and SwiGLU; DeepSeek's have latent attention
+/// and experts, the others grouped-query attention.
+pub const SUPPORTED: [&str; 5] =
+    ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"];
 
 /// Keeps the bytes of every buffer that a config describes within a `usize`.
 pub(crate) const LARGEST_SIZE: u64 = 1 << 24;
 /// Opening a model lists the tensors of all its layers: no line of text may ask for gigabytes of names.
 const MOST_LAYERS: u64 = 1 << 10;
-/// What `rope_theta` is where a config does not say: Llama 2's does not.
-const DEFAULT_THETA: f32 = 10000.0;
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// One of [`SUPPORTED`].
     pub architecture: &'static str,
     pub hidden: usize,
-    /// Inner size of the MLP.
+    /// Inner size of the MLP, of layers without experts.
     pub ffn: usize,
     pub layers: usize,
     pub heads: usize,
+    /// Of the cache; 1 with latents.
     pub kv_heads: usize,
+    /// Elements of a key in the cache; with latents, a latent and its rotated key.
     pub head_dim: usize,
+    /// Latent attention, instead of grouped queries.
+    pub latent: Option<Latent>,
+    /// Most layers have experts instead of one MLP.
+    pub experts: Option<Experts>,
+    /// Layers behind the last that a checkpoint has for drafts (MTP).
+    pub next_token_layers: usize,
     /// Rows of the embedding table and of the head; may exceed the tokenizer's vocabulary (padding).
     pub vocab_size: usize,
     /// Longest sequence the model was made for, in tokens.
@@ -50,29 +64,6 @@ pub struct Config {
     pub eos: Vec<u32>,
 }
 
-#[derive(Debug, Clone, PartialEq)]
-pub struct Rope {
-    pub theta: f32,
-    pub scaling: RopeScaling,
-}
-
-/// How inverse frequencies are changed for longer contexts.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RopeScaling {
-    None,
-    /// All are divided by the factor.
-    Linear {
-        factor: f32,
-    },
-    /// Long waves are divided, short ones kept, those between blended.
-    Llama3 {
-        factor: f32,
-        low_freq_factor: f32,
-        high_freq_factor: f32,
-        original_max_positions: f32,
-    },
-}
-
 impl Config {
     /// Reads and validates a `config.json`; `path` is named in errors. What the matrices are in memory is known by the
     /// tensors, not by the config.
@@ -81,19 +72,29 @@ impl Config {
         let keys = Keys { json, path };
         keys.refuse_what_passes_cannot_do(architecture)?;
         let (hidden, heads) = (keys.size("hidden_size")?, keys.size("num_attention_heads")?);
+        let is_deepseek = architecture.starts_with("Deepseek");
+        let latent = if is_deepseek { Some(keys.latent()?) } else { None };
+        let experts = if is_deepseek { keys.experts(architecture)? } else { None };
+        let (kv_heads, head_dim) = match &latent {
+            Some(latent) => (1, latent.cached()),
+            None => (keys.size_or("num_key_value_heads", heads)?, keys.size_or("head_dim", hidden / heads)?),
+        };
         let config = Config {
             architecture,
             hidden,
             ffn: keys.size("intermediate_size")?,
             layers: keys.size_up_to("num_hidden_layers", MOST_LAYERS)?,
             heads,
-            kv_heads: keys.size_or("num_key_value_heads", heads)?,
-            head_dim: keys.size_or("head_dim", hidden / heads)?,
+            kv_heads,
+            head_dim,
+            latent,
+            experts,
+            next_token_layers: json["num_nextn_predict_layers"].as_u64().unwrap_or(0) as usize,
             vocab_size: keys.size("vocab_size")?,
             max_position_embeddings: keys.size("max_position_embeddings")?,
             rms_eps: keys.number("rms_norm_eps")?,
             rope: keys.rope()?,
-            qkv_bias: architecture == "Qwen2ForCausalLM" || keys.flag("attention_bias")?,
+            qkv_bias: architecture == "Qwen2ForCausalLM" || (!is_deepseek && keys.flag("attention_bias")?),
             qk_norm: architecture == "Qwen3ForCausalLM",
             tied: keys.flag("tie_word_embeddings")?,
             weight_dtype,
@@ -103,9 +104,39 @@ impl Config {
         Ok(config)
     }
 
-    /// Elements of a row of all query heads, side by side.
+    /// Elements of a row of all query heads, side by side: what attention leaves.
     pub fn q_dim(&self) -> usize {
-        self.heads * self.head_dim
+        self.heads * self.latent.as_ref().map_or(self.head_dim, |latent| latent.value_dim)
+    }
+
+    /// Elements of a head that are rotated.
+    pub fn rotated(&self) -> usize {
+        self.latent.as_ref().map_or(self.head_dim, |latent| latent.rotated)
+    }
+
+    /// What scores are multiplied with.
+    pub fn softmax_scale(&self) -> f32 {
+        match &self.latent {
+            Some(latent) => latent.scale(&self.rope),
+            None => 1.0 / (self.head_dim as f32).sqrt(),
+        }
+    }
+
+    /// Elements of the cache for a token, in all layers.
+    pub fn cached(&self) -> usize {
+        let of_layer = self.kv_heads * self.head_dim;
+        self.layers * if self.latent.is_some() { of_layer } else { 2 * of_layer }
+    }
+
+    /// The experts of a layer, if it has any.
+    pub fn experts_of(&self, layer: usize) -> Option<&Experts> {
+        self.experts.as_ref().filter(|experts| layer >= experts.first_layer)
+    }
+
+    /// Whether a tensor belongs to the layers that a checkpoint has for drafts alone.
+    pub fn is_of_next_tokens(&self, tensor: &str) -> bool {
+        let layer = tensor.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        layer.is_some_and(|layer| (self.layers..self.layers + self.next_token_layers).contains(&layer))
     }
 
     /// Elements of a row of all key heads (or all value heads).
@@ -170,8 +201,12 @@ impl Keys<'_> {
     }
 
     fn flag(&self, key: &str) -> Result<bool> {
+        self.flag_or(key, false)
+    }
+
+    fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
         match &self.json[key] {
-            Value::Null => Ok(false),
+            Value::Null => Ok(default),
             Value::Bool(flag) => Ok(*flag),
             other => Err(self.error(format!("{key} is {other}, expected true or false"))),
         }
@@ -182,7 +217,8 @@ impl Keys<'_> {
         if activation != "silu" {
             return Err(self.error(format!("hidden_act is {activation}, only silu is supported")));
         }
-        for key in ["mlp_bias", "use_sliding_window"] {
+        let biased = if architecture.starts_with("Deepseek") { "attention_bias" } else { "mlp_bias" };
+        for key in ["mlp_bias", "use_sliding_window", biased] {
             if self.flag(key)? {
                 return Err(self.error(format!("{key} is true, which is not supported for {architecture}")));
             }
@@ -194,52 +230,24 @@ impl Keys<'_> {
         Ok(())
     }
 
-    fn rope(&self) -> Result<Rope> {
-        let newer = &self.json["rope_parameters"];
-        for object in [self.json, newer] {
-            if object["partial_rotary_factor"].as_f64().is_some_and(|share| share != 1.0) {
-                return Err(self.error("partial_rotary_factor is not 1, which is not supported".to_string()));
-            }
-        }
-        let scaling = if newer.is_object() { newer } else { &self.json["rope_scaling"] };
-        let theta = match [newer, self.json].into_iter().find(|object| !object["rope_theta"].is_null()) {
-            Some(object) => self.number_in(object, "rope_theta")?,
-            None => DEFAULT_THETA,
-        };
-        Ok(Rope { theta, scaling: self.rope_scaling(scaling)? })
-    }
-
-    fn rope_scaling(&self, object: &Value) -> Result<RopeScaling> {
-        let number = |key| self.number_in(object, key);
-        match object["rope_type"].as_str().or(object["type"].as_str()).unwrap_or("default") {
-            "default" => Ok(RopeScaling::None),
-            "linear" => Ok(RopeScaling::Linear { factor: number("factor")? }),
-            "llama3" => {
-                let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);
-                if low >= high {
-                    return Err(self.error(format!("low_freq_factor is {low}, not below high_freq_factor {high}")));
-                }
-                Ok(RopeScaling::Llama3 {
-                    factor: number("factor")?,
-                    low_freq_factor: low,
-                    high_freq_factor: high,
-                    original_max_positions: number("original_max_position_embeddings")?,
-                })
-            }
-            other => Err(self.error(format!("rope_type is {other}; supported: default, linear, llama3"))),
-        }
-    }
-
     fn check_sizes(&self, config: &Config) -> Result<()> {
-        let Config { heads, kv_heads, head_dim, .. } = *config;
+        let &Config { heads, kv_heads, head_dim, .. } = config;
+        if let Some(latent) = &config.latent {
+            self.check_latent(latent)?;
+        }
         if !heads.is_multiple_of(kv_heads) {
             return Err(self
                 .error(format!("num_attention_heads is {heads}, not a multiple of num_key_value_heads, {kv_heads}")));
         }
-        if head_dim == 0 || head_dim > 256 {
+        if config.latent.is_none() && (head_dim == 0 || head_dim > 256) {
             return Err(self.error(format!("head_dim is {head_dim}, expected 8 to 256")));
         }
-        let sizes = [("hidden_size", config.hidden), ("intermediate_size", config.ffn), ("head_dim", head_dim)];
+        let sizes = [
+            ("hidden_size", config.hidden),
+            ("intermediate_size", config.ffn),
+            ("head_dim", head_dim),
+            ("heads times their values", config.q_dim()),
+        ];
         for (key, size) in sizes {
             if !size.is_multiple_of(8) {
                 return Err(self.error(format!("{key} is {size}, kernels need a multiple of 8")));
@@ -343,7 +351,9 @@ mod tests {
             ("rope_theta", json!(1e60), "rope_theta is 1e+60, expected a positive number"),
             ("rope_scaling", json!({"type": "dynamic", "factor": 2.0}), "rope_type is dynamic; supported"),
             ("rope_scaling", json!({"rope_type": "linear"}), "factor is null"),
-            ("rope_parameters", json!({"rope_type": "yarn", "rope_theta": 1e4}), "rope_type is yarn"),
+            ("rope_parameters", json!({"rope_type": "longrope", "rope_theta": 1e4}), "rope_type is longrope"),
+            ("rope_scaling", json!({"type": "yarn", "factor": 0}), "factor is 0"),
+            ("rope_scaling", json!({"type": "yarn", "factor": 2, "truncate": false}), "truncate = false"),
             ("partial_rotary_factor", json!(0.5), "partial_rotary_factor is not 1"),
         ];
         for (key, value, expected) in cases {

@@ -27,6 +27,7 @@ pub use heads::{MarkovState, SequentialHeads, Step, sigmoid};
 
 use crate::block::{self, Sequential};
 use crate::builder::{Builder, Weight, WeightList};
+use crate::cut::Cut;
 use crate::decoder::Decoder;
 use crate::llama::{Llama, head_buffer};
 
@@ -42,13 +43,9 @@ impl DsparkConfig {
         let mut list = WeightList::new(config.weight_dtype);
         let [hidden, taps] = [config.hidden, self.taps.len()];
         for tap in 0..taps {
-            list.columns(
-                decoder.buffer(&format!("fc.{tap}")),
-                "fc.weight",
-                [hidden, taps * hidden],
-                tap * hidden,
-                hidden,
-            );
+            let columns = Cut::Columns(tap * hidden..(tap + 1) * hidden);
+            let part = ("fc.weight".to_string(), [hidden, taps * hidden], Some(columns));
+            list.cut(decoder.buffer(&format!("fc.{tap}")), vec![part]);
         }
         list.vector(decoder.buffer("hidden_norm"), vec![("hidden_norm.weight".into(), hidden)]);
         list.rope(&decoder.buffer("rope"), context, config.head_dim);
@@ -84,7 +81,7 @@ impl DsparkConfig {
     /// Behind the last tap: keys and values of the pass's rows for every draft layer.
     pub(crate) fn inject(&self, builder: &mut Builder) {
         let (config, decoder) = (&self.backbone, self.decoder());
-        let (k_cache, v_cache) = decoder.cache(builder);
+        let [k_cache, v_cache] = decoder.cache(builder);
         for layer in 0..config.layers {
             let op = Op::Qkv {
                 batch: builder.batch,

@@ -1,6 +1,7 @@
-//! The Llama family as passes: what runs, in which order, on which buffers.
+//! A target's passes: what runs, in which order, on which buffers.
 //!
-//! Llama, Qwen2 and Qwen3 differ in optional buffers of one op (biases, q/k norm), so one description serves all:
+//! Llama, Qwen2 and Qwen3 differ in optional buffers of one op (biases, q/k norm), DeepSeek's in the ops of a layer, so one
+//! description serves all:
 //!
 //! ```text
 //! x = embed(rows)
@@ -40,7 +41,7 @@ impl<'a> Llama<'a> {
         for layer in 0..self.config.layers - 1 {
             self.layer(&mut builder, layer);
         }
-        self.decoder().qkv(&mut builder, self.config.layers - 1);
+        self.decoder().keep(&mut builder, self.config.layers - 1);
         self.inject(&mut builder);
         builder.finish()
     }
@@ -206,10 +207,10 @@ pub(crate) fn head_buffer(config: &Config) -> &'static str {
 
 /// All weight buffers, in the order of their use. A tied head is the embedding table and no buffer of its own.
 pub fn weights(config: &Config, context: usize) -> Vec<Weight> {
-    let Config { hidden, vocab_size, head_dim, .. } = *config;
+    let Config { hidden, vocab_size, .. } = *config;
     let mut list = WeightList::new(config.weight_dtype);
     list.matrix("embed", hidden, vec![("model.embed_tokens.weight".into(), vocab_size)]);
-    list.rope("rope", context, head_dim);
+    list.rope("rope", context, config.rotated());
     decoder(config).weights(&mut list, "model.");
     list.vector("norm", vec![("model.norm.weight".into(), hidden)]);
     if !config.tied {
@@ -233,6 +234,10 @@ mod tests {
             "architectures": [architecture], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
             "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 100,
             "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": tied,
+            "q_lora_rank": if architecture == "DeepseekV2ForCausalLM" { None } else { Some(24) },
+            "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24,
+            "first_k_dense_replace": 1, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1,
         });
         Config::from_json(&json, DType::BF16, Path::new("config.json")).unwrap()
     }
@@ -296,6 +301,17 @@ out=ffn:f32[16, 48]
   10 ops, 0.0 MB of weights
 ";
         assert_eq!(Llama::new(&config, &dims()).verify_pass(8).unwrap().to_string(), golden);
+    }
+
+    #[test]
+    fn latents_and_experts_print_as_they_are_computed() {
+        let config = config("DeepseekV3ForCausalLM", false);
+        let names = op_names(&Llama::new(&config, &dims()).verify_pass(8).unwrap());
+        let attention = ["latent", "latent_queries", "per_head", "latent_attention", "per_head", "project"];
+        let mlp = ["gate_up", "project"];
+        let experts = ["route", "group_rows", "expert_gate_up", "gate_up", "project", "expert_down", "combine"];
+        let layers = [&attention[..], &mlp, &attention, &experts].concat();
+        assert_eq!(names, [&["embed"], &layers[..], &["head", "draw", "accept", "commit"]].concat());
     }
 
     #[test]

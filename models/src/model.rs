@@ -10,7 +10,7 @@ use std::path::Path;
 use serde_json::Value;
 use treespark_kernel_gen::{BufferDesc, DType};
 
-use crate::builder::{Source, Weight};
+use crate::builder::{Part, Source, Weight};
 use crate::chat::ChatTemplate;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
@@ -37,7 +37,7 @@ impl Model {
     /// A model of these sizes that says nothing: random weights, no tokenizer. For whoever measures speed.
     pub fn random(config: Config, seed: u64) -> Model {
         let weights = llama::weights(&config, 1);
-        let shapes = weights.iter().flat_map(|weight| weight.source.tensors()).map(|(_, shape)| &shape[..]);
+        let shapes = weights.iter().flat_map(|weight| weight.source.parts()).map(|part| &part.shape[..]);
         let tensors = RandomTensors::new(shapes, &config, seed);
         Model { config, origin: Origin::Random(tensors) }
     }
@@ -66,10 +66,7 @@ impl Model {
     pub fn weights(&self, context: usize) -> impl Iterator<Item = Result<(BufferDesc, Vec<Tensor>)>> + '_ {
         self.weight_list(context).into_iter().map(move |Weight { desc, source }| {
             let parts = match source {
-                Source::Stack(parts) => {
-                    parts.iter().map(|(name, shape)| self.origin.tensor(name, shape)).collect::<Result<Vec<_>>>()?
-                }
-                Source::Columns { .. } => unreachable!("no model is cut into columns"),
+                Source::Stack(parts) => parts.iter().map(|part| self.origin.part(part)).collect::<Result<Vec<_>>>()?,
                 Source::RopeTable => vec![self.rope_table(&desc.shape)],
             };
             Ok((desc, parts))
@@ -116,8 +113,8 @@ impl Model {
 
     fn rope_table(&self, shape: &[usize]) -> Tensor {
         let factors = self.checkpoint().and_then(Checkpoint::rope_factors);
-        let frequencies = rope::inverse_frequencies(&self.config.rope, self.config.head_dim, factors.as_deref());
-        let table = rope::table(&frequencies, shape[0]);
+        let frequencies = rope::inverse_frequencies(&self.config.rope, self.config.rotated(), factors.as_deref());
+        let table = rope::table(&frequencies, shape[0], self.config.rope.attention_factor());
         let bytes = table.iter().flat_map(|value| value.to_le_bytes()).collect();
         Tensor { dtype: DType::F32, shape: shape.to_vec(), bytes: Bytes::from_vec(bytes) }
     }
@@ -127,7 +124,7 @@ fn check_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
     let mut used = HashSet::new();
     for weight in llama::weights(config, 1) {
         let Source::Stack(parts) = weight.source else { continue };
-        for (name, expected) in parts {
+        for Part { tensor: name, shape: expected, .. } in parts {
             match checkpoint.shape(&name) {
                 Some(got) if got == expected => used.insert(name),
                 Some(got) => return Err(Error::TensorShape { name, expected, got: got.to_vec() }),
@@ -139,7 +136,8 @@ fn check_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
             };
         }
     }
-    match checkpoint.names().find(|name| !used.contains(name) && !is_redundant(name)) {
+    let is_left = |name: &String| !used.contains(name) && !is_redundant(name) && !config.is_of_next_tokens(name);
+    match checkpoint.names().find(is_left) {
         Some(name) => Err(malformed(
             checkpoint,
             format!(
@@ -152,7 +150,7 @@ fn check_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
 }
 
 fn check_rope_factors(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
-    let (frequencies, factors) = (config.head_dim / 2, checkpoint.rope_factors());
+    let (frequencies, factors) = (config.rotated() / 2, checkpoint.rope_factors());
     match factors.map(|factors| factors.len()).filter(|&len| len != frequencies) {
         Some(len) => {
             let problem = format!("holds {len} rope factors, the heads have {frequencies} frequencies");

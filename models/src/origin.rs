@@ -1,5 +1,6 @@
 //! Where the tensors of a model or a speculator come from: a checkpoint, or for measurements random numbers.
 
+use crate::builder::Part;
 use crate::random::RandomTensors;
 use crate::{Checkpoint, Result, Tensor};
 
@@ -15,6 +16,12 @@ impl Origin {
             Origin::Checkpoint(checkpoint) => checkpoint.tensor(name),
             Origin::Random(tensors) => Ok(tensors.tensor(name, shape)),
         }
+    }
+
+    /// What a weight buffer takes of a tensor.
+    pub fn part(&self, part: &Part) -> Result<Tensor> {
+        let tensor = self.tensor(&part.tensor, &part.shape)?;
+        Ok(part.cut.as_ref().map_or_else(|| tensor.clone(), |cut| cut.of(&tensor)))
     }
 
     pub fn checkpoint(&self) -> Option<&Checkpoint> {

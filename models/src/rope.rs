@@ -12,29 +12,32 @@ use crate::config::{Rope, RopeScaling};
 pub fn inverse_frequencies(rope: &Rope, head_dim: usize, factors: Option<&[f32]>) -> Vec<f32> {
     let theta = f64::from(rope.theta);
     let plain = (0..head_dim / 2).map(|i| (1.0 / theta.powf((2 * i) as f64 / head_dim as f64)) as f32);
-    let scaled = plain.map(|frequency| scale(&rope.scaling, frequency));
+    let kept = |i| yarn_keeps(rope, head_dim, i);
+    let scaled = plain.enumerate().map(|(i, frequency)| scale(&rope.scaling, frequency, kept(i)));
     match factors {
         Some(factors) => scaled.zip(factors).map(|(frequency, factor)| frequency / factor).collect(),
         None => scaled.collect(),
     }
 }
 
-/// `[positions, frequencies, 2]`: cosine and sine.
-pub fn table(inverse_frequencies: &[f32], positions: usize) -> Vec<f32> {
+/// `[positions, frequencies, 2]`: cosine and sine, times a factor.
+pub fn table(inverse_frequencies: &[f32], positions: usize, factor: f32) -> Vec<f32> {
     let mut table = Vec::with_capacity(positions * inverse_frequencies.len() * 2);
     for position in 0..positions {
         for &frequency in inverse_frequencies {
             let (sin, cos) = (position as f32 * frequency).sin_cos();
-            table.extend([cos, sin]);
+            table.extend([cos * factor, sin * factor]);
         }
     }
     table
 }
 
-fn scale(scaling: &RopeScaling, frequency: f32) -> f32 {
+/// `yarn_kept`: how much of the frequency YaRN keeps.
+fn scale(scaling: &RopeScaling, frequency: f32, yarn_kept: f32) -> f32 {
     match *scaling {
         RopeScaling::None => frequency,
         RopeScaling::Linear { factor } => frequency / factor,
+        RopeScaling::Yarn { factor, .. } => frequency / factor * (1.0 - yarn_kept) + frequency * yarn_kept,
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
             // How often the wave turns within the context that the model was first trained for.
             let turns = original_max_positions * frequency / (2.0 * PI);
@@ -48,6 +51,21 @@ fn scale(scaling: &RopeScaling, frequency: f32) -> f32 {
             }
         }
     }
+}
+
+/// 1 for the dimensions whose waves turn often within the original context, 0 where they hardly turn, a ramp between.
+fn yarn_keeps(rope: &Rope, head_dim: usize, i: usize) -> f32 {
+    let RopeScaling::Yarn { original_max_positions, beta_fast, beta_slow, .. } = rope.scaling else { return 1.0 };
+    let (dim, theta) = (head_dim as f64, f64::from(rope.theta));
+    // The dimension whose wave turns so often.
+    let of_turns = |turns: f32| {
+        let wave = f64::from(original_max_positions) / (f64::from(turns) * 2.0 * std::f64::consts::PI);
+        dim * wave.ln() / (2.0 * theta.ln())
+    };
+    let first = of_turns(beta_fast).floor().max(0.0) as f32;
+    let last = of_turns(beta_slow).ceil().min(dim - 1.0) as f32;
+    let last = if first == last { last + 0.001 } else { last };
+    1.0 - ((i as f32 - first) / (last - first)).clamp(0.0, 1.0)
 }
 
 #[cfg(test)]
@@ -86,7 +104,7 @@ mod tests {
 
     #[test]
     fn table_holds_cosine_and_sine_of_each_position() {
-        let table = table(&[1.0, 0.5], 4);
+        let table = table(&[1.0, 0.5], 4, 1.0);
         assert_eq!(table.len(), 4 * 2 * 2);
         assert_eq!(table[..4], [1.0, 0.0, 1.0, 0.0]);
         let at = |position: usize, i: usize| &table[(position * 2 + i) * 2..][..2];

@@ -144,8 +144,8 @@ impl Speculator {
     /// A drafter of these sizes that knows nothing, for a target. For whoever measures speed, or looks for mistakes.
     pub fn random(config: SpeculatorConfig, target: &Config, seed: u64) -> Speculator {
         let (weights, heads) = (config.weights(1), config.head_tensors());
-        let tensors = weights.iter().flat_map(|weight| weight.source.tensors()).chain(&heads);
-        let tensors = RandomTensors::new(tensors.map(|(_, shape)| &shape[..]), target, seed);
+        let parts = weights.iter().flat_map(|weight| weight.source.parts()).map(|part| &part.shape[..]);
+        let tensors = RandomTensors::new(parts.chain(heads.iter().map(|(_, shape)| &shape[..])), target, seed);
         Speculator { config, origin: Origin::Random(tensors) }
     }
 
@@ -172,12 +172,7 @@ impl Speculator {
     ) -> impl Iterator<Item = Result<(BufferDesc, Vec<Tensor>)>> + '_ {
         config.weights(context).into_iter().map(|Weight { desc, source }| {
             let parts = match &source {
-                Source::Stack(parts) => {
-                    parts.iter().map(|(name, shape)| self.origin.tensor(name, shape)).collect::<Result<Vec<_>>>()?
-                }
-                Source::Columns { tensor: (name, shape), first } => {
-                    vec![columns(&self.origin.tensor(name, shape)?, *first, desc.shape[1])]
-                }
+                Source::Stack(parts) => parts.iter().map(|part| self.origin.part(part)).collect::<Result<Vec<_>>>()?,
                 Source::RopeTable => vec![self.rope_table(&desc.shape)],
             };
             Ok((desc, parts))
@@ -205,7 +200,10 @@ impl Speculator {
     fn rope_table(&self, shape: &[usize]) -> Tensor {
         let SpeculatorConfig::Dspark(dspark) = &self.config else { unreachable!("no other has a rope") };
         let frequencies = rope::inverse_frequencies(&dspark.backbone.rope, dspark.backbone.head_dim, None);
-        let bytes = rope::table(&frequencies, shape[0]).iter().flat_map(|value| value.to_le_bytes()).collect();
+        let bytes = rope::table(&frequencies, shape[0], dspark.backbone.rope.attention_factor())
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
         Tensor { dtype: DType::F32, shape: shape.to_vec(), bytes: Bytes::from_vec(bytes) }
     }
 }
@@ -213,7 +211,8 @@ impl Speculator {
 /// All tensors that are needed are there in their shape, and no other.
 fn check_tensors(config: &SpeculatorConfig, checkpoint: &Checkpoint) -> Result<()> {
     let mut needed = config.head_tensors();
-    needed.extend(config.weights(1).iter().flat_map(|weight| weight.source.tensors()).cloned());
+    let weights = config.weights(1);
+    needed.extend(weights.iter().flat_map(|weight| weight.source.parts()).map(|p| (p.tensor.clone(), p.shape.clone())));
     let mut used = HashSet::new();
     for (name, expected) in needed {
         match checkpoint.shape(&name) {
@@ -232,12 +231,4 @@ fn check_tensors(config: &SpeculatorConfig, checkpoint: &Checkpoint) -> Result<(
         }),
         None => Ok(()),
     }
-}
-
-/// Some columns of a matrix, as a matrix.
-fn columns(tensor: &Tensor, first: usize, width: usize) -> Tensor {
-    let size = tensor.dtype.size();
-    let rows = tensor.bytes.as_slice().chunks_exact(tensor.shape[1] * size);
-    let bytes = rows.flat_map(|row| &row[first * size..(first + width) * size]).copied().collect();
-    Tensor { dtype: tensor.dtype, shape: vec![tensor.shape[0], width], bytes: Bytes::from_vec(bytes) }
 }

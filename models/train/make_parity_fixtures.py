@@ -25,8 +25,50 @@ from gguf_to_hf import Gguf, convert
 SEED = 20261124
 TOP = 64
 LAST = 6
+LEAST_GAP = 1e-4
+ROUTER_BIAS = "e_score_correction_bias"
+PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 COMMON = {"hidden_act": "silu", "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2}
+
+# The keys are those of the real checkpoints, among them some that transformers does not read (`scoring_func`, V3's
+# `topk_method`, `moe_layer_freq`).
+DEEPSEEK = {
+    **COMMON,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 160,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+
+
+def yarn(mscale, mscale_all_dim):
+    return {
+        "type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": mscale,
+        "mscale_all_dim": mscale_all_dim,
+        "original_max_position_embeddings": 64,
+    }
+
 
 # Sizes are chosen to be awkward: odd groups, hidden != heads * head_dim, a vocabulary that is no multiple of 32. The
 # first two write rope in the older dialect, the third in the newer one.
@@ -90,6 +132,52 @@ TINY = {
         "use_sliding_window": False,
         "tie_word_embeddings": False,
     },
+    "tiny-deepseek-v2-lite": {
+        **DEEPSEEK,
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "rope_scaling": yarn(0.707, 0.707),
+    },
+    "tiny-deepseek-v2": {
+        **DEEPSEEK,
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "q_lora_rank": 40,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 2.5,
+        "rope_scaling": yarn(1.0, 0.8),
+    },
+    "tiny-deepseek-v3": {
+        **DEEPSEEK,
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "v_head_dim": 12,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 16,
+        "q_lora_rank": 40,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 0,
+        "rope_scaling": yarn(1.0, 1.0),
+    },
 }
 
 MESSAGES = [
@@ -128,13 +216,60 @@ def randomise(model, generator):
         elif "embed_tokens" in name:
             parameter.copy_((0.25 if model.config.tie_word_embeddings else 1.0) * noise)
         else:
-            gain = 2.0 if any(part in name for part in ("q_proj", "k_proj", "lm_head")) else 1.0
-            parameter.copy_(gain * noise / parameter.shape[1] ** 0.5)
+            strong = ("q_proj", "q_b_proj", "k_proj", "mlp.gate.", "lm_head")
+            gain = 2.0 if any(part in name for part in strong) else 1.0
+            parameter.copy_(gain * noise / parameter.shape[-1] ** 0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith(ROUTER_BIAS):
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+
+
+def checkpoint(model):
+    """The weights under the names of real checkpoints: one tensor an expert, which transformers keeps stacked."""
+    weights = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        stack, _, kind = name.rpartition(".")
+        if kind == "gate_up_proj":
+            for expert, both in enumerate(tensor.detach()):
+                for part, half in zip(("gate_proj", "up_proj"), both.chunk(2)):
+                    weights[f"{stack}.{expert}.{part}.weight"] = half.clone()
+        elif kind == "down_proj":
+            for expert, down in enumerate(tensor.detach()):
+                weights[f"{stack}.{expert}.{kind}.weight"] = down.clone()
+        elif not name.endswith("inv_freq"):
+            weights[name] = tensor.detach().clone()
+    return weights
 
 
 @torch.no_grad()
 def logits_of(model, tokens):
     return model(torch.tensor([tokens])).logits[0].float().numpy()
+
+
+@torch.no_grad()
+def routing_gap(model, tokens):
+    """How near to a tie the choice of groups and experts comes, in scores. Rounding must not decide a fixture."""
+    gaps = [1.0]
+
+    def look(gate, _, output):
+        bias = getattr(gate, ROUTER_BIAS, None)
+        scores = output[0].softmax(1) if bias is None else output[0].sigmoid() + bias
+        if settings.topk_method != "greedy":
+            groups = scores.unflatten(1, (settings.n_group, -1))
+            best = groups.amax(2) if bias is None else groups.topk(2).values.sum(2)
+            chosen = best.topk(settings.topk_group + 1)
+            gaps.append((chosen.values[:, -2] - chosen.values[:, -1]).min().item())
+            kept = torch.zeros_like(best).scatter(1, chosen.indices[:, :-1], 1.0).bool()
+            scores = groups.masked_fill(~kept[:, :, None], -1e9).flatten(1)
+        experts = scores.topk(settings.num_experts_per_tok + 1).values
+        gaps.append((experts[:, -2] - experts[:, -1]).min().item())
+
+    settings = model.config
+    hooks = [m.register_forward_hook(look) for name, m in model.named_modules() if name.endswith("mlp.gate")]
+    logits_of(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    return min(gaps)
 
 
 def make_tiny(name, config, out):
@@ -143,20 +278,23 @@ def make_tiny(name, config, out):
     dump(folder / "config.json", config)
     generator = torch.Generator().manual_seed(SEED)
     settings = transformers.AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(settings, **PLAIN)
     randomise(model, generator)
-    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(checkpoint(model), {"format": "pt"}))
 
     # Loaded again, so that the logits are those of the folder as anybody would read it.
+    built = model.eval()
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder, dtype=torch.float32, output_loading_info=True, **PLAIN
     )
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     arrays = {"inv_freq": model.model.rotary_emb.inv_freq.numpy()}
-    for i, length in enumerate((28, 41)):
-        tokens = torch.randint(0, config["vocab_size"], (length,), generator=generator).tolist()
+    for i, length in enumerate((61, 131) if "kv_lora_rank" in config else (28, 41)):
+        tokens = None
+        while tokens is None or routing_gap(model.eval(), tokens) < LEAST_GAP:
+            tokens = torch.randint(0, config["vocab_size"], (length,), generator=generator).tolist()
         logits = logits_of(model.eval(), tokens)
+        assert np.array_equal(logits, logits_of(built, tokens)), name
         arrays[f"tokens.{i}"] = np.array(tokens, np.uint32)
         arrays[f"logits.{i}"] = logits
         top = np.sort(logits, axis=1)[:, ::-1]

@@ -100,13 +100,19 @@ fn backbone(config: &SpeculatorConfig) -> Option<&Config> {
 }
 
 fn per_token(config: &Config, wide: bool) -> usize {
-    2 * config.layers * config.kv_heads * config.head_dim * if wide { 4 } else { 2 }
+    config.cached() * if wide { 4 } else { 2 }
 }
 
 /// What a pass of all rows has between its ops, in f32.
 fn scratch(config: &Config, limits: &Limits) -> usize {
     let logits = config.vocab_size + config.vocab_size.div_ceil(32); // and which of them a grammar allows
-    let per_row = logits + 3 * config.hidden + 2 * config.heads * config.head_dim + config.ffn;
+    let latent = config
+        .latent
+        .as_ref()
+        .map_or(0, |latent| config.heads * (latent.nope_dim + latent.rank) + latent.compressed.unwrap_or(0));
+    let experts = config.experts.as_ref().map_or(0, |of| of.chosen * (of.ffn + config.hidden + 3) + of.shared_ffn);
+    let attention = config.heads * config.head_dim + config.q_dim() + latent;
+    let per_row = logits + 3 * config.hidden + attention + config.ffn + experts;
     4 * limits.max_rows * per_row
 }
 

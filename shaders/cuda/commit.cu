@@ -1,5 +1,6 @@
 // needs: ptx layout batch paged formats
-// Moves the accepted rows next to the prefix: slot L + path[i] to slot L + i, in every layer and head, of both caches.
+// Moves the accepted rows next to the prefix: slot L + path[i] to slot L + i, in every layer and head, of both caches
+// or, where keys are their own values, of one.
 //
 // One block takes one head, layer and request, and so many path entries at a time, in ascending order: it reads them
 // all, then writes. Path ids ascend and path[i] >= i, so what a turn writes is no source of a later one.
@@ -12,12 +13,13 @@ constexpr u32 CACHE = 1; // format of the caches
 constexpr u32 PAGES_PER_REQUEST = 128;
 constexpr bool TILED = true; // the order of a block of the cache
 constexpr u32 POOL_PAGES = 512; // pages of a layer
+constexpr u32 CACHES = 2;
 // constants-end
 
-constexpr u32 THREADS = 128;
 constexpr u32 ELEMENTS = 16 / bytes_of(CACHE); // of what a thread moves at once
 constexpr u32 CHUNKS = HEAD_DIM / ELEMENTS; // of a vector
-constexpr u32 TURN = THREADS / (2 * CHUNKS); // path entries moved together
+constexpr u32 THREADS = CACHES * CHUNKS > 128 ? 256 : 128;
+constexpr u32 TURN = THREADS / (CACHES * CHUNKS); // path entries moved together
 static_assert(TURN > 0, "a key and its value need no more than the block's threads");
 
 // Blocks: [KV_HEADS, layers, requests].
@@ -30,9 +32,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (!is_request) return;
 
     const u64 layer = (u64)blockIdx.y * POOL_PAGES * KV_HEADS * PAGE_SIZE * HEAD_DIM;
-    uint4* cache = threadIdx.x % (2 * CHUNKS) < CHUNKS ? k_cache : v_cache;
+    uint4* cache = threadIdx.x % (CACHES * CHUNKS) < CHUNKS ? k_cache : v_cache;
     const u32 chunk = threadIdx.x % CHUNKS;
-    const u32 entry = threadIdx.x / (2 * CHUNKS);
+    const u32 entry = threadIdx.x / (CACHES * CHUNKS);
     const u32* path = accepted + request * ACCEPTED_WORDS + ACCEPTED_PATH;
     const u32 n_path = accepted[request * ACCEPTED_WORDS];
     for (u32 turn = 1; turn < n_path; turn += TURN) {

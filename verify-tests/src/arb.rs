@@ -12,7 +12,7 @@ use treespark_kernel_gen::{DType, MAX_NODES};
 
 use crate::batch::{Batch, Member, Tree};
 use crate::rng::Rng;
-use crate::tiny_model::{MAX_REQUESTS, Sizes, TinyModel};
+use crate::tiny_model::{ExpertSizes, LatentSizes, MAX_REQUESTS, Sizes, TinyModel};
 
 /// A model and a batch for it.
 #[derive(Debug, Clone)]
@@ -198,6 +198,8 @@ pub fn sizes() -> impl Strategy<Value = Sizes> {
                     ffn,
                     bias,
                     qk_norm,
+                    latent: None,
+                    experts: None,
                     weights,
                     cache,
                     page_size,
@@ -212,28 +214,28 @@ pub fn sizes() -> impl Strategy<Value = Sizes> {
 pub const HOUSE_MODELS: [Sizes; 8] = [
     // Llama-like, grouped by 3 as SmolLM2 is.
     Sizes { vocab: 97, hidden: 64, layers: 2, kv_heads: 1, group: 3, head_dim: 32, ffn: 96, bias: false, qk_norm: false,
-            weights: DType::BF16, cache: DType::F16, page_size: 16 },
+            weights: DType::BF16, cache: DType::F16, page_size: 16, ..Sizes::PLAIN },
     // Qwen2-like: biases, groups of 7.
     Sizes { vocab: 64, hidden: 48, layers: 2, kv_heads: 1, group: 7, head_dim: 16, ffn: 40, bias: true, qk_norm: false,
-            weights: DType::F16, cache: DType::BF16, page_size: 4 },
+            weights: DType::F16, cache: DType::BF16, page_size: 4, ..Sizes::PLAIN },
     // Qwen3-like: norms of queries and keys, groups of 2.
     Sizes { vocab: 40, hidden: 64, layers: 2, kv_heads: 2, group: 2, head_dim: 64, ffn: 64, bias: false, qk_norm: true,
-            weights: DType::F32, cache: DType::F32, page_size: 16 },
+            weights: DType::F32, cache: DType::F32, page_size: 16, ..Sizes::PLAIN },
     // No grouping, everything on.
     Sizes { vocab: 97, hidden: 40, layers: 1, kv_heads: 2, group: 1, head_dim: 16, ffn: 24, bias: true, qk_norm: true,
-            weights: DType::BF16, cache: DType::F32, page_size: 4 },
+            weights: DType::BF16, cache: DType::F32, page_size: 4, ..Sizes::PLAIN },
     // For tensor cores, which take heads of 64 and 128 in 16 bits: SmolLM2-like.
     Sizes { vocab: 97, hidden: 64, layers: 2, kv_heads: 2, group: 3, head_dim: 64, ffn: 128,
-            bias: false, qk_norm: false, weights: DType::BF16, cache: DType::BF16, page_size: 16 },
+            bias: false, qk_norm: false, weights: DType::BF16, cache: DType::BF16, page_size: 16, ..Sizes::PLAIN },
     // Llama-3-like.
     Sizes { vocab: 128, hidden: 128, layers: 1, kv_heads: 1, group: 4, head_dim: 128, ffn: 64,
-            bias: false, qk_norm: true, weights: DType::F16, cache: DType::F16, page_size: 64 },
+            bias: false, qk_norm: true, weights: DType::F16, cache: DType::F16, page_size: 64, ..Sizes::PLAIN },
     // Qwen2.5-0.5B-like.
     Sizes { vocab: 40, hidden: 64, layers: 1, kv_heads: 1, group: 7, head_dim: 64, ffn: 64, bias: true, qk_norm: false,
-            weights: DType::BF16, cache: DType::F16, page_size: 16 },
+            weights: DType::BF16, cache: DType::F16, page_size: 16, ..Sizes::PLAIN },
     // No grouping, large pages.
     Sizes { vocab: 64, hidden: 64, layers: 2, kv_heads: 2, group: 1, head_dim: 128, ffn: 40,
-            bias: false, qk_norm: false, weights: DType::F32, cache: DType::BF16, page_size: 64 },
+            bias: false, qk_norm: false, weights: DType::F32, cache: DType::BF16, page_size: 64, ..Sizes::PLAIN },
 ];
 
 /// Matrices that are large for a GPU of one multiprocessor: their kernels stream them. Attention of an f32 cache gives the
@@ -241,14 +243,38 @@ pub const HOUSE_MODELS: [Sizes; 8] = [
 #[rustfmt::skip]
 pub const WIDE_MODELS: [Sizes; 2] = [
     Sizes { vocab: 160, hidden: 512, layers: 1, kv_heads: 2, group: 2, head_dim: 64, ffn: 320, bias: false, qk_norm: true,
-            weights: DType::BF16, cache: DType::F32, page_size: 16 },
+            weights: DType::BF16, cache: DType::F32, page_size: 16, ..Sizes::PLAIN },
     Sizes { vocab: 160, hidden: 512, layers: 1, kv_heads: 2, group: 2, head_dim: 64, ffn: 320, bias: true, qk_norm: false,
-            weights: DType::F16, cache: DType::F32, page_size: 16 },
+            weights: DType::F16, cache: DType::F32, page_size: 16, ..Sizes::PLAIN },
+];
+
+/// DeepSeek-like: latent attention with and without compressed queries, experts in groups or not.
+#[rustfmt::skip]
+pub const DEEPSEEK_MODELS: [Sizes; 4] = [
+    Sizes { vocab: 97, hidden: 64, layers: 2, kv_heads: 1, group: 3, head_dim: 40, ffn: 24, bias: false, qk_norm: false,
+            latent: Some(LatentSizes { compressed: 0, nope_dim: 16, rotated: 8, value_dim: 24 }), experts: None,
+            weights: DType::BF16, cache: DType::BF16, page_size: 16 },
+    Sizes { vocab: 64, hidden: 48, layers: 3, kv_heads: 1, group: 4, head_dim: 48, ffn: 40, bias: false, qk_norm: false,
+            latent: Some(LatentSizes { compressed: 24, nope_dim: 24, rotated: 16, value_dim: 16 }),
+            experts: Some(ExpertSizes { count: 12, chosen: 3, groups: 4, top_groups: 2, is_v3: true }),
+            weights: DType::F16, cache: DType::F32, page_size: 4 },
+    Sizes { vocab: 40, hidden: 64, layers: 2, kv_heads: 1, group: 16, head_dim: 576, ffn: 32, bias: false, qk_norm: false,
+            latent: Some(LatentSizes { compressed: 0, nope_dim: 128, rotated: 64, value_dim: 128 }), experts: None,
+            weights: DType::BF16, cache: DType::F16, page_size: 16 },
+    Sizes { vocab: 64, hidden: 40, layers: 2, kv_heads: 1, group: 2, head_dim: 64, ffn: 32, bias: false, qk_norm: false,
+            latent: Some(LatentSizes { compressed: 0, nope_dim: 32, rotated: 32, value_dim: 16 }),
+            experts: Some(ExpertSizes { count: 40, chosen: 5, groups: 1, top_groups: 1, is_v3: false }),
+            weights: DType::F32, cache: DType::F32, page_size: 64 },
 ];
 
 /// A case on one of the [`HOUSE_MODELS`].
 pub fn cases() -> impl Strategy<Value = Case> {
     cases_of(select(HOUSE_MODELS.to_vec()), Scale::Usual)
+}
+
+/// A case on one of the [`DEEPSEEK_MODELS`].
+pub fn deepseek_cases() -> impl Strategy<Value = Case> {
+    cases_of(select(DEEPSEEK_MODELS.to_vec()), Scale::Usual)
 }
 
 /// A case on any model.

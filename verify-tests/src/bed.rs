@@ -227,7 +227,7 @@ impl<'a> Bed<'a> {
     pub fn cached(&mut self, request: usize, slots: usize) -> Vec<SlotValues> {
         let s = self.model.sizes;
         let len = s.layers * s.pages() * s.kv_heads * s.page_size * s.head_dim;
-        let caches = [self.floats("k_cache", len), self.floats("v_cache", len)];
+        let caches: Vec<_> = s.caches().iter().map(|name| self.floats(name, len)).collect();
         let one = |slot: usize| {
             let page = self.pages[request][slot / s.page_size] as usize;
             let mut values = Vec::new();

@@ -34,6 +34,7 @@ pub mod agreement;
 pub mod attention;
 pub mod blocks;
 pub mod commit;
+pub mod deepseek;
 pub mod draws;
 pub mod growth;
 pub mod masks;

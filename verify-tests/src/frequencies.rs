@@ -60,6 +60,7 @@ impl Trial {
             weights: dtype,
             cache: dtype,
             page_size: 16,
+            ..Sizes::PLAIN
         };
         let ask = Ask { prompt: vec![3, 14, 7], sampling, max_new_tokens: ANSWER, stop: Stop::Nothing, language: None };
         // Few enough nodes that drafts are wrong as often as right.

@@ -5,7 +5,9 @@
 //! [`Backend`] too, so that the same properties are run on it: they must hold of the definition itself.
 
 mod drafting;
+mod experts;
 mod growth;
+mod latent;
 mod layers;
 mod philox;
 mod sampling;
@@ -130,6 +132,15 @@ impl Backend for Oracle {
                 Op::TreeAttention { .. } => step.tree_attention(op),
                 Op::Project { .. } => step.project(op),
                 Op::GateUp { .. } => step.gate_up(op),
+                Op::Latent { .. } => step.latent(op),
+                Op::LatentQueries { .. } => step.latent_queries(op),
+                Op::PerHead { .. } => step.per_head(op),
+                Op::LatentAttention { .. } => step.latent_attention(op),
+                Op::Route { .. } => step.route(op),
+                Op::GroupRows { .. } => step.group_rows(op),
+                Op::ExpertGateUp { .. } => step.expert_gate_up(op),
+                Op::ExpertDown { .. } => step.expert_down(op),
+                Op::Combine { .. } => step.combine(op),
                 Op::ResBlock { .. } => step.res_block(op),
                 Op::Norm { .. } => step.norm(op),
                 Op::Head { .. } => step.head(op),

@@ -1,5 +1,5 @@
-//! A model small enough to compute by hand: every size is free, every weight random. It builds the passes that a
-//! Llama-family model builds, so all ops and all their options are reached.
+//! A model small enough to compute by hand: every size is free, every weight random. It builds the passes that the models
+//! of the Llama family and DeepSeek's build, so all ops and all their options are reached.
 
 use half::{bf16, f16};
 use treespark_kernel_gen::layout::{HEADER_WORDS, accepted_words, report_words};
@@ -10,6 +10,8 @@ use treespark_kernel_gen::{
 use treespark_models::{Bytes, Tensor};
 
 use crate::rng::Rng;
+
+mod deepseek;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Sizes {
@@ -24,6 +26,10 @@ pub struct Sizes {
     /// Qwen2 has biases, Qwen3 norms on queries and keys.
     pub bias: bool,
     pub qk_norm: bool,
+    /// Instead of grouped queries: then there is one key head, of a latent and a rotated key.
+    pub latent: Option<LatentSizes>,
+    /// Instead of an MLP, in all layers but the first.
+    pub experts: Option<ExpertSizes>,
     pub weights: DType,
     pub cache: DType,
     pub page_size: usize,
@@ -39,12 +45,42 @@ pub fn compiled_rows(rows: usize) -> usize {
     [1, 4, 16, 64, 256].into_iter().find(|&n| n >= rows).unwrap_or(MAX_ROWS)
 }
 
+const EPS: f32 = 1e-5;
+
 /// Tokens a row that `TopK` ranks.
 pub const TOP_K: usize = 5;
 
 impl Sizes {
+    /// A dense model without options, for whoever names the others.
+    pub const PLAIN: Sizes = Sizes {
+        vocab: 64,
+        hidden: 64,
+        layers: 2,
+        kv_heads: 1,
+        group: 1,
+        head_dim: 64,
+        ffn: 64,
+        bias: false,
+        qk_norm: false,
+        latent: None,
+        experts: None,
+        weights: DType::BF16,
+        cache: DType::BF16,
+        page_size: 16,
+    };
+
     pub fn heads(&self) -> usize {
         self.kv_heads * self.group
+    }
+
+    /// Elements that attention leaves of each head.
+    pub fn value_dim(&self) -> usize {
+        self.latent.map_or(self.head_dim, |latent| latent.value_dim)
+    }
+
+    /// What is kept of a token is in so many buffers.
+    pub fn caches(&self) -> &'static [&'static str] {
+        if self.latent.is_some() { &["cache"] } else { &["k_cache", "v_cache"] }
     }
 
     pub fn pages_per_request(&self) -> usize {
@@ -55,6 +91,27 @@ impl Sizes {
     pub fn pages(&self) -> usize {
         MAX_REQUESTS * self.pages_per_request() + 1
     }
+}
+
+/// Latent attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LatentSizes {
+    /// Of a compressed query; 0: there is none.
+    pub compressed: usize,
+    pub nope_dim: usize,
+    pub rotated: usize,
+    pub value_dim: usize,
+}
+
+/// A mixture of experts; each has the inner size of the model's MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ExpertSizes {
+    pub count: usize,
+    pub chosen: usize,
+    pub groups: usize,
+    pub top_groups: usize,
+    /// Sigmoids, a bias, weights of sum one: DeepSeek-V3's router. Else V2's.
+    pub is_v3: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -77,45 +134,32 @@ impl TinyModel {
     pub fn pass(&self, rows: usize, tree: &TreeSpec, tail: Tail) -> Pass {
         let mut pass = Pass::new(format!("{tail:?} {rows}"), rows);
         let batch = self.batch_buffers(&mut pass);
-        let (k_cache, v_cache) = self.caches(&mut pass);
         let s = self.sizes;
-        let eps = 1e-5;
+        let eps = EPS;
         let f32s = |pass: &mut Pass, name: &str, role, shape: &[usize]| pass.add(name, role, DType::F32, shape);
         let x = f32s(&mut pass, "x", Role::Scratch, &[MAX_ROWS, s.hidden]);
-        let q = f32s(&mut pass, "q", Role::Scratch, &[MAX_ROWS, s.heads(), s.head_dim]);
-        let attention = f32s(&mut pass, "attention", Role::Scratch, &[MAX_ROWS, s.heads(), s.head_dim]);
         let ffn = f32s(&mut pass, "ffn", Role::Scratch, &[MAX_ROWS, s.ffn]);
-        let rope = f32s(&mut pass, "rope", Role::Weight, &[MAX_SLOTS, s.head_dim / 2, 2]);
-
         let table = pass.add("embed", Role::Weight, s.weights, &[s.vocab, s.hidden]);
         pass.ops.push(Op::Embed { batch, table, out: x });
         for layer in 0..s.layers {
             let name = |part: &str| format!("layers.{layer}.{part}");
-            let n = (s.heads() + 2 * s.kv_heads) * s.head_dim;
-            let norm = f32s(&mut pass, &name("attn_norm"), Role::Weight, &[s.hidden]);
-            let weight = pass.add(name("qkv"), Role::Weight, s.weights, &[n, s.hidden]);
-            let bias = s.bias.then(|| f32s(&mut pass, &name("qkv_bias"), Role::Weight, &[n]));
-            let q_norm = s.qk_norm.then(|| f32s(&mut pass, &name("q_norm"), Role::Weight, &[s.head_dim]));
-            let k_norm = s.qk_norm.then(|| f32s(&mut pass, &name("k_norm"), Role::Weight, &[s.head_dim]));
-            #[rustfmt::skip]
-            pass.ops.push(Op::Qkv {
-                batch, layer, heads: s.heads(), kv_heads: s.kv_heads, eps, x, norm, weight, bias, q_norm, k_norm, rope, q,
-                k_cache, v_cache,
-            });
-            #[rustfmt::skip]
-            pass.ops.push(Op::TreeAttention {
-                batch, layer, heads: s.heads(), kv_heads: s.kv_heads, scale: 1.0 / (s.head_dim as f32).sqrt(),
-                tree: tree.clone(), q, k_cache, v_cache, out: attention,
-            });
-            let o = pass.add(name("o"), Role::Weight, s.weights, &[s.hidden, s.heads() * s.head_dim]);
+            let attention = match &s.latent {
+                Some(latent) => self.push_latent_attention(&mut pass, latent, layer, tree, x),
+                None => self.push_attention(&mut pass, layer, tree, x),
+            };
+            let o = pass.add(name("o"), Role::Weight, s.weights, &[s.hidden, s.heads() * s.value_dim()]);
             pass.ops.push(Op::Project { batch, add: true, x: attention, weight: o, residual: x });
+            if let Some(experts) = s.experts.as_ref().filter(|_| layer > 0) {
+                self.push_experts(&mut pass, experts, layer, x);
+                continue;
+            }
             let norm = f32s(&mut pass, &name("ffn_norm"), Role::Weight, &[s.hidden]);
             let gate_up = pass.add(name("gate_up"), Role::Weight, s.weights, &[2 * s.ffn, s.hidden]);
             pass.ops.push(Op::GateUp { batch, eps, x, norm, weight: gate_up, out: ffn });
             let down = pass.add(name("down"), Role::Weight, s.weights, &[s.hidden, s.ffn]);
             pass.ops.push(Op::Project { batch, add: true, x: ffn, weight: down, residual: x });
         }
-        self.push_injection(&mut pass, x, rope);
+        self.push_injection(&mut pass, x);
         let norm = f32s(&mut pass, "norm", Role::Weight, &[s.hidden]);
         let weight = pass.add("head", Role::Weight, s.weights, &[s.vocab, s.hidden]);
         let logits = f32s(&mut pass, "logits", Role::Output, &[MAX_ROWS, s.vocab]);
@@ -129,15 +173,54 @@ impl TinyModel {
         pass
     }
 
+    /// Grouped queries. Returns what attention leaves.
+    fn push_attention(&self, pass: &mut Pass, layer: usize, tree: &TreeSpec, x: Buf) -> Buf {
+        let (batch, s, eps) = (self.batch_buffers(pass), self.sizes, EPS);
+        let (k_cache, v_cache) = self.caches(pass);
+        let rope = self.rope(pass, s.head_dim);
+        let name = |part: &str| format!("layers.{layer}.{part}");
+        let f32s = |pass: &mut Pass, name: &str, role, shape: &[usize]| pass.add(name, role, DType::F32, shape);
+        let q = f32s(pass, "q", Role::Scratch, &[MAX_ROWS, s.heads(), s.head_dim]);
+        let attention = f32s(pass, "attention", Role::Scratch, &[MAX_ROWS, s.heads(), s.head_dim]);
+        let n = (s.heads() + 2 * s.kv_heads) * s.head_dim;
+        let norm = f32s(pass, &name("attn_norm"), Role::Weight, &[s.hidden]);
+        let weight = pass.add(name("qkv"), Role::Weight, s.weights, &[n, s.hidden]);
+        let bias = s.bias.then(|| f32s(pass, &name("qkv_bias"), Role::Weight, &[n]));
+        let q_norm = s.qk_norm.then(|| f32s(pass, &name("q_norm"), Role::Weight, &[s.head_dim]));
+        let k_norm = s.qk_norm.then(|| f32s(pass, &name("k_norm"), Role::Weight, &[s.head_dim]));
+        #[rustfmt::skip]
+        pass.ops.push(Op::Qkv {
+            batch, layer, heads: s.heads(), kv_heads: s.kv_heads, eps, x, norm, weight, bias, q_norm, k_norm, rope, q,
+            k_cache, v_cache,
+        });
+        #[rustfmt::skip]
+        pass.ops.push(Op::TreeAttention {
+            batch, layer, heads: s.heads(), kv_heads: s.kv_heads, scale: 1.0 / (s.head_dim as f32).sqrt(),
+            tree: tree.clone(), q, k_cache, v_cache, out: attention,
+        });
+        attention
+    }
+
+    /// The table that rotates so many elements.
+    fn rope(&self, pass: &mut Pass, rotated: usize) -> Buf {
+        pass.add("rope", Role::Weight, DType::F32, &[MAX_SLOTS, rotated / 2, 2])
+    }
+
     /// What a drafter takes from hidden states: normalised ones, and keys and values in a cache of its own.
-    fn push_injection(&self, pass: &mut Pass, x: Buf, rope: Buf) {
-        let (batch, s, eps) = (self.batch_buffers(pass), self.sizes, 1e-5);
+    fn push_injection(&self, pass: &mut Pass, x: Buf) {
+        // The drafter of a model with latents has keys and values.
+        let s = match self.sizes.latent {
+            Some(latent) => Sizes { head_dim: 2 * latent.rotated, latent: None, ..self.sizes },
+            None => self.sizes,
+        };
+        let (batch, eps) = (self.batch_buffers(pass), EPS);
+        let rope = pass.add("draft.rope", Role::Weight, DType::F32, &[MAX_SLOTS, s.head_dim / 2, 2]);
         let mut f32s = |name: &str, role, shape: &[usize]| pass.add(name, role, DType::F32, shape);
         let norm = f32s("draft.norm", Role::Weight, &[s.hidden]);
         let k_norm = s.qk_norm.then(|| f32s("draft.k_norm", Role::Weight, &[s.head_dim]));
         let hidden = f32s("draft.hidden", Role::Scratch, &[MAX_ROWS, s.hidden]);
         let fused = f32s("draft.fused", Role::Scratch, &[MAX_ROWS, s.hidden]);
-        let q = f32s("q", Role::Scratch, &[MAX_ROWS, s.heads(), s.head_dim]);
+        let q = f32s("draft.q", Role::Scratch, &[MAX_ROWS, s.heads(), s.head_dim]);
         let fc = pass.add("draft.fc", Role::Weight, s.weights, &[s.hidden, s.hidden]);
         let weight = pass.add("draft.kv", Role::Weight, s.weights, &[2 * s.kv_heads * s.head_dim, s.hidden]);
         let shape = [1, s.pages(), s.kv_heads, s.page_size, s.head_dim];
@@ -190,7 +273,7 @@ impl TinyModel {
             .map(|(name, width)| pass.add(name, Role::Output, DType::F32, &[MAX_ROWS, width]));
         let norm = pass.add("norm", Role::Weight, DType::F32, &[s.hidden]);
         let weight = pass.add("head", Role::Weight, s.weights, &[s.vocab, s.hidden]);
-        pass.ops.push(Op::Head { batch, eps: 1e-5, x, norm, weight, logits });
+        pass.ops.push(Op::Head { batch, eps: EPS, x, norm, weight, logits });
         self.push_mask(&mut pass);
         self.push_draw(&mut pass);
         pass.check().expect("the masked pass is well formed");
@@ -206,7 +289,7 @@ impl TinyModel {
         let norm = pass.add("norm", Role::Weight, DType::F32, &[s.hidden]);
         let weight = pass.add("head", Role::Weight, s.weights, &[s.vocab, s.hidden]);
         let ids = pass.add("ids", Role::Output, DType::U32, &[MAX_ROWS, k]);
-        pass.ops.push(Op::Head { batch, eps: 1e-5, x, norm, weight, logits });
+        pass.ops.push(Op::Head { batch, eps: EPS, x, norm, weight, logits });
         if perturb {
             pass.ops.push(Op::Perturb { batch, logits });
         }
@@ -313,7 +396,10 @@ impl TinyModel {
     fn push_commit(&self, pass: &mut Pass) {
         let batch = self.batch_buffers(pass);
         let accepted = self.accepted(pass);
-        let (k_cache, v_cache) = self.caches(pass);
+        let (k_cache, v_cache) = match self.sizes.latent {
+            Some(_) => (self.latents(pass), None),
+            None => (self.caches(pass).0, Some(self.caches(pass).1)),
+        };
         pass.ops.push(Op::Commit { batch, accepted, k_cache, v_cache });
     }
 
@@ -344,7 +430,8 @@ impl TinyModel {
     pub fn weight(&self, desc: &BufferDesc) -> Tensor {
         let mut rng = Rng::new(desc.name.bytes().fold(self.seed, |h, b| Rng::new(h ^ u64::from(b)).word()));
         let values: Vec<f64> = match desc.name.as_str() {
-            "rope" => rope_table(desc.shape[0], desc.shape[1]),
+            "rope" | "draft.rope" => rope_table(desc.shape[0], desc.shape[1]),
+            name if name.ends_with("router_bias") => (0..desc.len()).map(|_| 0.2 * rng.normal()).collect(),
             name if name.ends_with("norm") => (0..desc.len()).map(|_| 1.0 + 0.2 * rng.normal()).collect(),
             "embed" => (0..desc.len()).map(|_| rng.normal()).collect(),
             // Logits with a spread of about 3, so that draws are neither uniform nor certain.

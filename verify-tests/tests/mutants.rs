@@ -98,7 +98,7 @@ fn a_commit_that_does_nothing() {
 fn a_commit_of_keys_alone() {
     let keys_twice = |op: &mut Op| {
         if let Op::Commit { k_cache, v_cache, .. } = op {
-            *v_cache = *k_cache;
+            *v_cache = Some(*k_cache);
         }
         true
     };

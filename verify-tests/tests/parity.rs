@@ -38,8 +38,12 @@ fn error(got: &[f32], want: &[f32]) -> f32 {
     got.iter().zip(want).map(|(g, w)| (g - w).abs() / scale).fold(0.0, |a, b| if b.is_nan() { b } else { a.max(b) })
 }
 
-fn tiny_models_agree(backend: &mut dyn Backend) {
-    for name in ["tiny-llama", "tiny-qwen2", "tiny-qwen3"] {
+const LLAMAS: [&str; 3] = ["tiny-llama", "tiny-qwen2", "tiny-qwen3"];
+/// Latent attention with and without compressed queries, layers with and without experts, YaRN.
+const DEEPSEEKS: [&str; 3] = ["tiny-deepseek-v2-lite", "tiny-deepseek-v2", "tiny-deepseek-v3"];
+
+fn tiny_models_agree(backend: &mut dyn Backend, names: &[&str]) {
+    for name in names {
         let model = Model::open(&fixture(name)).unwrap();
         let bytes = std::fs::read(fixture(name).join("expected.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -57,19 +61,21 @@ fn tiny_models_agree(backend: &mut dyn Backend) {
 
 #[test]
 fn tiny_models_on_the_oracle() {
-    tiny_models_agree(&mut Oracle::new());
+    tiny_models_agree(&mut Oracle::new(), &LLAMAS);
+    tiny_models_agree(&mut Oracle::new(), &DEEPSEEKS);
 }
 
 #[test]
 fn tiny_models_on_the_cpu() {
-    tiny_models_agree(&mut CpuBackend::new(None));
+    tiny_models_agree(&mut CpuBackend::new(None), &LLAMAS);
+    tiny_models_agree(&mut CpuBackend::new(None), &DEEPSEEKS);
 }
 
 #[cfg(feature = "wgpu")]
 #[test]
 fn tiny_models_on_wgpu() {
     if let Some(mut backend) = cases::gpu() {
-        tiny_models_agree(&mut *backend);
+        tiny_models_agree(&mut *backend, &LLAMAS);
     }
 }
 

@@ -105,9 +105,13 @@ impl Lowering<'_> {
         let &Op::Commit { accepted, k_cache, v_cache, .. } = self.op else { unreachable!("lowering another op") };
         let cache = self.pass.cache_shape(k_cache);
         let spec = self.paged(KernelSpec::new("commit"), k_cache).with("POOL_PAGES", cache.pages);
-        let operands = [self.batch.requests, self.batch.pages, accepted, k_cache, v_cache];
+        let caches = 1 + usize::from(v_cache.is_some());
+        let spec = spec.with("CACHES", caches);
+        let operands = [self.batch.requests, self.batch.pages, accepted, k_cache, v_cache.unwrap_or(k_cache)];
         let grid = [cache.kv_heads, cache.layers, self.max_requests()];
-        vec![plain(spec, operands.map(Argument::from).to_vec(), grid, 128)]
+        let vectors = caches * cache.head_dim * self.desc(k_cache).dtype.size() / 16;
+        let threads = if vectors > 128 { 256 } else { 128 };
+        vec![plain(spec, operands.map(Argument::from).to_vec(), grid, threads)]
     }
 }
 

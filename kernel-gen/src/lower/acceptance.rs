@@ -89,7 +89,7 @@ impl Lowering<'_> {
         let desc = self.desc(k_cache);
         let layer_bytes = desc.bytes() / cache.layers;
         let banks = self.limits.banks(desc);
-        let calls = [k_cache, v_cache].into_iter().flat_map(|buf| {
+        let calls = [Some(k_cache), v_cache].into_iter().flatten().flat_map(|buf| {
             banks.iter().enumerate().map(move |(index, bytes)| KernelCall {
                 spec: KernelSpec::new("commit")
                     .size("HEAD_WORDS", "w", cache.head_dim * desc.dtype.size() / 4)

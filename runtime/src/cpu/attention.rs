@@ -47,10 +47,13 @@ pub struct Attention<'a, T> {
     pub kv_head: usize,
     pub scale: f32,
     pub keys: &'a [T],
+    /// Of the shape that keys have.
     pub values: &'a [T],
+    /// As much of a value is used.
+    pub value_dim: usize,
     /// `[group, head_dim]`
     pub q: &'a [f32],
-    /// `[group, head_dim]`
+    /// `[group, value_dim]`
     pub out: &'a mut [f32],
     /// Working memory; holds nothing between calls.
     pub scores: &'a mut Vec<f32>,
@@ -102,7 +105,7 @@ impl<T: Element> Attention<'_, T> {
     /// `out[first + h] = Σ weights[h][i] value[i]` for G heads.
     #[inline(always)]
     fn mix<L: Lanes, const G: usize>(&mut self, first: usize, weights: &[f32]) {
-        let dim = self.shape.head_dim;
+        let dim = self.value_dim;
         let mut from = 0;
         while from < dim {
             from += match L::TILE {
@@ -121,13 +124,13 @@ impl<T: Element> Attention<'_, T> {
         weights: &[f32],
         from: usize,
     ) -> usize {
-        let dim = self.shape.head_dim;
+        let dim = self.value_dim;
         let width = (C * LANES).min(dim - from);
         let n_keys = weights.len() / G;
         let mut acc = [[L::splat(0.0); C]; G];
         let mut key = 0;
         for span in self.spans {
-            for value in self.slots(self.values, span).chunks_exact(dim) {
+            for value in self.slots(self.values, span).chunks_exact(self.shape.head_dim) {
                 let value = &value[from..from + width];
                 let mut v = [L::splat(0.0); C];
                 if width == C * LANES {
@@ -246,6 +249,7 @@ mod tests {
                 scale: 0.3,
                 keys: &self.keys,
                 values: &self.values,
+                value_dim: self.shape.head_dim,
                 q,
                 out: &mut out,
                 scores: &mut scores,

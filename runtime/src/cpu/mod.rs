@@ -15,6 +15,7 @@ mod host;
 mod linear;
 mod math;
 mod matmul;
+mod routing;
 mod run;
 mod simd;
 #[cfg(test)]

@@ -9,6 +9,9 @@ use treespark_kernel_gen::layout::accepted_words;
 use treespark_kernel_gen::op::Batch;
 use treespark_kernel_gen::{Buf, CacheShape, DType, MAX_NODES, Op, Pass, Request, Row};
 
+mod experts;
+mod latent;
+
 use super::accept::accept;
 use super::attention::{Attention, Span, spans};
 use super::buffer::{Buffer, Matrix};
@@ -59,6 +62,20 @@ impl<'a> Run<'a> {
                 let x = linear::normed(run.rows(*x), run.floats(*norm), *eps);
                 linear::gate_up(run.isa, run.matrix(*weight), &x, out);
             }),
+            Op::Latent { .. } => self.latent(op),
+            Op::LatentQueries { .. } => self.latent_queries(op),
+            Op::PerHead { heads, x, weight, out, .. } => self.per_head(*heads, *x, *weight, *out),
+            Op::LatentAttention { cache, .. } => match self.pass.buffer(*cache).dtype {
+                DType::BF16 => self.latent_attention::<bf16>(op),
+                DType::F16 => self.latent_attention::<f16>(op),
+                DType::F32 => self.latent_attention::<f32>(op),
+                DType::U32 => unreachable!("a cache of words"),
+            },
+            Op::Route { .. } => self.route(op),
+            Op::GroupRows { experts, groups, .. } => self.group_rows(*experts, *groups),
+            Op::ExpertGateUp { .. } => self.expert_gate_up(op),
+            Op::ExpertDown { x, weight, groups, out, .. } => self.expert_down(*x, *weight, *groups, *out),
+            Op::Combine { x, weights, residual, .. } => self.combine(*x, *weights, *residual),
             Op::ResBlock { batch, states, weight, bias, out } => self.res_block(batch, [*states, *weight, *bias, *out]),
             Op::Norm { eps, x, norm, out, .. } => self.writing(*out, |run, out| {
                 out.copy_from_slice(&linear::normed(run.rows(*x), run.floats(*norm), *eps));
@@ -88,7 +105,7 @@ impl<'a> Run<'a> {
             }
             Op::Commit { batch, accepted, k_cache, v_cache } => {
                 self.commit(batch, *accepted, *k_cache);
-                self.commit(batch, *accepted, *v_cache);
+                v_cache.iter().for_each(|&v_cache| self.commit(batch, *accepted, v_cache));
             }
             Op::DraftNgram { .. }
             | Op::Grow { .. }
@@ -148,19 +165,33 @@ impl<'a> Run<'a> {
             heads.project(run.isa, run.matrix(weight), &x, q, &mut kv);
         });
         for (cache, from) in [(k_cache, 0), (v_cache, width)] {
-            let mut words = self.take(cache);
-            for (row, kv) in rows.iter().zip(kv.chunks_exact(2 * width)) {
-                let slot = self.request(batch, row).prefix as usize + row.node as usize;
-                let at = |head| self.slot(batch, &shape, row.request, slot, layer, head);
-                let heads = kv[from..from + width].chunks_exact(shape.head_dim).enumerate();
-                match self.pass.buffer(cache).dtype {
-                    DType::BF16 => heads.for_each(|(head, kv)| store::<bf16>(&mut words, at(head), kv)),
-                    DType::F16 => heads.for_each(|(head, kv)| store::<f16>(&mut words, at(head), kv)),
-                    _ => heads.for_each(|(head, kv)| store::<f32>(&mut words, at(head), kv)),
-                }
-            }
-            self.put(cache, words);
+            let values = kv.chunks_exact(2 * width).map(|kv| &kv[from..from + width]);
+            self.keep(batch, cache, layer, &rows, values);
         }
+    }
+
+    /// Puts each row's heads into the cache at its slot.
+    fn keep<'v>(
+        &mut self,
+        batch: &Batch,
+        cache: Buf,
+        layer: usize,
+        rows: &[Row],
+        values: impl Iterator<Item = &'v [f32]>,
+    ) {
+        let shape = self.pass.cache_shape(cache);
+        let mut words = self.take(cache);
+        for (row, values) in rows.iter().zip(values) {
+            let slot = self.request(batch, row).prefix as usize + row.node as usize;
+            let at = |head| self.slot(batch, &shape, row.request, slot, layer, head);
+            let heads = values.chunks_exact(shape.head_dim).enumerate();
+            match self.pass.buffer(cache).dtype {
+                DType::BF16 => heads.for_each(|(head, values)| store::<bf16>(&mut words, at(head), values)),
+                DType::F16 => heads.for_each(|(head, values)| store::<f16>(&mut words, at(head), values)),
+                _ => heads.for_each(|(head, values)| store::<f32>(&mut words, at(head), values)),
+            }
+        }
+        self.put(cache, words);
     }
 
     fn res_block(&mut self, batch: &Batch, [states, weight, bias, out]: [Buf; 4]) {
@@ -182,18 +213,36 @@ impl<'a> Run<'a> {
         let &Op::TreeAttention { ref batch, layer, heads, kv_heads, scale, q, k_cache, v_cache, out, .. } = op else {
             unreachable!("{} is not attention", op.name())
         };
+        self.attend::<T>(batch, layer, [heads, kv_heads], scale, q, [k_cache, v_cache], out);
+    }
+
+    /// Attention whose values are as wide as `out` says.
+    #[allow(clippy::too_many_arguments)]
+    fn attend<T: Element>(
+        &mut self,
+        batch: &Batch,
+        layer: usize,
+        [heads, kv_heads]: [usize; 2],
+        scale: f32,
+        q: Buf,
+        [k_cache, v_cache]: [Buf; 2],
+        out: Buf,
+    ) {
         let shape = self.pass.cache_shape(k_cache);
-        let group = heads / kv_heads * shape.head_dim;
+        let (group, value_dim) = (heads / kv_heads, self.width(out) / heads);
         self.writing(out, |run, out| {
             let spans: Vec<Vec<Span>> = run.batch_rows(batch).iter().map(|row| run.spans(batch, &shape, row)).collect();
             let n_keys: usize = spans.iter().flatten().map(|span| span.len).sum();
             let (keys, values) = (cast_slice(run.words(k_cache)), cast_slice(run.words(v_cache)));
             // A task is a kv head of a row; the average row says how many make one worth sharing.
-            let tasks = out.par_chunks_mut(group).zip(run.rows(q).par_chunks(group)).enumerate();
+            let q = run.rows(q).par_chunks(group * shape.head_dim);
+            let tasks = out.par_chunks_mut(group * value_dim).zip(q).enumerate();
             let min_tasks = (MIN_KEYS * spans.len()).div_ceil(n_keys);
             tasks.with_min_len(min_tasks).for_each_init(Vec::new, |scores, (i, (out, q))| {
                 let (spans, kv_head) = (&spans[i / kv_heads], i % kv_heads);
-                Attention::<T> { spans, shape, layer, kv_head, scale, keys, values, q, out, scores }.compute(run.isa);
+                let of =
+                    Attention::<T> { spans, shape, layer, kv_head, scale, keys, values, value_dim, q, out, scores };
+                of.compute(run.isa);
             });
         });
     }

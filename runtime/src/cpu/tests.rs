@@ -75,7 +75,7 @@ fn pass(page_size: usize) -> Pass {
         Op::Draw { batch, seen, logits, draws },
         Op::TopK { batch, logits, ids, values },
         Op::Accept { batch, tree, draws, accepted },
-        Op::Commit { batch, accepted, k_cache, v_cache },
+        Op::Commit { batch, accepted, k_cache, v_cache: Some(v_cache) },
     ];
     pass
 }

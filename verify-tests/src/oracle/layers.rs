@@ -4,20 +4,24 @@ use treespark_kernel_gen::{Buf, Op};
 
 use super::{Slot, Step};
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
+pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn rms_norm(x: &[f64], weight: &[f64], eps: f32) -> Vec<f64> {
+pub(super) fn rms_norm(x: &[f64], weight: &[f64], eps: f32) -> Vec<f64> {
     let mean_square = dot(x, x) / x.len() as f64;
     x.iter().zip(weight).map(|(x, w)| x / (mean_square + f64::from(eps)).sqrt() * w).collect()
 }
 
 /// Weights of the values of a softmax over `scores`.
-fn softmax(scores: &[f64]) -> Vec<f64> {
+pub(super) fn softmax(scores: &[f64]) -> Vec<f64> {
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
     scores.iter().map(|s| (s - max).exp() / sum).collect()
+}
+
+pub(super) fn swiglu(gate: &[f64], up: &[f64]) -> Vec<f64> {
+    gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
 }
 
 impl Step<'_> {
@@ -132,9 +136,7 @@ impl Step<'_> {
         for r in 0..self.n_rows() {
             let y = self.product(weight, &rms_norm(&self.row_of(x, r), &self.all(norm), eps));
             let (gate, up) = y.split_at(y.len() / 2);
-            let silu = |g: f64| g / (1.0 + (-g).exp());
-            let product: Vec<f64> = gate.iter().zip(up).map(|(&g, u)| silu(g) * u).collect();
-            self.set_row(out, r, &product);
+            self.set_row(out, r, &swiglu(gate, up));
         }
     }
 
@@ -146,12 +148,12 @@ impl Step<'_> {
         }
     }
 
-    fn prefix(&self, request: usize) -> usize {
+    pub(super) fn prefix(&self, request: usize) -> usize {
         self.request(request).prefix as usize
     }
 
     /// All numbers of a buffer.
-    fn all(&self, buf: Buf) -> Vec<f64> {
+    pub(super) fn all(&self, buf: Buf) -> Vec<f64> {
         self.slice(buf, 0, self.pass.buffer(buf).len())
     }
 
@@ -161,19 +163,19 @@ impl Step<'_> {
         self.slice(buf, row * width, width)
     }
 
-    fn set_row(&mut self, buf: Buf, row: usize, values: &[f64]) {
+    pub(super) fn set_row(&mut self, buf: Buf, row: usize, values: &[f64]) {
         for (i, &value) in values.iter().enumerate() {
             self.set(buf, row * values.len() + i, value);
         }
     }
 
     /// `weight · x`
-    fn product(&self, weight: Buf, x: &[f64]) -> Vec<f64> {
+    pub(super) fn product(&self, weight: Buf, x: &[f64]) -> Vec<f64> {
         (0..self.pass.buffer(weight).shape[0]).map(|row| dot(&self.row_of(weight, row), x)).collect()
     }
 
     /// Rope: elements i and i + D/2 turn together, by the angle of the position.
-    fn turned(&self, head: &[f64], rope: Buf, position: usize) -> Vec<f64> {
+    pub(super) fn turned(&self, head: &[f64], rope: Buf, position: usize) -> Vec<f64> {
         let half = head.len() / 2;
         let mut turned = vec![0.0; head.len()];
         for i in 0..half {
@@ -185,7 +187,7 @@ impl Step<'_> {
         turned
     }
 
-    fn set_cached(&mut self, cache: Buf, layer: usize, head: usize, slot: Slot, vector: &[f64]) {
+    pub(super) fn set_cached(&mut self, cache: Buf, layer: usize, head: usize, slot: Slot, vector: &[f64]) {
         let at = self.cache_at(cache, layer, head, slot);
         for (i, &value) in vector.iter().enumerate() {
             let rounded = self.rounded(cache, value);

@@ -39,7 +39,7 @@ impl Step<'_> {
             let at = request * accepted_words(MAX_NODES);
             for i in 0..self.word(accepted, at) as usize {
                 let node = self.word(accepted, at + 1 + i) as usize;
-                for cache in [k_cache, v_cache] {
+                for cache in [Some(k_cache), v_cache].into_iter().flatten() {
                     for layer in 0..layers {
                         for head in 0..kv_heads {
                             let from = self.cache_at(cache, layer, head, Slot { request, slot: prefix + node });

@@ -40,7 +40,7 @@ fn draw_accept_and_commit_follow_the_draws() {
             Op::Draw { batch, seen, logits, draws },
             Op::TopK { batch, logits, ids, values },
             Op::Accept { batch, tree: TreeSpec::Any(64), draws, accepted },
-            Op::Commit { batch, accepted, k_cache, v_cache },
+            Op::Commit { batch, accepted, k_cache, v_cache: Some(v_cache) },
         ];
         let held = b.run(&mut gpu, ops);
         let word = |buf: Buf, i: usize| held[buf.0][i].to_bits();
