@@ -10,10 +10,11 @@ use treespark_models::{Config, DsparkConfig, Model, Speculator, SpeculatorConfig
 
 pub const RANDOM: &str = "random:";
 
-/// A name or path as everywhere, or `random:NAME`.
+/// A name or path as everywhere, `random:NAME`, or `random:PATH` of a config.json.
 pub fn open(name: &str) -> Result<Model> {
     match name.strip_prefix(RANDOM) {
         None => Ok(Model::open(&hub::resolve(name, &mut |_| {})?)?),
+        Some(path) if Path::new(path).exists() => Ok(Model::random_like(Path::new(path), 0)?),
         Some(sizes) => Ok(Model::random(config(sizes)?, 0)),
     }
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use treespark_kernel_gen::DType;
 
+use crate::dequant::fp8;
 pub use crate::dialect::GgufVocabulary;
 use crate::gguf::Gguf;
 use crate::stored::Stored;
@@ -57,12 +58,14 @@ impl Checkpoint {
     }
 
     fn open_folder(folder: &Path) -> Result<Checkpoint> {
-        let tensors = safetensors::open(folder)?;
+        let mut tensors = safetensors::open(folder)?;
+        let config = read_json(&folder.join("config.json"))?;
+        fp8::attach_scales(&mut tensors, &config)?;
         Ok(Checkpoint {
             path: folder.into(),
             dtype: matrix_dtype(&tensors),
             tensors,
-            config: read_json(&folder.join("config.json"))?,
+            config,
             generation_config: read_optional(&folder.join("generation_config.json"), read_json)?,
             tokenizer_config: read_optional(&folder.join("tokenizer_config.json"), read_json)?.unwrap_or(Value::Null),
             tokenizer: TokenizerSource::Json(folder.join("tokenizer.json")),
@@ -190,9 +193,7 @@ fn matrix_dtype(tensors: &BTreeMap<String, Stored>) -> DType {
 }
 
 fn read_f32(stored: &Stored, name: &str) -> Result<Vec<f32>> {
-    let tensor = stored.read(name, DType::F32)?;
-    let elements = tensor.bytes.as_slice().chunks_exact(4);
-    Ok(elements.map(|element| f32::from_le_bytes([element[0], element[1], element[2], element[3]])).collect())
+    Ok(stored.read(name, DType::F32)?.floats())
 }
 
 fn read_text(path: &Path) -> Result<String> {

@@ -15,6 +15,8 @@
 //!
 //! In a Q4_0 or Q4_1 block the low nibbles are its first 16 elements and the high nibbles its last 16.
 
+pub mod fp8;
+
 use half::{bf16, f16};
 use rayon::prelude::*;
 use treespark_kernel_gen::DType;
@@ -24,6 +26,8 @@ pub enum Format {
     F32,
     F16,
     BF16,
+    /// 8-bit floats, whose scales are another tensor ([`fp8`]).
+    F8E4M3,
     Q8_0,
     Q4_0,
     Q4_1,
@@ -32,7 +36,7 @@ pub enum Format {
 }
 
 impl Format {
-    pub const SUPPORTED: &str = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K";
+    pub const SUPPORTED: &str = "F32, F16, BF16, F8_E4M3 (with scales), Q8_0, Q4_0, Q4_1, Q4_K, Q6_K";
 
     /// The format of a GGUF tensor type, or else the type's name.
     pub fn from_ggml(kind: u32) -> Result<Format, String> {
@@ -78,6 +82,7 @@ impl Format {
         match self {
             Format::F32 => (1, 4),
             Format::F16 | Format::BF16 => (1, 2),
+            Format::F8E4M3 => (1, 1),
             Format::Q8_0 => (32, 34),
             Format::Q4_0 => (32, 18),
             Format::Q4_1 => (32, 20),
@@ -110,6 +115,7 @@ impl Format {
             Format::F32 => blocks.for_each(|(b, out)| out[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
             Format::F16 => blocks.for_each(|(b, out)| out[0] = scale(b)),
             Format::BF16 => blocks.for_each(|(b, out)| out[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32()),
+            Format::F8E4M3 => unreachable!("8-bit floats are read with their scales"),
             Format::Q8_0 => blocks.for_each(|(b, out)| q8_0(b, out)),
             Format::Q4_0 => blocks.for_each(|(b, out)| q4_0(b, out)),
             Format::Q4_1 => blocks.for_each(|(b, out)| q4_1(b, out)),

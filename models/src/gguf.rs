@@ -116,7 +116,7 @@ impl TensorHeader {
                 .map_err(|problem| format!("tensor {name} {problem}"))?,
             Err(_) => 0..0,
         };
-        Ok((name, Stored { file: file.clone(), range, format, shape, rows: RowOrder::Halves }))
+        Ok((name, Stored { file: file.clone(), range, format, shape, rows: RowOrder::Halves, scales: None }))
     }
 }
 

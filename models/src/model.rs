@@ -12,12 +12,16 @@ use treespark_kernel_gen::{BufferDesc, DType};
 
 use crate::builder::{Part, Source, Weight};
 use crate::chat::ChatTemplate;
+use crate::checkpoint::{TokenizerSource, read_json};
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
 use crate::origin::Origin;
 use crate::random::RandomTensors;
 use crate::tokenizer::Tokenizer;
 use crate::{Bytes, Checkpoint, Tensor, llama, rope};
+
+/// Of a model that was not trained.
+const PLAIN_CHAT: &str = "{% for message in messages %}{{ message.content }}\n{% endfor %}";
 
 pub struct Model {
     config: Config,
@@ -34,12 +38,25 @@ impl Model {
         Ok(Model { config, origin: Origin::Checkpoint(Box::new(checkpoint)) })
     }
 
-    /// A model of these sizes that says nothing: random weights, no tokenizer. For whoever measures speed.
+    /// A model of the sizes in a `config.json`, or in that of a folder, with random weights. It says nothing, and is for
+    /// whoever measures speed. A `tokenizer.json` beside the config is used; else each byte is a token.
+    pub fn random_like(path: &Path, seed: u64) -> Result<Model> {
+        let file = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
+        let config = Config::from_json(&read_json(&file)?, DType::BF16, &file)?;
+        let tokenizer = Some(file.with_file_name("tokenizer.json")).filter(|file| file.is_file());
+        let mut model = Model::random(config, seed);
+        if let Origin::Random(_, of_model) = &mut model.origin {
+            *of_model = tokenizer;
+        }
+        Ok(model)
+    }
+
+    /// The same of sizes that are known already.
     pub fn random(config: Config, seed: u64) -> Model {
         let weights = llama::weights(&config, 1);
         let shapes = weights.iter().flat_map(|weight| weight.source.parts()).map(|part| &part.shape[..]);
         let tensors = RandomTensors::new(shapes, &config, seed);
-        Model { config, origin: Origin::Random(tensors) }
+        Model { config, origin: Origin::Random(tensors, None) }
     }
 
     /// The file or folder it came from, if it came from one.
@@ -79,13 +96,16 @@ impl Model {
     }
 
     pub fn tokenizer(&self) -> Result<Tokenizer> {
-        let none = || Error::Tokenizer("a model of random weights has no tokenizer".into());
-        Tokenizer::open(&self.checkpoint().ok_or_else(none)?.tokenizer_source()?)
+        match &self.origin {
+            Origin::Checkpoint(checkpoint) => Tokenizer::open(&checkpoint.tokenizer_source()?),
+            Origin::Random(_, Some(path)) => Tokenizer::open(&TokenizerSource::Json(path.clone())),
+            Origin::Random(_, None) => Tokenizer::of_bytes(self.config.vocab_size),
+        }
     }
 
     /// None for a model that was not trained to chat.
     pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
-        let Some(checkpoint) = self.checkpoint() else { return Ok(None) };
+        let Some(checkpoint) = self.checkpoint() else { return ChatTemplate::new(PLAIN_CHAT, None, None).map(Some) };
         let Some(source) = checkpoint.chat_template() else { return Ok(None) };
         let token = |key| special_token(&checkpoint.tokenizer_config()[key]);
         ChatTemplate::new(&source, token("bos_token"), token("eos_token")).map(Some)
@@ -224,7 +244,9 @@ mod tests {
 
     #[test]
     fn parts_stack_up_to_their_buffers() {
-        for name in ["tiny-llama", "tiny-qwen2", "tiny-qwen3"] {
+        for name in
+            ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-deepseek-v2-lite", "tiny-deepseek-v2", "tiny-deepseek-v3"]
+        {
             let model = Model::open(&fixture(name)).unwrap();
             let mut loaded = 0;
             for item in model.weights(64) {
@@ -291,6 +313,26 @@ mod tests {
         assert!(problem(&[("num_hidden_layers", json!(2))], &[]).contains("model.layers.2.input_layernorm.weight"));
         let tied = changed(&[("tie_word_embeddings", json!(true))], &[]);
         assert!(Model::open(tied.path()).unwrap().weights(8).all(|item| item.unwrap().0.name != "head"));
+    }
+
+    #[test]
+    fn a_config_alone_is_enough_for_random_weights() {
+        for name in ["tiny-llama", "tiny-deepseek-v2-lite", "tiny-deepseek-v3"] {
+            let real = Model::open(&fixture(name)).unwrap();
+            let random = Model::random_like(&fixture(name).join("config.json"), 1).unwrap();
+            let described =
+                |model: &Model| model.weight_list(8).into_iter().map(|weight| weight.source).collect::<Vec<_>>();
+            assert_eq!(described(&random), described(&real));
+            for item in random.weights(8) {
+                let (desc, parts) = item.unwrap();
+                assert_eq!(
+                    parts.iter().map(|part| part.bytes.as_slice().len()).sum::<usize>(),
+                    desc.bytes(),
+                    "{}",
+                    desc.name
+                );
+            }
+        }
     }
 
     #[test]

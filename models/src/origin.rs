@@ -1,12 +1,15 @@
 //! Where the tensors of a model or a speculator come from: a checkpoint, or for measurements random numbers.
 
+use std::path::PathBuf;
+
 use crate::builder::Part;
 use crate::random::RandomTensors;
 use crate::{Checkpoint, Result, Tensor};
 
 pub(crate) enum Origin {
     Checkpoint(Box<Checkpoint>),
-    Random(RandomTensors),
+    /// Perhaps with a tokenizer of its own.
+    Random(RandomTensors, Option<PathBuf>),
 }
 
 impl Origin {
@@ -14,7 +17,7 @@ impl Origin {
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         match self {
             Origin::Checkpoint(checkpoint) => checkpoint.tensor(name),
-            Origin::Random(tensors) => Ok(tensors.tensor(name, shape)),
+            Origin::Random(tensors, _) => Ok(tensors.tensor(name, shape)),
         }
     }
 
@@ -27,7 +30,7 @@ impl Origin {
     pub fn checkpoint(&self) -> Option<&Checkpoint> {
         match self {
             Origin::Checkpoint(checkpoint) => Some(checkpoint),
-            Origin::Random(_) => None,
+            Origin::Random(..) => None,
         }
     }
 }

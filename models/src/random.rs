@@ -97,8 +97,8 @@ impl RandomTensors {
         if !name.ends_with("norm.weight") {
             return tensor;
         }
-        let values = tensor.bytes.as_slice().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-        let bytes = values.flat_map(|value| (1.0 + value).to_le_bytes()).collect();
+        let values = tensor.floats();
+        let bytes = values.iter().flat_map(|value| (1.0 + value).to_le_bytes()).collect();
         Tensor { bytes: Bytes::from_vec(bytes), ..tensor }
     }
 }

@@ -90,10 +90,12 @@ fn open_file(path: &Path) -> Result<BTreeMap<String, Stored>> {
             Dtype::F32 => Ok(Format::F32),
             Dtype::F16 => Ok(Format::F16),
             Dtype::BF16 => Ok(Format::BF16),
+            Dtype::F8_E4M3 => Ok(Format::F8E4M3),
             other => Err(other.to_string()),
         },
         shape: info.shape.clone(),
         rows: RowOrder::Halves,
+        scales: None,
     };
     Ok(metadata.tensors().into_iter().map(|(name, info)| (name, stored(info))).collect())
 }

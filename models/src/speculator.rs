@@ -146,7 +146,7 @@ impl Speculator {
         let (weights, heads) = (config.weights(1), config.head_tensors());
         let parts = weights.iter().flat_map(|weight| weight.source.parts()).map(|part| &part.shape[..]);
         let tensors = RandomTensors::new(parts.chain(heads.iter().map(|(_, shape)| &shape[..])), target, seed);
-        Speculator { config, origin: Origin::Random(tensors) }
+        Speculator { config, origin: Origin::Random(tensors, None) }
     }
 
     pub fn config(&self) -> &SpeculatorConfig {

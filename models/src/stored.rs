@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use treespark_kernel_gen::DType;
 
+use crate::dequant::fp8::{self, BlockScales};
 use crate::dequant::{self, Format};
 use crate::mmap::MappedFile;
 use crate::{Bytes, Error, Result, Tensor};
@@ -19,6 +20,8 @@ pub struct Stored {
     /// Row-major: the last dimension is contiguous.
     pub shape: Vec<usize>,
     pub rows: RowOrder,
+    /// Of 8-bit floats.
+    pub scales: Option<BlockScales>,
 }
 
 /// The order in which the rows of a projection to rotated heads are stored.
@@ -41,6 +44,12 @@ impl Stored {
             return Ok(Tensor { dtype, shape, bytes: Bytes::new(self.file.clone(), range.start, range.len()) });
         }
         let bytes = (*self.file).as_ref();
+        if let Some(BlockScales { scales, block }) = &self.scales {
+            let scales = scales.read(name, DType::F32)?;
+            let converted = fp8::convert(&bytes[range.clone()], shape[1], &scales.floats(), *block, dtype);
+            self.file.release(range);
+            return Ok(Tensor { dtype, shape, bytes: Bytes::from_vec(converted) });
+        }
         let converted = match self.rows {
             RowOrder::Halves => {
                 let columns = shape.last().copied().unwrap_or(1);

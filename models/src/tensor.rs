@@ -47,3 +47,11 @@ pub struct Tensor {
     /// Little-endian elements, row-major. Need not be aligned to the element's size.
     pub bytes: Bytes,
 }
+
+impl Tensor {
+    /// The elements of an F32 tensor.
+    pub fn floats(&self) -> Vec<f32> {
+        assert_eq!(self.dtype, DType::F32, "elements are asked for as they are");
+        self.bytes.as_slice().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+    }
+}

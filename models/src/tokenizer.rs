@@ -9,8 +9,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use tokenizers::decoders::DecoderWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
-use crate::checkpoint::TokenizerSource;
+use crate::checkpoint::{GgufVocabulary, TokenizerSource};
 use crate::error::{Error, Result};
 use crate::gguf_tokenizer;
 
@@ -53,6 +54,19 @@ impl Tokenizer {
                 Tokenizer::new(inner)
             }
         }
+    }
+
+    /// A token for each byte, and others that are no text: for a model that was not trained.
+    pub fn of_bytes(vocab_size: usize) -> Result<Tokenizer> {
+        let mut bytes: Vec<char> = ByteLevel::alphabet().into_iter().collect();
+        bytes.sort_unstable();
+        if vocab_size < bytes.len() {
+            return Err(Error::Tokenizer(format!("a vocabulary of {vocab_size} has no token for each byte")));
+        }
+        let others = (bytes.len()..vocab_size).map(|id| format!("<{id}>"));
+        let tokens = bytes.iter().map(char::to_string).chain(others).collect();
+        let (model, pre) = ("gpt2".to_string(), Some("gpt-2".to_string()));
+        Tokenizer::new(gguf_tokenizer::build(&GgufVocabulary { model, pre, tokens, ..GgufVocabulary::default() })?)
     }
 
     fn new(mut inner: tokenizers::Tokenizer) -> Result<Tokenizer> {

@@ -82,6 +82,8 @@ impl std::str::FromStr for DrafterChoice {
 pub struct LlmOptions {
     /// A folder in the Hugging Face layout, a GGUF file, a name this project knows, or `org/name` in the hub's cache.
     pub model: String,
+    /// Random weights of this seed, in the sizes of the model's config alone: for whoever measures speed.
+    pub random_weights: Option<u64>,
     pub drafter: DrafterChoice,
     /// The tree of every round; `None` lets drafter and scheduler choose.
     pub tree: Option<TreeShape>,
@@ -120,6 +122,7 @@ impl Default for LlmOptions {
     fn default() -> LlmOptions {
         LlmOptions {
             model: hub::DEFAULT_MODEL.to_string(),
+            random_weights: None,
             drafter: DrafterChoice::Auto,
             tree: None,
             max_nodes: None,
@@ -178,7 +181,10 @@ impl Llm {
 
     pub fn load_with_progress(options: &LlmOptions, progress: &mut dyn FnMut(LoadProgress)) -> Result<Llm> {
         let path = Llm::resolve(&options.model, progress)?;
-        let model = Model::open(&path)?;
+        let model = match options.random_weights {
+            Some(seed) => Model::random_like(&path, seed)?,
+            None => Model::open(&path)?,
+        };
         let config = model.config();
         let own = config.max_position_embeddings;
         let context = options.context.unwrap_or(own.min(DEFAULT_CONTEXT));

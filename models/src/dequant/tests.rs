@@ -30,7 +30,7 @@ fn element(format: Format, block: &[u8], i: usize) -> f64 {
             let high = bits(128 + 32 * half + lane, 2 * run, 2);
             f16_at(208) * f64::from(block[192 + i / 16] as i8) * (low + 16.0 * high - 32.0)
         }
-        Format::F32 | Format::F16 | Format::BF16 => unreachable!("not a block format"),
+        Format::F32 | Format::F16 | Format::BF16 | Format::F8E4M3 => unreachable!("not a block format"),
     }
 }
 

@@ -262,3 +262,14 @@ fn default_model() -> Option<PathBuf> {
         Some(cache.join("models").join(crate::hub::DEFAULT_MODEL).join("model.gguf"))
     })
 }
+
+#[test]
+fn bytes_are_tokens_where_nothing_was_learned() {
+    let tokenizer = Tokenizer::of_bytes(300).unwrap();
+    let text = "añb\n";
+    let tokens = tokenizer.encode(text, true).unwrap();
+    assert_eq!(tokens.len(), text.len());
+    assert_eq!(tokenizer.decode(&tokens), text);
+    assert_eq!(tokenizer.decode(&[299]), "<299>");
+    assert!(Tokenizer::of_bytes(255).is_err());
+}

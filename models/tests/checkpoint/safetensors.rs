@@ -185,3 +185,28 @@ proptest! {
         read_all(folder(&[("model.safetensors", &bytes)]).path()).ok();
     }
 }
+
+/// DeepSeek-V3's: 8-bit floats, a scale for each block of 128 rows and columns.
+#[test]
+fn blocks_of_8_bit_floats_have_their_scales() {
+    let (shape, scales) = ([130, 136], [1.0, 0.5, 2.0, 4.0]);
+    // 0x38 is one, 0xC0 minus two.
+    let bytes: Vec<u8> = (0..130 * 136).map(|i| if i % 3 == 0 { 0xC0 } else { 0x38 }).collect();
+    let matrix = ("a.weight", "F8_E4M3", &shape[..], bytes);
+    let of_matrix = ("a.weight_scale_inv", "F32", &[2, 2][..], f32_bytes(scales));
+    let whole = folder(&[("model.safetensors", &file(&[matrix.clone(), of_matrix]))]);
+    let checkpoint = Checkpoint::open(whole.path()).unwrap();
+    assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["a.weight"]);
+    let tensor = checkpoint.tensor("a.weight").unwrap();
+    assert_eq!(tensor.dtype, DType::BF16);
+    for (i, value) in to_f32(&tensor).into_iter().enumerate() {
+        let scale = scales[i / 136 / 128 * 2 + i % 136 / 128];
+        assert_eq!(value, if i % 3 == 0 { -2.0 * scale } else { scale }, "element {i}");
+    }
+
+    let without = folder(&[("model.safetensors", &file(&[matrix.clone()]))]);
+    assert_error(without.path(), "tensor a.weight_scale_inv is missing");
+    let few = ("a.weight_scale_inv", "F32", &[2, 1][..], f32_bytes([1.0, 2.0]));
+    let few = folder(&[("model.safetensors", &file(&[matrix, few]))]);
+    assert_error(few.path(), "tensor a.weight_scale_inv has shape [2, 1], expected [2, 2]");
+}

@@ -111,6 +111,10 @@ pub struct TargetArgs {
     /// A folder in the Hugging Face layout, a GGUF file, a known name, or org/name in the hub's cache
     #[arg(short, long, default_value = treespark_models::hub::DEFAULT_MODEL)]
     pub model: String,
+    /// Take the sizes in the model's config.json (the file itself will do) and random weights of this seed: its text is
+    /// noise, its speed that of the real one
+    #[arg(long, value_name = "SEED")]
+    pub random_weights: Option<u64>,
     /// auto, cpu, cuda, cuda:N, wgpu, or wgpu:N (see `treespark devices`)
     #[arg(short, long, default_value = "auto")]
     pub backend: BackendChoice,
@@ -216,7 +220,13 @@ impl ModelArgs {
 
 impl TargetArgs {
     pub fn options(&self) -> LlmOptions {
-        LlmOptions { model: self.model.clone(), backend: self.backend, context: self.context, ..LlmOptions::default() }
+        LlmOptions {
+            model: self.model.clone(),
+            random_weights: self.random_weights,
+            backend: self.backend,
+            context: self.context,
+            ..LlmOptions::default()
+        }
     }
 }
 
