@@ -3,6 +3,7 @@
 //! Passes of one model share their buffers by name (same name, same description); only `rows`, the number of rows a
 //! pass is compiled for, differs. A pass prints as readable text and counts its bytes.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::op::{CacheShape, Op};
@@ -130,13 +131,21 @@ impl Pass {
         self.ops.iter().try_for_each(|op| op.check(self))
     }
 
-    /// Bytes of weights that one run reads, but for the few rows that an embedding looks up.
+    /// Bytes of weights that a run of one row reads, but for the few rows that an embedding looks up: of experts, those that
+    /// a row chooses.
     pub fn weight_bytes(&self) -> usize {
-        let streamed = self.ops.iter().filter(|op| !matches!(op, Op::Embed { .. }));
-        let mut used: Vec<usize> = streamed.flat_map(|op| op.operands()).map(|(_, buf)| buf.0).collect();
-        used.sort_unstable();
-        used.dedup();
-        used.iter().map(|&at| &self.buffers[at]).filter(|b| b.role == Role::Weight).map(BufferDesc::bytes).sum()
+        let mut used: BTreeMap<usize, usize> = BTreeMap::new();
+        for op in self.ops.iter().filter(|op| !matches!(op, Op::Embed { .. })) {
+            let weights =
+                op.operands().into_iter().map(|(_, buf)| buf).filter(|&buf| self.buffer(buf).role == Role::Weight);
+            used.extend(weights.map(|buf| (buf.0, self.buffer(buf).bytes())));
+            if let Op::ExpertGateUp { weight, groups, out, .. } | Op::ExpertDown { weight, groups, out, .. } = op {
+                let [rows, chosen] = [0, 1].map(|dim| self.buffer(*out).shape[dim]);
+                let experts = self.buffer(*groups).len() - 1 - rows * chosen;
+                used.insert(weight.0, self.buffer(*weight).bytes() / experts * chosen);
+            }
+        }
+        used.values().sum()
     }
 }
 

@@ -219,6 +219,16 @@ pub fn weights(config: &Config, context: usize) -> Vec<Weight> {
     list.finish()
 }
 
+/// Bytes of weights that every pass with a head reads, and those of all experts, of which it reads what its rows chose.
+pub fn streamed_bytes(config: &Config) -> [usize; 2] {
+    let mut bytes = [0, 0];
+    let is_looked_up = |name: &str| name == "embed" && !config.tied;
+    for Weight { desc, .. } in weights(config, 1).iter().filter(|weight| !is_looked_up(&weight.desc.name)) {
+        bytes[usize::from(desc.name.contains(".expert_"))] += desc.bytes();
+    }
+    bytes
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
@@ -368,6 +378,18 @@ out=ffn:f32[16, 48]
                 assert_eq!(listed, used, "{architecture}, tied: {tied}");
             }
         }
+    }
+
+    #[test]
+    fn experts_are_counted_apart() {
+        let config = config("DeepseekV3ForCausalLM", false);
+        let [dense, experts] = streamed_bytes(&config);
+        // Eight of three matrices each, in one layer.
+        assert_eq!(experts, 8 * 3 * 16 * 32 * 2);
+        let dims = dims();
+        let pass = Llama::new(&config, &dims).logits_pass(1).unwrap();
+        let rope = pass.buffers.iter().find(|desc| desc.name == "rope").unwrap().bytes();
+        assert_eq!(pass.weight_bytes() - rope, dense - 8 / 2 * 2 * 4 + experts * 2 / 8, "two of them for each row");
     }
 
     #[test]

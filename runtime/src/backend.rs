@@ -62,6 +62,18 @@ impl PassCost {
         PassCost(relative.collect())
     }
 
+    /// The same for a model with experts, where weights are what a pass waits for: every row brings some `chosen` of `count`
+    /// experts, of which a pass reads those that no other row brought. Rows are taken to choose independently.
+    pub fn with_experts(&self, dense_bytes: usize, expert_bytes: usize, [chosen, count]: [usize; 2]) -> PassCost {
+        let seconds = |rows: usize| {
+            let missed = (1.0 - chosen as f64 / count as f64).powi(rows as i32);
+            let read = dense_bytes as f64 + expert_bytes as f64 * (1.0 - missed);
+            read * f64::from(self.of(rows))
+        };
+        let points: Vec<(usize, f64)> = (0..=8).map(|power| (1 << power, seconds(1 << power))).collect();
+        PassCost::measured(&points, seconds(1))
+    }
+
     pub fn of(&self, rows: usize) -> f32 {
         let points = &self.0;
         if let [(_, only)] = points[..] {

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use treespark_kernel_gen::{MAX_NODES, TreeShape};
-use treespark_models::{ChatTemplate, Message, Model, Speculator, TextStream, Tokenizer, hub, pretrained};
+use treespark_models::llama::streamed_bytes;
+use treespark_models::{ChatTemplate, Config, Message, Model, Speculator, TextStream, Tokenizer, hub, pretrained};
 
 use crate::backend::{Backend, PassCost};
 use crate::devices::{self, BackendChoice};
@@ -165,6 +166,15 @@ impl Default for GenerateOptions {
 }
 
 /// A language model, ready to generate.
+/// What passes of a model cost, on a device whose costs are those of a dense one.
+fn cost_of(config: &Config, dense: &PassCost) -> PassCost {
+    let [bytes, of_experts] = streamed_bytes(config);
+    match &config.experts {
+        Some(experts) => dense.with_experts(bytes, of_experts, [experts.chosen, experts.count]),
+        None => dense.clone(),
+    }
+}
+
 pub struct Llm {
     engine: Engine,
     tokenizer: Tokenizer,
@@ -234,7 +244,7 @@ impl Llm {
             _ if options.drafter == DrafterChoice::None => Box::new(NoDrafter),
             _ => Box::new(NgramDrafter::default()),
         };
-        let cost = if options.all_nodes { PassCost::FREE_ROWS } else { backend.info().cost.clone() };
+        let cost = if options.all_nodes { PassCost::FREE_ROWS } else { cost_of(config, &backend.info().cost) };
         target.set_cost(cost.clone());
         let scheduler = Scheduler::new(options.tree.clone(), limits.max_nodes.min(MAX_NODES), cost);
         let mut engine = Engine::new(backend, target, drafter, scheduler, context);

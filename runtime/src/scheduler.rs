@@ -275,6 +275,21 @@ mod tests {
         assert_eq!(nodes(&mut cheap, &[chain(&[1.0, 0.2, 0.1])], Policy::CONFIDENCE), [3]);
     }
 
+    /// DeepSeek-V2-Lite: 64 experts a layer, 6 of a row; of what a row reads, half are experts.
+    #[test]
+    fn trees_are_smaller_where_rows_bring_experts() {
+        let device = PassCost::new(&[(1, 1.0), (16, 1.1), (64, 1.5)]);
+        let mixture = device.with_experts(13, 128, [6, 64]);
+        assert!((mixture.of(1) - 1.0).abs() < 1e-6 && mixture.of(2) > 1.4 && mixture.of(64) > 7.0, "{mixture:?}");
+        assert!(mixture.of(256) < 1.02 * mixture.of(64) * device.of(256) / device.of(64), "each expert is read once");
+        let survival: Vec<f32> = (0..16).map(|depth| 0.8f32.powi(depth)).collect();
+        let taken = |cost: &PassCost| {
+            nodes(&mut Scheduler::new(None, 64, cost.clone()), &[chain(&survival)], Policy::CONFIDENCE)[0]
+        };
+        let (of_mixture, of_dense) = (taken(&mixture), taken(&device));
+        assert!(of_mixture < of_dense / 2, "{of_mixture} nodes beside {of_dense} of a dense model");
+    }
+
     #[test]
     fn a_given_shape_is_verified_whole() {
         let shape = Some(TreeShape::chain(2).unwrap());

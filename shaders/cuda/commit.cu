@@ -14,11 +14,11 @@ constexpr u32 PAGES_PER_REQUEST = 128;
 constexpr bool TILED = true; // the order of a block of the cache
 constexpr u32 POOL_PAGES = 512; // pages of a layer
 constexpr u32 CACHES = 2;
+constexpr u32 THREADS = 128;
 // constants-end
 
 constexpr u32 ELEMENTS = 16 / bytes_of(CACHE); // of what a thread moves at once
 constexpr u32 CHUNKS = HEAD_DIM / ELEMENTS; // of a vector
-constexpr u32 THREADS = CACHES * CHUNKS > 128 ? 256 : 128;
 constexpr u32 TURN = THREADS / (CACHES * CHUNKS); // path entries moved together
 static_assert(TURN > 0, "a key and its value need no more than the block's threads");
 

@@ -26,8 +26,16 @@ pub const SHAPES: [&str; 10] = [
 
 /// The committed models of random weights, one of each architecture.
 pub fn tiny_models() -> Vec<PathBuf> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity");
-    ["tiny-llama", "tiny-qwen2", "tiny-qwen3"].map(|name| folder.join(name)).to_vec()
+    ["tiny-llama", "tiny-qwen2", "tiny-qwen3"].map(parity_fixture).to_vec()
+}
+
+/// The same with latent attention and experts.
+pub fn tiny_deepseeks() -> Vec<PathBuf> {
+    ["tiny-deepseek-v2-lite", "tiny-deepseek-v2", "tiny-deepseek-v3"].map(parity_fixture).to_vec()
+}
+
+fn parity_fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity").join(name)
 }
 
 /// Greedy, and temperatures with every filter.

@@ -3,6 +3,8 @@
 //! On the CPU backend, and between speculative and plain on the wgpu backend, equality is exact: a row's sums do not
 //! depend on its neighbours. Random tiny models are covered here; SmolLM2 in `smollm2.rs`.
 
+use std::path::PathBuf;
+
 use treespark::backend::{Backend, PassCost};
 use treespark::cpu::CpuBackend;
 use treespark::draft::model::{MAX_CHILDREN, ModelDrafter};
@@ -15,7 +17,7 @@ use treespark::{Engine, Sampling, Sequence, Statistics};
 use treespark_kernel_gen::DType;
 use treespark_kernel_gen::TreeShape;
 use treespark_models::Model;
-use treespark_verify_tests::cases::{SHAPES, samplings, tiny_models};
+use treespark_verify_tests::cases::{SHAPES, samplings, tiny_deepseeks, tiny_models};
 use treespark_verify_tests::half_right::HalfRight;
 use treespark_verify_tests::rng::Rng;
 #[cfg(feature = "wgpu")]
@@ -67,13 +69,13 @@ impl Setup<'_> {
 }
 
 /// Each sampling with so many of the models and of the shapes, in turn.
-fn check_all(open: OpenBackend, shapes: &[&str], [models, each]: [usize; 2]) {
-    for (at, path) in tiny_models().into_iter().enumerate() {
-        let model = Model::open(&path).unwrap();
+fn check_all(open: OpenBackend, paths: &[PathBuf], shapes: &[&str], [models, each]: [usize; 2]) {
+    for (at, path) in paths.iter().enumerate() {
+        let model = Model::open(path).unwrap();
         let setup = Setup { model: &model, open };
         let vocab = model.config().vocab_size;
         let (mut rounds, mut tokens) = (0, 0);
-        let meets = |turn: &usize| (turn + at) % tiny_models().len() < models;
+        let meets = |turn: &usize| (turn + at) % paths.len() < models;
         for (turn, (name, sampling)) in samplings().into_iter().enumerate().filter(|(turn, _)| meets(turn)) {
             let (plain, _) = setup.run(|_| Box::new(NoDrafter), None, &sampling);
             assert_eq!(plain.len(), 40 + NEW_TOKENS);
@@ -99,7 +101,9 @@ fn check_all(open: OpenBackend, shapes: &[&str], [models, each]: [usize; 2]) {
 
 #[test]
 fn speculative_equals_plain_on_the_cpu() {
-    check_all(|| Box::new(CpuBackend::new(None)), &SHAPES, [tiny_models().len(), SHAPES.len()]);
+    let open = || Box::new(CpuBackend::new(None)) as Box<dyn Backend>;
+    check_all(open, &tiny_models(), &SHAPES, [tiny_models().len(), SHAPES.len()]);
+    check_all(open, &tiny_deepseeks(), &SHAPES, [tiny_deepseeks().len(), SHAPES.len() / 2]);
 }
 
 #[cfg(feature = "wgpu")]
@@ -108,7 +112,8 @@ fn speculative_equals_plain_on_wgpu() {
     let Some(gpu) = treespark_verify_tests::cases::gpu() else { return };
     // On a software rasteriser a run takes seconds. No kernel knows both the model's kind and the sampling.
     let models = if gpu.info().cost.of(16) > 3.0 { 1 } else { tiny_models().len() };
-    check_all(|| treespark_verify_tests::cases::gpu().expect("found before"), &SHAPES[3..6], [models, 1]);
+    let open = || treespark_verify_tests::cases::gpu().expect("found before");
+    check_all(open, &tiny_models(), &SHAPES[3..6], [models, 1]);
 }
 
 /// Backends sum in different orders: tokens may differ at a near-tie, and nowhere else.

@@ -3,6 +3,8 @@
 
 use std::time::Instant;
 
+use treespark_models::random;
+
 use super::{Kind, Network};
 use crate::backend::{Backend, PassCost};
 use crate::batch::Entry;
@@ -110,7 +112,10 @@ impl Network {
     /// A pass of so many rows, in shares as equal as can be.
     fn time_pass(&mut self, backend: &mut dyn Backend, seqs: &mut [Sequence], rows: usize) -> Result<f64> {
         let n = seqs.len();
-        let chain = |i: usize| TokenTree::chain(&vec![0; rows * (i + 1) / n - rows * i / n]);
+        // Different tokens choose different experts, as those of a text do.
+        let vocab = self.config.vocab_size;
+        let token = |row: usize| (random::hash(row as u64) % vocab as u64) as u32;
+        let chain = |i: usize| TokenTree::chain(&(rows * i / n..rows * (i + 1) / n).map(token).collect::<Vec<u32>>());
         let trees = (0..n).map(chain).collect::<Result<Vec<TokenTree>>>()?;
         least_seconds(&mut || {
             let entry = |(seq, tree): (_, &TokenTree)| Entry::of_tree(seq, tree.clone());
