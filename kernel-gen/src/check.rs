@@ -134,6 +134,13 @@ impl Op {
                 let hidden = c.normed("x", *x, *norm, max_rows)?;
                 c.shape("out", *out, DType::F32, &[max_rows, hidden])
             }
+            Op::Gather { states, sources, out, .. } => {
+                c.rank("states", *states, 2)?;
+                let width = c.dims(*states)[1];
+                c.shape("states", *states, DType::F32, &[max_rows, width])?;
+                c.shape("sources", *sources, DType::U32, &[max_rows])?;
+                c.shape("out", *out, DType::F32, &[max_rows, width])
+            }
             Op::Head { x, norm, weight, logits, .. } => {
                 let hidden = c.normed("x", *x, *norm, max_rows)?;
                 c.rank("logits", *logits, 2)?;

@@ -147,6 +147,7 @@ pub fn lower(op: &Op, pass: &Pass, device: &Device) -> Result<Vec<Launch>, Lower
         | Op::GroupRows { .. }
         | Op::ExpertGateUp { .. }
         | Op::ExpertDown { .. }
+        | Op::Gather { .. }
         | Op::Combine { .. } => return Err(LowerError::NoKernel { op: op.name() }),
     };
     for launch in &launches {

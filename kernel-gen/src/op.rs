@@ -259,6 +259,16 @@ pub enum Op {
         /// F32 `[R, H]`
         out: Buf,
     },
+    /// `out[r] = states[sources[r]]`
+    Gather {
+        batch: Batch,
+        /// F32 `[R, H]`
+        states: Buf,
+        /// U32 `[R]`, rows of `states`
+        sources: Buf,
+        /// F32 `[R, H]`
+        out: Buf,
+    },
     /// `logits[r] = rms_norm(x[r], norm, eps) · weightᵀ`
     Head {
         batch: Batch,

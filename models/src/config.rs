@@ -156,6 +156,15 @@ pub fn token_ids(value: &Value) -> Vec<u32> {
 
 fn architecture(json: &Value) -> Result<&'static str> {
     let got = json["architectures"][0].as_str().or(json["model_type"].as_str()).unwrap_or("(none named)");
+    // DeepSeek-V4: to load what is known of it would give another model.
+    let has = |beginning: &str| json.as_object().is_some_and(|keys| keys.keys().any(|key| key.starts_with(beginning)));
+    let parts =
+        [("hc_", "hyper-connections (hc_mult)"), ("dspark_", "a DSpark drafter of its own (dspark_block_size)")];
+    let parts: Vec<&str> = parts.into_iter().filter(|(key, _)| has(key)).map(|(_, what)| what).collect();
+    if !parts.is_empty() {
+        let got = format!("{got} with {}", parts.join(" and "));
+        return Err(Error::Architecture { got, supported: SUPPORTED.join(", ") });
+    }
     SUPPORTED
         .into_iter()
         .find(|&name| name == got)
@@ -331,6 +340,8 @@ mod tests {
     fn refusals_name_the_key_and_the_value() {
         let cases = [
             ("architectures", json!(["MambaForCausalLM"]), "MambaForCausalLM is not supported; supported: Llama"),
+            ("hc_mult", json!(4), "LlamaForCausalLM with hyper-connections (hc_mult) is not supported"),
+            ("dspark_block_size", json!(5), "with a DSpark drafter of its own (dspark_block_size) is not supported"),
             ("hidden_size", json!(0), "hidden_size is 0"),
             ("hidden_size", json!(-8), "hidden_size is -8"),
             ("hidden_size", json!(100), "hidden_size is 100, kernels need a multiple of 8"),

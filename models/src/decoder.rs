@@ -22,15 +22,17 @@ mod latent;
 pub(crate) struct Decoder<'a> {
     pub config: &'a Config,
     pub prefix: &'static str,
+    /// Which of the checkpoint's layers is layer 0.
+    pub first: usize,
 }
 
 impl Decoder<'_> {
-    /// The weight buffers of all layers. Tensors of layer i are called `{tensors}layers.{i}.…`.
+    /// The weight buffers of all layers. Tensors of layer i are called `{tensors}layers.{first + i}.…`.
     pub fn weights(&self, list: &mut WeightList, tensors: &str) {
         let Config { hidden, ffn, .. } = *self.config;
         for layer in 0..self.config.layers {
             let ours = |name: &str| self.layer_buffer(layer, name);
-            let theirs = |name: &str, rows: usize| (format!("{tensors}layers.{layer}.{name}"), rows);
+            let theirs = |name: &str, rows: usize| (format!("{tensors}layers.{}.{name}", self.first + layer), rows);
             list.vector(ours("attn_norm"), vec![theirs("input_layernorm.weight", hidden)]);
             match &self.config.latent {
                 Some(latent) => self.latent_weights(list, latent, tensors, layer),
@@ -50,7 +52,7 @@ impl Decoder<'_> {
 
     fn qkv_weights(&self, list: &mut WeightList, tensors: &str, layer: usize) {
         let ours = |name: &str| self.layer_buffer(layer, name);
-        let theirs = |name: &str, rows: usize| (format!("{tensors}layers.{layer}.{name}"), rows);
+        let theirs = |name: &str, rows: usize| (format!("{tensors}layers.{}.{name}", self.first + layer), rows);
         let qkv = |kind: &str| {
             let projections = [("q", self.config.q_dim()), ("k", self.config.kv_dim()), ("v", self.config.kv_dim())];
             projections.map(|(letter, rows)| theirs(&format!("self_attn.{letter}_proj.{kind}"), rows)).to_vec()

@@ -34,7 +34,7 @@ use crate::llama::{Llama, head_buffer};
 const PREFIX: &str = "draft.";
 impl DsparkConfig {
     fn decoder(&self) -> Decoder<'_> {
-        Decoder { config: &self.backbone, prefix: PREFIX }
+        Decoder { config: &self.backbone, prefix: PREFIX, first: 0 }
     }
 
     /// The weight buffers that the passes read. The sequential heads are not among them.

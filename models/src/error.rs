@@ -19,6 +19,8 @@ pub enum Error {
     #[error("{}: made for another target: its {what} is {drafter}, the target's {target}", path.display())]
     Mismatch { path: PathBuf, what: String, drafter: String, target: String },
     #[error("{0}")]
+    Drafter(String),
+    #[error("{0}")]
     Tokenizer(String),
     #[error("{0}")]
     ChatTemplate(String),

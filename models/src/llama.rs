@@ -18,6 +18,7 @@ use crate::block;
 use crate::builder::{Builder, Dims, NgramDims, Weight, WeightList};
 use crate::config::Config;
 use crate::decoder::Decoder;
+use crate::mtp::MtpConfig;
 use crate::speculator::SpeculatorConfig;
 
 /// The passes of a target.
@@ -34,14 +35,21 @@ impl<'a> Llama<'a> {
     }
 
     /// Embeds and runs all layers for their keys and values: what a prompt needs but for its last token. The last layer
-    /// ends with its cache rows, since nobody reads what would follow.
+    /// ends with its cache rows, unless a speculator reads what follows.
     pub fn extend_pass(&self, rows: usize) -> Result<Pass, PassError> {
         let mut builder = self.builder("extend", rows);
         self.embed(&mut builder);
         for layer in 0..self.config.layers - 1 {
             self.layer(&mut builder, layer);
         }
-        self.decoder().keep(&mut builder, self.config.layers - 1);
+        match self.speculator {
+            Some(speculator) if speculator.reads_all_states() => {
+                self.layer(&mut builder, self.config.layers - 1);
+                let x = self.decoder().x(&mut builder);
+                speculator.keep_states(&mut builder, x);
+            }
+            _ => self.decoder().keep(&mut builder, self.config.layers - 1),
+        }
         self.inject(&mut builder);
         builder.finish()
     }
@@ -108,6 +116,23 @@ impl<'a> Llama<'a> {
         let mut builder = self.builder("open a block", self.dims.max_rows);
         block::open(&mut builder, block, nodes);
         builder.finish()
+    }
+
+    /// With an MTP module: what it keeps of pairs of a state and the token behind it.
+    pub fn keep_pass(&self, rows: usize) -> Result<Pass, PassError> {
+        self.mtp().keep_pass(self, rows)
+    }
+
+    /// With an MTP module: the best tokens behind every pair, whose states are the target's (`is_first`) or its own.
+    pub fn level_pass(&self, rows: usize, is_first: bool) -> Result<Pass, PassError> {
+        self.mtp().level_pass(self, rows, is_first)
+    }
+
+    fn mtp(&self) -> &MtpConfig {
+        match self.speculator {
+            Some(SpeculatorConfig::Mtp(mtp)) => mtp,
+            _ => panic!("no MTP module is loaded"),
+        }
     }
 
     /// Drafts the first round's trees on the device.
@@ -197,7 +222,7 @@ impl<'a> Llama<'a> {
 }
 
 fn decoder(config: &Config) -> Decoder<'_> {
-    Decoder { config, prefix: "" }
+    Decoder { config, prefix: "", first: 0 }
 }
 
 /// The head's weight: a tied head is the embedding table.

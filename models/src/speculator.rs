@@ -11,15 +11,17 @@ use crate::builder::{Builder, Source, Weight};
 use crate::dspark::{DsparkConfig, SequentialHeads};
 use crate::error::{Error, Result};
 use crate::medusa::MedusaConfig;
+use crate::mtp::MtpConfig;
 use crate::origin::Origin;
 use crate::random::RandomTensors;
-use crate::{Bytes, Checkpoint, Config, Llama, Tensor, rope};
+use crate::{Bytes, Checkpoint, Config, Llama, Model, Tensor, rope};
 
 /// What a speculator is made of.
 #[derive(Debug, Clone, PartialEq)]
 pub enum SpeculatorConfig {
     Dspark(DsparkConfig),
     Medusa(MedusaConfig),
+    Mtp(MtpConfig),
 }
 
 /// A checkpoint that fits its target, or for measurements a configuration with random weights.
@@ -35,6 +37,7 @@ impl SpeculatorConfig {
             SpeculatorConfig::Dspark(dspark) if dspark.markov.is_none() => "dflash",
             SpeculatorConfig::Dspark(_) => "dspark",
             SpeculatorConfig::Medusa(_) => "medusa",
+            SpeculatorConfig::Mtp(_) => "mtp",
         }
     }
 
@@ -43,6 +46,7 @@ impl SpeculatorConfig {
         match self {
             SpeculatorConfig::Dspark(dspark) => dspark.block_shape(),
             SpeculatorConfig::Medusa(medusa) => medusa.block_shape(),
+            SpeculatorConfig::Mtp(mtp) => mtp.block_shape(),
         }
     }
 
@@ -51,7 +55,13 @@ impl SpeculatorConfig {
         match self {
             SpeculatorConfig::Dspark(dspark) => dspark.fits_devices(),
             SpeculatorConfig::Medusa(medusa) => medusa.fits_devices(),
+            SpeculatorConfig::Mtp(_) => false,
         }
+    }
+
+    /// Whether it reads the target's hidden states at every row of every pass, those of prompts too.
+    pub fn reads_all_states(&self) -> bool {
+        matches!(self, SpeculatorConfig::Mtp(_))
     }
 
     /// Bytes of all weight buffers together.
@@ -63,6 +73,7 @@ impl SpeculatorConfig {
         match self {
             SpeculatorConfig::Dspark(dspark) => dspark.weights(context),
             SpeculatorConfig::Medusa(medusa) => medusa.weights(),
+            SpeculatorConfig::Mtp(mtp) => mtp.weights(context),
         }
     }
 
@@ -80,10 +91,12 @@ impl SpeculatorConfig {
         }
     }
 
-    /// Behind the last layer, in a pass of the target that has a head.
+    /// Behind the last layer, in a pass of the target that runs all of it.
     pub(crate) fn keep_states(&self, builder: &mut Builder, x: Buf) {
-        if let SpeculatorConfig::Medusa(medusa) = self {
-            medusa.keep_states(builder, x);
+        match self {
+            SpeculatorConfig::Dspark(_) => {}
+            SpeculatorConfig::Medusa(medusa) => medusa.keep_states(builder, x),
+            SpeculatorConfig::Mtp(mtp) => mtp.keep_states(builder, x),
         }
     }
 
@@ -108,6 +121,7 @@ impl SpeculatorConfig {
         match self {
             SpeculatorConfig::Dspark(dspark) => dspark.draft_pass(target, block, blocks, candidates, costs),
             SpeculatorConfig::Medusa(medusa) => medusa.draft_pass(target, block, blocks, candidates, costs),
+            SpeculatorConfig::Mtp(mtp) => mtp.level_pass(target, blocks, true),
         }
     }
 
@@ -115,7 +129,7 @@ impl SpeculatorConfig {
     fn head_tensors(&self) -> Vec<(String, Vec<usize>)> {
         match self {
             SpeculatorConfig::Dspark(dspark) => dspark.head_tensors(),
-            SpeculatorConfig::Medusa(_) => Vec::new(),
+            SpeculatorConfig::Medusa(_) | SpeculatorConfig::Mtp(_) => Vec::new(),
         }
     }
 }
@@ -138,6 +152,15 @@ impl Speculator {
             SpeculatorConfig::Dspark(DsparkConfig::from_checkpoint(&checkpoint, target)?)
         };
         check_tensors(&config, &checkpoint)?;
+        Ok(Speculator { config, origin: Origin::Checkpoint(Box::new(checkpoint)) })
+    }
+
+    /// The MTP module in the checkpoint of a target, or one of random weights beside those of the target.
+    pub fn of_target(target: &Model) -> Result<Speculator> {
+        let config = SpeculatorConfig::Mtp(MtpConfig::of_target(target.config())?);
+        let Some(path) = target.path() else { return Ok(Speculator::random(config, target.config(), 1)) };
+        let checkpoint = Checkpoint::open(path)?;
+        check_that_tensors_are_there(&config, &checkpoint)?;
         Ok(Speculator { config, origin: Origin::Checkpoint(Box::new(checkpoint)) })
     }
 
@@ -183,7 +206,7 @@ impl Speculator {
     pub fn sequential_heads(&self) -> Result<SequentialHeads> {
         match &self.config {
             SpeculatorConfig::Dspark(dspark) => SequentialHeads::load(dspark, &self.origin),
-            SpeculatorConfig::Medusa(_) => Ok(SequentialHeads::default()),
+            SpeculatorConfig::Medusa(_) | SpeculatorConfig::Mtp(_) => Ok(SequentialHeads::default()),
         }
     }
 
@@ -198,18 +221,32 @@ impl Speculator {
     }
 
     fn rope_table(&self, shape: &[usize]) -> Tensor {
-        let SpeculatorConfig::Dspark(dspark) = &self.config else { unreachable!("no other has a rope") };
-        let frequencies = rope::inverse_frequencies(&dspark.backbone.rope, dspark.backbone.head_dim, None);
-        let bytes = rope::table(&frequencies, shape[0], dspark.backbone.rope.attention_factor())
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect();
+        let layer = match &self.config {
+            SpeculatorConfig::Dspark(dspark) => &dspark.backbone,
+            SpeculatorConfig::Mtp(mtp) => mtp.layer(),
+            SpeculatorConfig::Medusa(_) => unreachable!("heads have no rope"),
+        };
+        let frequencies = rope::inverse_frequencies(&layer.rope, layer.rotated(), None);
+        let table = rope::table(&frequencies, shape[0], layer.rope.attention_factor());
+        let bytes = table.into_iter().flat_map(f32::to_le_bytes).collect();
         Tensor { dtype: DType::F32, shape: shape.to_vec(), bytes: Bytes::from_vec(bytes) }
     }
 }
 
 /// All tensors that are needed are there in their shape, and no other.
 fn check_tensors(config: &SpeculatorConfig, checkpoint: &Checkpoint) -> Result<()> {
+    let used = check_that_tensors_are_there(config, checkpoint)?;
+    match checkpoint.names().find(|name| !used.contains(name)) {
+        Some(name) => Err(Error::Malformed {
+            path: checkpoint.path().to_path_buf(),
+            problem: format!("tensor {name} is not part of the drafter as it is configured"),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// All that are needed, whatever others there may be. Returns their names.
+fn check_that_tensors_are_there(config: &SpeculatorConfig, checkpoint: &Checkpoint) -> Result<HashSet<String>> {
     let mut needed = config.head_tensors();
     let weights = config.weights(1);
     needed.extend(weights.iter().flat_map(|weight| weight.source.parts()).map(|p| (p.tensor.clone(), p.shape.clone())));
@@ -224,11 +261,5 @@ fn check_tensors(config: &SpeculatorConfig, checkpoint: &Checkpoint) -> Result<(
             }
         };
     }
-    match checkpoint.names().find(|name| !used.contains(name)) {
-        Some(name) => Err(Error::Malformed {
-            path: checkpoint.path().to_path_buf(),
-            problem: format!("tensor {name} is not part of the drafter as it is configured"),
-        }),
-        None => Ok(()),
-    }
+    Ok(used)
 }

@@ -19,6 +19,8 @@ import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
 
 from gguf_to_hf import Gguf, convert
 
@@ -26,6 +28,8 @@ SEED = 20261124
 TOP = 64
 LAST = 6
 LEAST_GAP = 1e-4
+LEAST_MARGIN = 1e-3
+CHAIN = 4
 ROUTER_BIAS = "e_score_correction_bias"
 PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
@@ -179,6 +183,15 @@ TINY = {
         "rope_scaling": yarn(1.0, 1.0),
     },
 }
+TINY["tiny-deepseek-v3-mtp"] = {
+    **TINY["tiny-deepseek-v3"],
+    "num_hidden_layers": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 1,
+}
 
 MESSAGES = [
     [{"role": "user", "content": "What is the capital of France?"}],
@@ -241,13 +254,58 @@ def checkpoint(model):
     return weights
 
 
+def mtp_checkpoint(model, mtp):
+    """The MTP module as real checkpoints have it: one more layer, with copies of the embedding and the head."""
+    prefix = f"model.layers.{model.config.num_hidden_layers}."
+    weights = {}
+    for name, tensor in checkpoint(mtp.layers).items():
+        name = name.removeprefix("0.").removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
+        weights[prefix + name] = tensor
+    weights[prefix + "embed_tokens.weight"] = model.model.embed_tokens.weight.detach().clone()
+    weights[prefix + "shared_head.head.weight"] = model.lm_head.weight.detach().clone()
+    return weights
+
+
 @torch.no_grad()
 def logits_of(model, tokens):
     return model(torch.tensor([tokens])).logits[0].float().numpy()
 
 
 @torch.no_grad()
-def routing_gap(model, tokens):
+def mtp_of(model, mtp, tokens):
+    """The MTP module's logits, its greedy continuations, and the least margin of a token in those."""
+
+    def step(states, inputs, cache):
+        start = 1 + cache.get_seq_length()
+        positions = torch.arange(start, start + inputs.numel())[None]
+        return mtp.forward_layer(0, states, positions, cache, input_ids=inputs)
+
+    ids = torch.tensor([tokens])
+    states = model.model(ids).last_hidden_state
+    logits = model.lm_head(step(states[:, :-1], ids[:, 1:], MtpCache(config=mtp.config)))[0]
+    lengths = [1, 5, 17, 33, len(tokens) - 1]
+    chains, margins = [], []
+    for length in lengths:
+        cache = MtpCache(config=mtp.config)
+        state = step(states[:, :length], ids[:, 1 : length + 1], cache)[:, -1:]
+        chain = []
+        while True:
+            best = model.lm_head(state)[0, 0].topk(2)
+            margins.append((best.values[0] - best.values[1]).item())
+            chain.append(best.indices[0].item())
+            if len(chain) == CHAIN:
+                break
+            state = step(state, best.indices[None, :1], cache)
+        chains.append(chain)
+    arrays = {
+        "mtp.logits": logits.numpy(),
+        "mtp.lengths": np.array(lengths, np.uint32),
+        "mtp.chain": np.array(chains, np.uint32),
+    }
+    return arrays, min(margins)
+
+
+def routing_gap(model, compute):
     """How near to a tie the choice of groups and experts comes, in scores. Rounding must not decide a fixture."""
     gaps = [1.0]
 
@@ -266,7 +324,7 @@ def routing_gap(model, tokens):
 
     settings = model.config
     hooks = [m.register_forward_hook(look) for name, m in model.named_modules() if name.endswith("mlp.gate")]
-    logits_of(model, tokens)
+    compute()
     for hook in hooks:
         hook.remove()
     return min(gaps)
@@ -280,7 +338,16 @@ def make_tiny(name, config, out):
     settings = transformers.AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_config(settings, **PLAIN)
     randomise(model, generator)
-    (folder / "model.safetensors").write_bytes(safetensors.torch.save(checkpoint(model), {"format": "pt"}))
+    weights = checkpoint(model)
+    extra = {}
+    if config.get("num_nextn_predict_layers"):
+        built_mtp = MtpModel(model, 1).eval()
+        randomise(built_mtp.layers, generator)
+        extra = mtp_checkpoint(model, built_mtp)
+        # Transformers looks for DeepSeek-V3's MTP module at layer 61, wherever the model ends.
+        mtp_layer = rf"model\.layers\.{config['num_hidden_layers']}\."
+        type(model)._keys_to_ignore_on_load_unexpected = [mtp_layer]
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save({**weights, **extra}, {"format": "pt"}))
 
     # Loaded again, so that the logits are those of the folder as anybody would read it.
     built = model.eval()
@@ -288,15 +355,34 @@ def make_tiny(name, config, out):
         folder, dtype=torch.float32, output_loading_info=True, **PLAIN
     )
     assert not info["missing_keys"] and not info["unexpected_keys"], info
+    model.eval()
+    mtp = MtpModel.from_pretrained(model).eval() if extra else None
+
+    def clear_cut(tokens):
+        if routing_gap(model, lambda: logits_of(model, tokens)) < LEAST_GAP:
+            return False
+        if not extra:
+            return True
+        return (
+            routing_gap(mtp, lambda: mtp_of(model, mtp, tokens)) >= LEAST_GAP
+            and mtp_of(model, mtp, tokens)[1] >= LEAST_MARGIN
+        )
+
     arrays = {"inv_freq": model.model.rotary_emb.inv_freq.numpy()}
-    for i, length in enumerate((61, 131) if "kv_lora_rank" in config else (28, 41)):
+    for i, length in enumerate((61, 90) if extra else (61, 131) if "kv_lora_rank" in config else (28, 41)):
         tokens = None
-        while tokens is None or routing_gap(model.eval(), tokens) < LEAST_GAP:
+        while tokens is None or not clear_cut(tokens):
             tokens = torch.randint(0, config["vocab_size"], (length,), generator=generator).tolist()
-        logits = logits_of(model.eval(), tokens)
+        logits = logits_of(model, tokens)
         assert np.array_equal(logits, logits_of(built, tokens)), name
         arrays[f"tokens.{i}"] = np.array(tokens, np.uint32)
         arrays[f"logits.{i}"] = logits
+        if extra:
+            drafts, margin = mtp_of(model, mtp, tokens)
+            for key, array in mtp_of(built, built_mtp, tokens)[0].items():
+                assert np.array_equal(drafts[key], array), (name, key)
+                arrays[f"{key}.{i}"] = array
+            print(f"{name} {i}: mtp logits std {drafts['mtp.logits'].std():.2f}, least margin of a chain {margin:.4f}")
         top = np.sort(logits, axis=1)[:, ::-1]
         print(f"{name} {i}: logits std {logits.std():.2f}, gap of the best two {np.mean(top[:, 0] - top[:, 1]):.2f}")
     save_arrays(arrays, folder)

@@ -67,6 +67,12 @@ impl Batch {
         self.add_rows(kv, nodes.iter().map(row), 0, sampling);
     }
 
+    /// The same behind so many tokens of the cache, not all of it. Nothing is drawn.
+    pub fn add_behind(&mut self, kv: &KvCache, prefix: usize, tree: &TokenTree, nodes: &[usize]) {
+        let row = |&node: &usize| (node, tree.token(node), tree.shape().depth(node), tree.shape().ancestors(node));
+        self.add_rows_at(kv, prefix, nodes.iter().map(row), 0, &Sampling::default());
+    }
+
     /// Adds a request with a block: tokens one behind the other that all see each other.
     pub fn add_block(&mut self, kv: &KvCache, tokens: &[u32], sampling: &Sampling) {
         let mut seen = [0; ANCESTOR_WORDS];
@@ -90,8 +96,19 @@ impl Batch {
         given: usize,
         sampling: &Sampling,
     ) {
+        self.add_rows_at(kv, kv.len(), rows, given, sampling);
+    }
+
+    fn add_rows_at(
+        &mut self,
+        kv: &KvCache,
+        prefix: usize,
+        rows: impl ExactSizeIterator<Item = (usize, u32, usize, [u32; ANCESTOR_WORDS])>,
+        given: usize,
+        sampling: &Sampling,
+    ) {
         let request = Request {
-            prefix: kv.len() as u32,
+            prefix: prefix as u32,
             first_row: self.n_rows() as u32,
             n_rows: rows.len() as u32,
             sample: sampling.sample,
@@ -105,7 +122,7 @@ impl Batch {
         };
         let index = self.n_requests() as u32;
         for (node, token, depth, ancestors) in rows {
-            let position = kv.len() + depth;
+            let position = prefix + depth;
             let row = Row { token, position: position as u32, request: index, node: node as u32, ancestors };
             self.rows.extend(row.to_words());
             self.keys = self.keys.max(position + 1);

@@ -6,6 +6,7 @@
 pub mod best_first;
 pub mod block;
 pub mod model;
+pub mod mtp;
 pub mod ngram;
 
 use treespark_kernel_gen::TreeShape;

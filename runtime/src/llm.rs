@@ -9,7 +9,8 @@ use treespark_models::{ChatTemplate, Config, Message, Model, Speculator, TextStr
 use crate::backend::{Backend, PassCost};
 use crate::devices::{self, BackendChoice};
 use crate::draft::block::BlockDrafter;
-use crate::draft::model::ModelDrafter;
+use crate::draft::model::{MAX_CHILDREN, ModelDrafter};
+use crate::draft::mtp::MtpDrafter;
 use crate::draft::ngram::NgramDrafter;
 use crate::draft::{Drafter, NoDrafter};
 use crate::engine::{Engine, Round};
@@ -38,6 +39,8 @@ pub enum DrafterChoice {
     None,
     /// Repeats of the prompt and the generated text.
     Ngram,
+    /// The target's own module for the next tokens (MTP), where its checkpoint has one.
+    Mtp,
     /// One that is shipped for the target, by its name: `dspark`, `medusa` or `model`.
     Shipped(&'static str),
     /// A speculator that was made for the target, or a model with the same tokenizer: anything that `--model` takes.
@@ -51,7 +54,7 @@ impl DrafterChoice {
     fn resolve(&self, target: &str, progress: &mut dyn FnMut(LoadProgress)) -> Result<Option<PathBuf>> {
         Ok(match self {
             DrafterChoice::Auto => pretrained::find(target, "dspark").ok(),
-            DrafterChoice::None | DrafterChoice::Ngram => None,
+            DrafterChoice::None | DrafterChoice::Ngram | DrafterChoice::Mtp => None,
             DrafterChoice::Shipped(name) => Some(pretrained::find(target, name)?),
             DrafterChoice::Path(name) => Some(Llm::resolve(name, progress)?),
         })
@@ -70,10 +73,11 @@ impl std::str::FromStr for DrafterChoice {
             ("auto", _) => Ok(DrafterChoice::Auto),
             ("none", _) => Ok(DrafterChoice::None),
             ("ngram", _) => Ok(DrafterChoice::Ngram),
+            ("mtp", _) => Ok(DrafterChoice::Mtp),
             (_, Some(name)) if !name.is_empty() => path(name),
             // A mistyped name is not taken for the name of a file that is missing.
             _ if text.contains(['/', '.']) || Path::new(text).exists() => path(text),
-            _ => Err(format!("'{text}' is no drafter; there are: auto, none, ngram, dspark, medusa, model, PATH")),
+            _ => Err(format!("'{text}' is no drafter; there are: auto, none, ngram, mtp, dspark, medusa, model, PATH")),
         }
     }
 }
@@ -219,11 +223,15 @@ impl Llm {
                 model.tokenizer()?.check_same(&tokenizer)?;
                 draft = Some(model);
             }
+            None if options.drafter == DrafterChoice::Mtp => speculator = Some(Speculator::of_target(&model)?),
             None => {}
         }
 
         let mut backend = devices::open(&options.backend)?;
         let mut limits = Limits::new(context, options.tree.as_ref().map_or(chosen, TreeShape::len));
+        if options.drafter == DrafterChoice::Mtp {
+            limits.top_k = MAX_CHILDREN.min(config.vocab_size);
+        }
         if let Some(many) = options.many {
             let block_rows = speculator.as_ref().map_or(0, |speculator| speculator.config().block().rows);
             limits = limits.for_many(many.max_requests(backend.as_ref()), block_rows, backend.drafts())?;
@@ -237,6 +245,7 @@ impl Llm {
         let beside = speculator.as_ref();
         let mut target = Network::load_with_speculator(backend.as_mut(), &model, beside, limits, &mut weights)?;
         let drafter: Box<dyn Drafter> = match (&speculator, &draft) {
+            _ if options.drafter == DrafterChoice::Mtp => Box::new(MtpDrafter::new()?),
             (Some(speculator), _) => Box::new(BlockDrafter::load(speculator)?),
             (None, Some(draft)) => {
                 Box::new(ModelDrafter::load(backend.as_mut(), draft, config.vocab_size, limits, &mut weights)?)

@@ -6,6 +6,7 @@ mod block;
 mod growth;
 mod many;
 mod measure;
+mod mtp;
 mod rounds;
 
 pub use block::Block;
@@ -39,6 +40,10 @@ enum Kind {
     Draft,
     /// From these, a tree's next level: the last of the shape.
     Grow(TreeShape),
+    /// What an MTP module keeps of what was accepted.
+    Keep,
+    /// Its guesses: behind states of the target (the first level of a tree), or of its own.
+    Guess { is_first: bool },
     /// A speculator's parallel stage, in blocks for so many tokens, for the host to grow trees from. Its rows are those of whole
     /// blocks.
     Block { depth: usize },
@@ -149,6 +154,8 @@ pub struct Network {
     pass_weight_bytes: usize,
     /// What the device has left in the batch buffers, if it is a tree.
     drafted: Option<Drafted>,
+    /// Passes of the target so far: an MTP module reads the states of the last.
+    target_passes: u64,
 }
 
 impl Network {
@@ -206,6 +213,7 @@ impl Network {
             pool: PagePool::new(dims.pages, dims.page_size),
             pass_weight_bytes: 0,
             drafted: None,
+            target_passes: 0,
             cost: backend.info().cost.clone(),
             block_costs: Vec::new(),
             draft_share: 0.0,
@@ -260,22 +268,26 @@ impl Network {
         self.memory.usage()
     }
 
-    /// Runs a chain of tokens that nobody doubts, in chunks, and commits them. `progress` gets tokens done.
+    /// Runs a text but for its last token, in chunks that nobody doubts, and commits them. `progress` gets tokens done.
     pub fn extend(
         &mut self,
         backend: &mut dyn Backend,
         kv: &mut KvCache,
-        tokens: &[u32],
+        text: &[u32],
         progress: &mut dyn FnMut(usize),
     ) -> Result<()> {
+        let tokens = &text[..text.len() - 1];
         for (i, chunk) in tokens.chunks(MAX_NODES).enumerate() {
             let chain = TokenTree::chain(chunk)?;
             let mut batch = Batch::new(self.dims.pages_per_request);
             kv.reserve(&mut self.pool, chunk.len())?;
             batch.add_tree(kv, &chain, &Sampling::default());
             self.run(backend, Kind::Extend, &batch)?;
+            self.target_passes += 1;
             kv.commit(chunk.len());
-            progress(i * MAX_NODES + chunk.len());
+            let done = i * MAX_NODES + chunk.len();
+            self.keep_chunk(backend, kv, &text[done - chunk.len() + 1..=done])?;
+            progress(done);
         }
         Ok(())
     }
@@ -295,6 +307,7 @@ impl Network {
     /// rows are moved next to the prefix, and rejected ones left alone: nothing reads past the prefix, and the next tree
     /// overwrites them. Enqueues, does not wait.
     pub fn verify(&mut self, backend: &mut dyn Backend, entries: &mut [Entry<'_>]) -> Result<()> {
+        self.keep_accepted(backend, entries)?;
         let masks = masks(entries);
         let mut batch = Batch::new(self.dims.pages_per_request);
         let block_rows = self.block_rows();
@@ -304,6 +317,7 @@ impl Network {
             seq.last_row = batch.n_rows();
             batch.add_given(&seq.kv, tree, *given, &seq.sampling);
         }
+        self.target_passes += 1;
         if entries.iter().all(Entry::is_part) {
             return self.run(backend, Kind::Extend, &batch);
         }
@@ -442,6 +456,8 @@ impl Network {
             Kind::Block { depth } => self.block_pass(self.shortened(*depth), rows, None),
             Kind::GrowBlock { depth, nodes } => self.block_pass(self.shortened(*depth), rows, Some(&costs(*nodes))),
             Kind::Grow(shape) => llama.grow_pass(shape.clone()),
+            Kind::Keep => llama.keep_pass(rows),
+            Kind::Guess { is_first } => llama.level_pass(rows, *is_first),
             Kind::Round { nodes } if self.speculator.is_some() => llama.round_pass_with_block(rows, *nodes),
             Kind::Round { nodes } => llama.round_pass(rows, drafter(*nodes)),
             Kind::OpenBlocks { depth, nodes } => llama.block_pass(self.shortened(*depth), *nodes),

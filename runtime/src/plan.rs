@@ -95,6 +95,7 @@ impl fmt::Display for MemoryPlan {
 fn backbone(config: &SpeculatorConfig) -> Option<&Config> {
     match config {
         SpeculatorConfig::Dspark(dspark) => Some(&dspark.backbone),
+        SpeculatorConfig::Mtp(mtp) => Some(mtp.layer()),
         SpeculatorConfig::Medusa(_) => None,
     }
 }

@@ -24,6 +24,14 @@ pub enum FinishReason {
     Cancelled,
 }
 
+/// The rows of a target's pass whose tokens it left in the cache last: their hidden states are there until the next pass.
+#[derive(Debug, Default)]
+pub(crate) struct Fresh {
+    pub rows: Vec<u32>,
+    /// Which pass.
+    pub pass: u64,
+}
+
 /// Invariant between rounds, once its prompt is in the cache: the cache holds every token but the last,
 /// `tokens.len() == kv.len() + 1`.
 #[derive(Debug)]
@@ -40,6 +48,8 @@ pub struct Sequence {
     pub(crate) draft: Option<Draft>,
     /// Row of the target's last pass behind which it drew the last token.
     pub(crate) last_row: usize,
+    /// What an MTP module has yet to take in.
+    pub(crate) fresh: Fresh,
     id: u64,
     tokens: Vec<u32>,
     prompt_len: usize,
@@ -73,6 +83,7 @@ impl Sequence {
             wants_logits: false,
             draft: None,
             last_row: 0,
+            fresh: Fresh::default(),
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             seen: (sampling.repetition_penalty != 1.0).then(|| vec![0; vocab.div_ceil(32)]),
             sampling,

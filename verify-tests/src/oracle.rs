@@ -143,6 +143,7 @@ impl Backend for Oracle {
                 Op::Combine { .. } => step.combine(op),
                 Op::ResBlock { .. } => step.res_block(op),
                 Op::Norm { .. } => step.norm(op),
+                Op::Gather { .. } => step.gather(op),
                 Op::Head { .. } => step.head(op),
                 Op::Mask { .. } => step.mask(op),
                 Op::Draw { .. } => step.draw(op),

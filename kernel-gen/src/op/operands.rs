@@ -23,6 +23,7 @@ impl Op {
             Op::Combine { .. } => "combine",
             Op::ResBlock { .. } => "res_block",
             Op::Norm { .. } => "rms_norm",
+            Op::Gather { .. } => "gather",
             Op::Head { .. } => "head",
             Op::Mask { .. } => "mask",
             Op::Draw { .. } => "draw",
@@ -56,6 +57,7 @@ impl Op {
             | Op::Combine { batch, .. }
             | Op::ResBlock { batch, .. }
             | Op::Norm { batch, .. }
+            | Op::Gather { batch, .. }
             | Op::Head { batch, .. }
             | Op::Mask { batch, .. }
             | Op::Draw { batch, .. }
@@ -140,6 +142,9 @@ impl Op {
                 list.extend([("states", states), ("weight", weight), ("bias", bias), ("out", out)]);
             }
             Op::Norm { x, norm, out, .. } => list.extend([("x", x), ("norm", norm), ("out", out)]),
+            Op::Gather { states, sources, out, .. } => {
+                list.extend([("states", states), ("sources", sources), ("out", out)]);
+            }
             Op::Head { x, norm, weight, logits, .. } => {
                 list.extend([("x", x), ("norm", norm), ("weight", weight), ("logits", logits)]);
             }

@@ -19,7 +19,7 @@ impl Decoder<'_> {
     pub(super) fn expert_weights(&self, list: &mut WeightList, experts: &Experts, tensors: &str, layer: usize) {
         let hidden = self.config.hidden;
         let ours = |name: &str| self.layer_buffer(layer, name);
-        let theirs = |name: &str, rows: usize| (format!("{tensors}layers.{layer}.mlp.{name}"), rows);
+        let theirs = |name: &str, rows: usize| (format!("{tensors}layers.{}.mlp.{name}", self.first + layer), rows);
         list.matrix(ours("router"), hidden, vec![theirs("gate.weight", experts.count)]);
         if experts.biased {
             list.vector(ours("router_bias"), vec![theirs("gate.e_score_correction_bias", experts.count)]);

@@ -27,7 +27,7 @@ impl Decoder<'_> {
         let &Latent { compressed, rank, nope_dim, rotated, value_dim, interleaved } = latent;
         let (heads, hidden) = (self.config.heads, self.config.hidden);
         let ours = |name: &str| self.layer_buffer(layer, name);
-        let theirs = |name: &str| format!("{tensors}layers.{layer}.self_attn.{name}.weight");
+        let theirs = |name: &str| format!("{tensors}layers.{}.self_attn.{name}.weight", self.first + layer);
 
         let paired = |head| interleaved.then_some(Cut::Rotated { head, rotated });
         let query = compressed.map(|size| (theirs("q_a_proj"), [size, hidden], None));

@@ -95,8 +95,8 @@ pub struct TreeArgs {
 pub struct ModelArgs {
     #[command(flatten)]
     pub target: TargetArgs,
-    /// Who drafts: auto (the shipped dspark where there is one, else ngram), none, ngram, dspark, medusa, model (shipped
-    /// ones), or the PATH of a DSpark, DFlash or Medusa drafter, or of a model with the same tokenizer
+    /// Who drafts: auto (the shipped dspark where there is one, else ngram), none, ngram, mtp (the model's own), dspark, medusa, model
+    /// (shipped ones), or the PATH of a DSpark, DFlash or Medusa drafter, or of a model with the same tokenizer
     #[arg(short, long, default_value = "auto")]
     pub drafter: DrafterChoice,
     /// Tree of every round, or auto: root, chain:8, 4x2x2x1, parents:0,0,0,1, paths:0;1;0.0, or a FILE with such a text

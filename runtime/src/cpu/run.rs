@@ -80,6 +80,12 @@ impl<'a> Run<'a> {
             Op::Norm { eps, x, norm, out, .. } => self.writing(*out, |run, out| {
                 out.copy_from_slice(&linear::normed(run.rows(*x), run.floats(*norm), *eps));
             }),
+            Op::Gather { states, sources, out, .. } => self.writing(*out, |run, out| {
+                let (width, states) = (run.width(*states), run.floats(*states));
+                for (out, &source) in out.chunks_exact_mut(width).zip(run.words(*sources)) {
+                    out.copy_from_slice(&states[source as usize * width..][..width]);
+                }
+            }),
             Op::Head { eps, x, norm, weight, logits, .. } => self.writing(*logits, |run, logits| {
                 let x = linear::normed(run.rows(*x), run.floats(*norm), *eps);
                 linear::product(run.isa, run.matrix(*weight), &x, logits);

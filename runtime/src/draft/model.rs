@@ -25,7 +25,7 @@ pub const MAX_CHILDREN: usize = 16;
 /// of 3 gives 1.49 times the speed of plain decoding, one of 4 1.37, 3x2x2x1 0.7 to 1.0.
 const DEFAULT_SHAPE: &str = "chain:3";
 /// Hit rates of the first, second, ... child before anything is measured.
-const PRIORS: [f32; MAX_CHILDREN] =
+pub(super) const PRIORS: [f32; MAX_CHILDREN] =
     [0.6, 0.15, 0.07, 0.04, 0.03, 0.02, 0.02, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01];
 
 pub struct ModelDrafter {
@@ -66,7 +66,7 @@ impl ModelDrafter {
             self.caches.drain().for_each(|(_, mut kv)| self.network.release(&mut kv));
         }
         let kv = self.caches.entry(seq.id()).insert_entry(kv).into_mut();
-        let text = &seq.tokens()[kv.len()..seq.tokens().len() - 1];
+        let text = &seq.tokens()[kv.len()..];
         self.network.extend(backend, kv, text, &mut |_| {})
     }
 }
@@ -124,7 +124,7 @@ impl Drafter for ModelDrafter {
 }
 
 /// The nodes of a shape that a round can use, level by level: none too deep, with too many elder siblings, or too many.
-fn fitting(shape: &TreeShape, plan: &Plan, max_children: usize) -> TreeShape {
+pub(super) fn fitting(shape: &TreeShape, plan: &Plan, max_children: usize) -> TreeShape {
     let mut fit = TreeShape::root();
     let (mut from, mut parent) = (vec![0], 0); // the shape's node that each is
     while parent < fit.len() && fit.depth(parent) < plan.max_depth {

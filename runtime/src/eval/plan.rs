@@ -78,6 +78,7 @@ impl Setup {
         match &self.drafter {
             DrafterChoice::Auto => "auto",
             DrafterChoice::None => "none",
+            DrafterChoice::Mtp => "mtp",
             DrafterChoice::Ngram => "ngram",
             DrafterChoice::Shipped(name) => name,
             DrafterChoice::Path(path) => path,

@@ -13,6 +13,7 @@ use crate::backend::{Backend, Extent};
 use crate::batch::Entry;
 use crate::draft::Draft;
 use crate::error::Result;
+use crate::sequence::Fresh;
 use crate::tree::{ACCEPTED_WORDS, Accepted};
 
 /// What became of an entry.
@@ -29,6 +30,21 @@ impl Network {
     /// Of the last verify pass, in the order of its entries. Waits. With `nodes` the device drafts trees of up to so many for
     /// those that may have one, before it is waited for: from blocks as long as the deepest needs.
     pub fn outcomes(
+        &mut self,
+        backend: &mut dyn Backend,
+        entries: &mut [Entry<'_>],
+        nodes: Option<usize>,
+    ) -> Result<Vec<Outcome>> {
+        let first_rows: Vec<usize> = entries.iter().map(|entry| entry.seq.last_row).collect();
+        let outcomes = self.outcomes_of(backend, entries, nodes)?;
+        for ((entry, outcome), first) in entries.iter_mut().zip(&outcomes).zip(first_rows) {
+            let rows = outcome.accepted.path.iter().map(|node| (first + node) as u32).collect();
+            entry.seq.fresh = Fresh { rows, pass: self.target_passes };
+        }
+        Ok(outcomes)
+    }
+
+    fn outcomes_of(
         &mut self,
         backend: &mut dyn Backend,
         entries: &mut [Entry<'_>],

@@ -131,6 +131,14 @@ impl Step<'_> {
         }
     }
 
+    pub(super) fn gather(&mut self, op: &Op) {
+        let &Op::Gather { states, sources, out, .. } = op else { unreachable!() };
+        for r in 0..self.n_rows() {
+            let state = self.row_of(states, self.word(sources, r) as usize);
+            self.set_row(out, r, &state);
+        }
+    }
+
     pub(super) fn gate_up(&mut self, op: &Op) {
         let &Op::GateUp { eps, x, norm, weight, out, .. } = op else { unreachable!() };
         for r in 0..self.n_rows() {

@@ -1,0 +1,93 @@
+//! A target's own MTP module: what it guesses is what the Hugging Face implementation guesses (see `fixtures/parity/README.md`),
+//! and speculation with it is plain decoding, sooner.
+
+use std::path::{Path, PathBuf};
+
+use safetensors::SafeTensors;
+use treespark::backend::PassCost;
+use treespark::cpu::CpuBackend;
+use treespark::draft::mtp::MtpDrafter;
+use treespark::draft::{Drafter, NoDrafter, Plan};
+use treespark::network::{Limits, Network};
+use treespark::scheduler::Scheduler;
+use treespark::{Engine, Sampling, Sequence, Statistics};
+use treespark_kernel_gen::TreeShape;
+use treespark_models::{Model, Speculator};
+use treespark_verify_tests::cases::samplings;
+
+const CONTEXT: usize = 160;
+const TOP_K: usize = 8;
+
+fn fixture() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity/tiny-deepseek-v3-mtp")
+}
+
+fn words(file: &SafeTensors, name: &str) -> Vec<u32> {
+    let bytes = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}")).data().to_vec();
+    bytes.chunks(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+fn sequence(tokens: &[u32], sampling: &Sampling, new: usize, vocab: usize) -> Sequence {
+    Sequence::new(tokens.to_vec(), sampling.clone(), new, vec![], CONTEXT, vocab)
+}
+
+/// Chains of guesses behind texts of several lengths, run as a prompt whole and in two parts.
+#[test]
+fn guesses_are_those_of_the_reference() {
+    let model = Model::open(&fixture()).unwrap();
+    let speculator = Speculator::of_target(&model).unwrap();
+    let bytes = std::fs::read(fixture().join("expected.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let chain = TreeShape::chain(4).unwrap();
+    let plan = Plan { shape: Some(chain), max_nodes: 64, max_depth: 64, reach: 64 };
+    for i in 0..2 {
+        let tokens = words(&file, &format!("tokens.{i}"));
+        let lengths = words(&file, &format!("mtp.lengths.{i}"));
+        for (length, want) in lengths.into_iter().zip(words(&file, &format!("mtp.chain.{i}")).chunks(4)) {
+            let text = &tokens[..=length as usize];
+            let mut backend = CpuBackend::new(None);
+            let limits = Limits { top_k: TOP_K, ..Limits::new(CONTEXT, 16) };
+            let mut target =
+                Network::load_with_speculator(&mut backend, &model, Some(&speculator), limits, &mut |_, _| {}).unwrap();
+            let mut seq = sequence(text, &Sampling::default(), 40, model.config().vocab_size);
+            target.extend(&mut backend, &mut seq.kv, text, &mut |_| {}).unwrap();
+            target.note_prompt(&mut seq, text.len() - 1);
+            let draft = MtpDrafter::new().unwrap().propose(&mut backend, &mut target, &mut seq, &plan).unwrap();
+            let got: Vec<u32> = (1..draft.tree.len()).map(|node| draft.tree.token(node)).collect();
+            assert_eq!(got, want, "sequence {i}, behind {length} tokens");
+        }
+    }
+}
+
+fn engine(model: &Model, with_mtp: bool, shape: Option<&TreeShape>) -> Engine {
+    let mut backend = CpuBackend::new(None);
+    let limits = Limits { top_k: TOP_K, ..Limits::new(CONTEXT, shape.map_or(64, TreeShape::len)) };
+    let speculator = with_mtp.then(|| Speculator::of_target(model).unwrap());
+    let target =
+        Network::load_with_speculator(&mut backend, model, speculator.as_ref(), limits, &mut |_, _| {}).unwrap();
+    let scheduler = Scheduler::new(shape.cloned(), 64, PassCost::new(&[(1, 1.0), (2, 1.001)]));
+    let drafter: Box<dyn Drafter> = if with_mtp { Box::new(MtpDrafter::new().unwrap()) } else { Box::new(NoDrafter) };
+    Engine::new(Box::new(backend), target, drafter, scheduler, CONTEXT)
+}
+
+#[test]
+fn speculation_equals_plain_decoding() {
+    let model = Model::open(&fixture()).unwrap();
+    let vocab = model.config().vocab_size;
+    let prompt: Vec<u32> = (0..30).map(|i| (i * i * 7 + i % 5) % vocab as u32).collect();
+    for (name, sampling) in samplings() {
+        let generate = |mut engine: Engine| {
+            let mut seq = sequence(&prompt, &sampling, 60, vocab);
+            let mut stats = Statistics::default();
+            engine.generate(&mut seq, &mut stats).unwrap();
+            (seq.tokens().to_vec(), stats)
+        };
+        let (plain, _) = generate(engine(&model, false, None));
+        for shape in [None, Some("chain:1"), Some("chain:4"), Some("4x2x1"), Some("parents:0,0,1,2,3,0,5,1,2,8")] {
+            let tree: Option<TreeShape> = shape.map(|text| text.parse().unwrap());
+            let (got, stats) = generate(engine(&model, true, tree.as_ref()));
+            assert_eq!(got, plain, "{name}, tree {shape:?}");
+            assert!(stats.rounds > 0);
+        }
+    }
+}
