@@ -5,6 +5,7 @@
 use treespark_verify_tests::{cases, conformance};
 
 conformance!(h100, || cases::cuda_on_cpu(0));
+conformance!(deepseek_h100, || cases::cuda_on_cpu(0), deepseek::latents_and_experts_keep_every_property);
 
 conformance! { h100_slice, || cases::cuda_on_cpu(2),
     ops::wide_matrices_equal_the_oracle

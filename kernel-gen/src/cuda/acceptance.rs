@@ -116,7 +116,7 @@ impl Lowering<'_> {
 }
 
 /// A launch without clusters and dynamic shared memory.
-fn plain(spec: KernelSpec, arguments: Vec<Argument>, grid: [usize; 3], threads: usize) -> Launch {
+pub(super) fn plain(spec: KernelSpec, arguments: Vec<Argument>, grid: [usize; 3], threads: usize) -> Launch {
     Launch { spec, arguments, grid, threads, shared_bytes: 0, cluster: 1 }
 }
 
