@@ -34,7 +34,7 @@ pub fn pass(rows: usize) -> Pass {
     let latent_norm = p.add("latent_norm", Role::Weight, DType::F32, &[LATENT]);
     let mut weight = |name: &str, shape: [usize; 2]| p.add(name, Role::Weight, DType::BF16, &shape);
     let down = weight("latent", [LATENT + ROTATED, HIDDEN]);
-    let up = weight("q", [HEADS * (DIM + ROTATED), HIDDEN]);
+    let up = weight("q_proj", [HEADS * (DIM + ROTATED), HIDDEN]);
     let absorb = weight("absorb", [HEADS * LATENT, DIM]);
     let values = weight("values", [HEADS * DIM, LATENT]);
     let router = weight("router", [EXPERTS, HIDDEN]);
