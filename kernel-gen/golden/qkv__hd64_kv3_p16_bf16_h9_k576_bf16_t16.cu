@@ -372,7 +372,7 @@ __device__ __forceinline__ Eight load_eight(u32 format, const void* array, u64 a
 // the slot, chunk c at c ^ (slot % 8): copied to shared memory as it is, it is read by ldmatrix and wgmma without bank
 // conflicts. Else a block is [PAGE_SIZE][HEAD_DIM]. kernel-gen/src/cuda.rs says which caches are tiled.
 //
-// Expects HEAD_DIM, KV_HEADS, PAGE_SIZE, PAGES_PER_REQUEST, TILED.
+// Needs ptx, formats. Expects HEAD_DIM, KV_HEADS, PAGE_SIZE, CACHE, PAGES_PER_REQUEST, TILED.
 
 // First element of the block of `page` and `head`.
 __device__ __forceinline__ u64 cache_block(u32 page, u32 head) {
@@ -389,6 +389,37 @@ __device__ __forceinline__ u32 cache_place(u32 slot, u32 d) {
 __device__ __forceinline__ u64 cache_element(const u32* pages, u32 request, u32 slot, u32 head, u32 d) {
     const u32 page = pages[request * PAGES_PER_REQUEST + slot / PAGE_SIZE];
     return cache_block(page, head) + cache_place(slot % PAGE_SIZE, d);
+}
+
+// Four neighbours from element `d` of a vector on, rounded.
+__device__ __forceinline__ void store_cached(void* cache, u64 block, u32 slot, u32 d, float4 v) {
+    const u64 at = block + cache_place(slot, d);
+    if (CACHE == F32) *(float4*)((float*)cache + at) = v;
+    else *(uint2*)((u16*)cache + at) = make_uint2(narrow_pair(CACHE, v.x, v.y), narrow_pair(CACHE, v.z, v.w));
+}
+
+// Rotary embedding: elements i and i + half of what is turned, a *pair*, are turned by an angle of the token's position.
+//
+// Expects POSITIONS, which the table has.
+
+// The elements of four pairs.
+struct Pairs {
+    float4 first;
+    float4 second;
+};
+
+// Cosines and sines of pairs d .. d + 4 of HALF, at a position: cos, sin, cos, sin.
+template <u32 HALF>
+__device__ __forceinline__ Pairs load_turn(const float* rope, u32 position, u32 d) {
+    const u32 row = position < POSITIONS ? position : POSITIONS - 1;
+    const float4* table = (const float4*)(rope + (u64)(row * HALF + d) * 2);
+    return {table[0], table[1]};
+}
+
+__device__ __forceinline__ Pairs turn(Pairs v, Pairs by) {
+    const float4 x = v.first, y = v.second, a = by.first, b = by.second;
+    return {make_float4(x.x * a.x - y.x * a.y, x.y * a.z - y.y * a.w, x.z * b.x - y.z * b.y, x.w * b.z - y.w * b.w),
+            make_float4(y.x * a.x + x.x * a.y, y.y * a.z + x.y * a.w, y.z * b.x + x.z * b.y, y.w * b.z + x.w * b.w)};
 }
 
 // Arithmetic of four neighbours, and rows that are read and written four elements at a time.
@@ -616,6 +647,9 @@ __device__ __forceinline__ Tile tile_of_block(const u32* requests) {
     return {cluster / TOKEN_TILES, blockIdx.x % CLUSTER, first_token, left < TOKENS ? left : TOKENS};
 }
 
+// Where the activations of a token begin. Other kinds of `x` have an overload of their own.
+__device__ __forceinline__ const float* activations_of(const float* x, u32 token) { return x + token * COLUMNS; }
+
 // ---- the product
 
 // Four activations as 16-bit halves: {high 01, high 23, low 01, low 23}.
@@ -673,8 +707,8 @@ struct Matmul {
     }
 
     // All of the team's steps. Writes the warp's sums to shared memory, where `total` finds them.
-    template <class WeightRow>
-    __device__ __forceinline__ void multiply(const float* x, const float* norm, WeightRow weight_row) {
+    template <class X, class WeightRow>
+    __device__ __forceinline__ void multiply(X x, const float* norm, WeightRow weight_row) {
         if constexpr (PLAIN) multiply_plain(x, norm, weight_row);
         else multiply_halves(x, norm);
         if (CLUSTER > 1) cluster_sync();
@@ -762,7 +796,8 @@ struct Matmul {
     }
 
     // `m`: the tile of tokens, where a warp takes one after the other.
-    __device__ __forceinline__ void load_activations(const float* x, u32 slot, u32 of_step, u32 m = 0) {
+    template <class X>
+    __device__ __forceinline__ void load_activations(X x, u32 slot, u32 of_step, u32 m = 0) {
 #pragma unroll
         for (u32 i = 0; i < MY_PAIRS; i++) {
 #pragma unroll
@@ -770,12 +805,13 @@ struct Matmul {
         }
     }
 
-    __device__ __forceinline__ void load_unit(const float* x, u32 slot, u32 of_step, u32 m, u32 i, u32 j) {
+    template <class X>
+    __device__ __forceinline__ void load_unit(X x, u32 slot, u32 of_step, u32 m, u32 i, u32 j) {
 #pragma unroll
         for (u32 of_pair = 0; of_pair < PAIR; of_pair++) {
             const u32 token = m * 16 + my_token(i) + of_pair * 8, column = of_step * STEP + my_unit(j) * 4;
             const bool on = token < tile.n_tokens && of_step < end && column < COLUMNS;
-            const float* at = x + (tile.first_token + token) * COLUMNS + column;
+            const float* at = activations_of(x, tile.first_token + token) + column;
             ahead[slot][i][of_pair][j] = on ? *(const float4*)at : make_float4(0, 0, 0, 0);
         }
     }
@@ -804,7 +840,8 @@ struct Matmul {
         else named_barrier(1 + threadIdx.x / TEAM, TEAM);
     }
 
-    __device__ __forceinline__ void multiply_halves(const float* x, const float* norm) {
+    template <class X>
+    __device__ __forceinline__ void multiply_halves(X x, const float* norm) {
 #pragma unroll
         for (u32 i = 0; i < AHEAD; i++) load_activations(x, i, first + i);
         uint4* buffers = (uint4*)(shared + UNITS_AT) + team * 2 * BUFFER_UNITS;
@@ -926,7 +963,8 @@ struct Matmul {
     }
 
     // `units`: this lane's first unit of its first pair of tokens, if the team shares them.
-    __device__ __forceinline__ void multiply_step(const uint4* units, const float* x, u32 m, u32 step, u32 slot_ahead, u32 slot) {
+    template <class X>
+    __device__ __forceinline__ void multiply_step(const uint4* units, X x, u32 m, u32 step, u32 slot_ahead, u32 slot) {
         if (TEAM_STEPS > DEPTH) cp_async_wait<DEPTH - 1>();
         else cp_async_wait<0>();
 #pragma unroll
@@ -943,7 +981,8 @@ struct Matmul {
     // A lane's 16 bytes of a row are eight elements k: their first four are what it holds of 16 columns of the tensor
     // core's operands, their last four of the next 16. Which columns these are does not matter, as long as weights and
     // activations agree.
-    __device__ __forceinline__ void multiply_alone(const float* x, u32 m, u32 step, u32 slot_ahead, u32 half,
+    template <class X>
+    __device__ __forceinline__ void multiply_alone(X x, u32 m, u32 step, u32 slot_ahead, u32 half,
                                                    const uint4 weights[ROW_TILES]) {
 #pragma unroll
         for (u32 k = 0; k < 2; k++) {
@@ -1034,11 +1073,10 @@ struct Matmul {
     }
 
     // Four rows and eight tokens at a time; a lane has every 32nd four columns.
-    template <class WeightRow>
-    __device__ __forceinline__ void multiply_plain(const float* x, const float* norm, WeightRow weight_row) const {
+    template <class X, class WeightRow>
+    __device__ __forceinline__ void multiply_plain(X x, const float* norm, WeightRow weight_row) const {
         const u32 begin = first * STEP + lane * 4;
         const u32 stop = end * STEP < COLUMNS ? end * STEP : COLUMNS;
-        x += tile.first_token * COLUMNS;
         for (u32 row = 0; row < WARP_ROWS; row += 4) {
             const float* weights[4];
 #pragma unroll
@@ -1055,7 +1093,7 @@ struct Matmul {
 #pragma unroll
                     for (u32 n = 0; n < 8; n++) {
                         if (token + n >= tile.n_tokens) break;
-                        const float4 a = *(const float4*)(x + (token + n) * COLUMNS + k);
+                        const float4 a = *(const float4*)(activations_of(x, tile.first_token + token + n) + k);
 #pragma unroll
                         for (u32 i = 0; i < 4; i++) {
                             float sum = of_lane[i][n];
@@ -1078,7 +1116,8 @@ struct Matmul {
         if (!NORMED) return;
         for (u32 token = warp_m; token < tile.n_tokens; token += WARPS_M) {
             float sum = 0.0f;
-            for (u32 k = begin; k < stop; k += 128) sum = add_squares(*(const float4*)(x + token * COLUMNS + k), sum);
+            const float* of_token = activations_of(x, tile.first_token + token);
+            for (u32 k = begin; k < stop; k += 128) sum = add_squares(*(const float4*)(of_token + k), sum);
             store_squares(token, sum_of_warp(sum), lane == 0);
         }
     }
@@ -1137,12 +1176,6 @@ struct Four {
     }
 };
 
-// The elements of four pairs.
-struct Pairs {
-    float4 first;
-    float4 second;
-};
-
 __device__ __forceinline__ Pairs load_pairs(const float* at) {
     return {*(const float4*)at, *(const float4*)(at + HALF)};
 }
@@ -1150,25 +1183,6 @@ __device__ __forceinline__ Pairs load_pairs(const float* at) {
 __device__ __forceinline__ void store_pairs(float* at, Pairs pairs) {
     *(float4*)at = pairs.first;
     *(float4*)(at + HALF) = pairs.second;
-}
-
-// Cosines and sines of four neighbours at a position: cos, sin, cos, sin.
-__device__ __forceinline__ Pairs load_turn(const float* rope, u32 position, u32 d) {
-    const u32 row = position < POSITIONS ? position : POSITIONS - 1;
-    const float4* table = (const float4*)(rope + (u64)(row * HALF + d) * 2);
-    return {table[0], table[1]};
-}
-
-__device__ __forceinline__ Pairs turn(Pairs v, Pairs by) {
-    const float4 x = v.first, y = v.second, a = by.first, b = by.second;
-    return {make_float4(x.x * a.x - y.x * a.y, x.y * a.z - y.y * a.w, x.z * b.x - y.z * b.y, x.w * b.z - y.w * b.w),
-            make_float4(y.x * a.x + x.x * a.y, y.y * a.z + x.y * a.w, y.z * b.x + x.z * b.y, y.w * b.z + x.w * b.w)};
-}
-
-__device__ __forceinline__ void store_cached(void* cache, u64 block, u32 slot, u32 d, float4 v) {
-    const u64 at = block + cache_place(slot, d);
-    if (CACHE == F32) *(float4*)((float*)cache + at) = v;
-    else *(uint2*)((u16*)cache + at) = make_uint2(narrow_pair(CACHE, v.x, v.y), narrow_pair(CACHE, v.z, v.w));
 }
 
 // Blocks: CLUSTER * tiles of tokens * tiles of weight rows.
@@ -1203,7 +1217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const Four first(tile, threadIdx.x);
     Pairs early_turn = {};
     if (EARLY && first.is_mine && first.head < HEADS + KV_HEADS) {
-        early_turn = load_turn(rope, rows[(tile.first_token + first.token) * ROW_WORDS + ROW_POSITION], first.d);
+        early_turn = load_turn<HALF>(rope, rows[(tile.first_token + first.token) * ROW_WORDS + ROW_POSITION], first.d);
     }
     wait_for_previous();
     if (tile.n_tokens == 0) return;
@@ -1234,7 +1248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (!four.is_mine) continue;
         const Place place = places[four.token];
         const bool is_turned = four.head < HEADS + KV_HEADS;
-        if (is_turned) v = turn(v, EARLY ? early_turn : load_turn(rope, place.position, four.d));
+        if (is_turned) v = turn(v, EARLY ? early_turn : load_turn<HALF>(rope, place.position, four.d));
         if (four.head < HEADS) {
             store_pairs(q + ((tile.first_token + four.token) * HEADS + four.head) * HEAD_DIM + four.d, v);
         } else {

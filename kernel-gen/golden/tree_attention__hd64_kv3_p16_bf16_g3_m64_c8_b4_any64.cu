@@ -478,7 +478,7 @@ constexpr u32 NONE = 0xffffffffu;
 // the slot, chunk c at c ^ (slot % 8): copied to shared memory as it is, it is read by ldmatrix and wgmma without bank
 // conflicts. Else a block is [PAGE_SIZE][HEAD_DIM]. kernel-gen/src/cuda.rs says which caches are tiled.
 //
-// Expects HEAD_DIM, KV_HEADS, PAGE_SIZE, PAGES_PER_REQUEST, TILED.
+// Needs ptx, formats. Expects HEAD_DIM, KV_HEADS, PAGE_SIZE, CACHE, PAGES_PER_REQUEST, TILED.
 
 // First element of the block of `page` and `head`.
 __device__ __forceinline__ u64 cache_block(u32 page, u32 head) {
@@ -495,6 +495,13 @@ __device__ __forceinline__ u32 cache_place(u32 slot, u32 d) {
 __device__ __forceinline__ u64 cache_element(const u32* pages, u32 request, u32 slot, u32 head, u32 d) {
     const u32 page = pages[request * PAGES_PER_REQUEST + slot / PAGE_SIZE];
     return cache_block(page, head) + cache_place(slot % PAGE_SIZE, d);
+}
+
+// Four neighbours from element `d` of a vector on, rounded.
+__device__ __forceinline__ void store_cached(void* cache, u64 block, u32 slot, u32 d, float4 v) {
+    const u64 at = block + cache_place(slot, d);
+    if (CACHE == F32) *(float4*)((float*)cache + at) = v;
+    else *(uint2*)((u16*)cache + at) = make_uint2(narrow_pair(CACHE, v.x, v.y), narrow_pair(CACHE, v.z, v.w));
 }
 
 // What the blocks of tree attention have to do: units of rows, cut into chunks of tiles of keys.

@@ -13,6 +13,8 @@ use crate::spec::KernelSpec;
 mod acceptance;
 mod attention;
 mod drafting;
+mod experts;
+mod latent;
 mod plain_attention;
 mod tiling;
 mod weights;
@@ -89,8 +91,6 @@ pub enum Source {
 pub enum LowerError {
     #[error("{op}: needs {needed} bytes of shared memory in a block, the GPU has {available}")]
     SharedMemory { op: &'static str, needed: usize, available: usize },
-    #[error("{op}: there is no kernel of it for CUDA yet: use another backend")]
-    NoKernel { op: &'static str },
 }
 
 /// Whether a cache lies in the order that tensor cores read it in; see `shaders/cuda/lib/paged.cuh`.
@@ -126,6 +126,7 @@ pub fn lower(op: &Op, pass: &Pass, device: &Device) -> Result<Vec<Launch>, Lower
         Op::GateUp { .. } => lowering.gate_up(),
         Op::ResBlock { .. } => lowering.res_block(),
         Op::Norm { .. } => lowering.norm(),
+        Op::Gather { .. } => lowering.gather(),
         Op::Head { .. } => lowering.head(),
         Op::TreeAttention { .. } => lowering.tree_attention(),
         Op::Mask { .. } => lowering.mask(),
@@ -139,16 +140,15 @@ pub fn lower(op: &Op, pass: &Pass, device: &Device) -> Result<Vec<Launch>, Lower
         Op::OpenBlock { .. } => lowering.open_block(),
         Op::Trellis { .. } => lowering.trellis(),
         Op::GrowTrellis { .. } => lowering.grow_trellis(),
-        Op::Latent { .. }
-        | Op::LatentQueries { .. }
-        | Op::PerHead { .. }
-        | Op::LatentAttention { .. }
-        | Op::Route { .. }
-        | Op::GroupRows { .. }
-        | Op::ExpertGateUp { .. }
-        | Op::ExpertDown { .. }
-        | Op::Gather { .. }
-        | Op::Combine { .. } => return Err(LowerError::NoKernel { op: op.name() }),
+        Op::Latent { .. } => lowering.latent(),
+        Op::LatentQueries { .. } => lowering.latent_queries(),
+        Op::PerHead { .. } => lowering.per_head(),
+        Op::LatentAttention { .. } => lowering.latent_attention(),
+        Op::Route { .. } => lowering.route(),
+        Op::GroupRows { .. } => lowering.group_rows(),
+        Op::ExpertGateUp { .. } => lowering.expert_gate_up(),
+        Op::ExpertDown { .. } => lowering.expert_down(),
+        Op::Combine { .. } => lowering.combine(),
     };
     for launch in &launches {
         if launch.shared_bytes > device.shared_bytes {

@@ -12,6 +12,8 @@ use crate::op::{Batch, CacheShape, Op, TreeSpec};
 use crate::pass::{DType, Pass, Role};
 use crate::{MAX_NODES, Request, Row};
 
+pub mod deepseek;
+
 /// One model's sizes, as its kernels see them.
 pub struct Sizes {
     pub name: &'static str,
@@ -84,6 +86,9 @@ pub fn cuda_launches(device: &Device) -> Result<Vec<Launch>, cuda::LowerError> {
         let mut pass = model.pass_of(128, MAX_NODES, TreeSpec::Any((16 * model.kv_heads / model.heads).max(1)));
         pass.ops.retain(|op| op.name() == "tree_attention");
         add_new(&mut launches, cuda::lower_pass(&pass, device)?);
+    }
+    for &rows in ROWS {
+        add_new(&mut launches, cuda::lower_pass(&deepseek::pass(rows), device)?);
     }
     Ok(launches)
 }

@@ -1,4 +1,4 @@
-// needs: ptx layout batch paged formats
+// needs: ptx layout batch formats paged
 // Moves the accepted rows next to the prefix: slot L + path[i] to slot L + i, in every layer and head, of both caches
 // or, where keys are their own values, of one.
 //

@@ -1,4 +1,4 @@
-// needs: ptx layout formats paged vectors wgmma matmul
+// needs: ptx layout formats paged rope vectors wgmma matmul
 // q, k, v = rms_norm(x[r]) · weightᵀ + bias; q and k heads normed and turned by their position; k and v cached.
 //
 // Rope turns elements i and i + D/2 of a head together: such a *pair* of outputs. A tile has the first elements of
@@ -81,12 +81,6 @@ struct Four {
     }
 };
 
-// The elements of four pairs.
-struct Pairs {
-    float4 first;
-    float4 second;
-};
-
 __device__ __forceinline__ Pairs load_pairs(const float* at) {
     return {*(const float4*)at, *(const float4*)(at + HALF)};
 }
@@ -94,25 +88,6 @@ __device__ __forceinline__ Pairs load_pairs(const float* at) {
 __device__ __forceinline__ void store_pairs(float* at, Pairs pairs) {
     *(float4*)at = pairs.first;
     *(float4*)(at + HALF) = pairs.second;
-}
-
-// Cosines and sines of four neighbours at a position: cos, sin, cos, sin.
-__device__ __forceinline__ Pairs load_turn(const float* rope, u32 position, u32 d) {
-    const u32 row = position < POSITIONS ? position : POSITIONS - 1;
-    const float4* table = (const float4*)(rope + (u64)(row * HALF + d) * 2);
-    return {table[0], table[1]};
-}
-
-__device__ __forceinline__ Pairs turn(Pairs v, Pairs by) {
-    const float4 x = v.first, y = v.second, a = by.first, b = by.second;
-    return {make_float4(x.x * a.x - y.x * a.y, x.y * a.z - y.y * a.w, x.z * b.x - y.z * b.y, x.w * b.z - y.w * b.w),
-            make_float4(y.x * a.x + x.x * a.y, y.y * a.z + x.y * a.w, y.z * b.x + x.z * b.y, y.w * b.z + x.w * b.w)};
-}
-
-__device__ __forceinline__ void store_cached(void* cache, u64 block, u32 slot, u32 d, float4 v) {
-    const u64 at = block + cache_place(slot, d);
-    if (CACHE == F32) *(float4*)((float*)cache + at) = v;
-    else *(uint2*)((u16*)cache + at) = make_uint2(narrow_pair(CACHE, v.x, v.y), narrow_pair(CACHE, v.z, v.w));
 }
 
 // Blocks: CLUSTER * tiles of tokens * tiles of weight rows.
@@ -147,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const Four first(tile, threadIdx.x);
     Pairs early_turn = {};
     if (EARLY && first.is_mine && first.head < HEADS + KV_HEADS) {
-        early_turn = load_turn(rope, rows[(tile.first_token + first.token) * ROW_WORDS + ROW_POSITION], first.d);
+        early_turn = load_turn<HALF>(rope, rows[(tile.first_token + first.token) * ROW_WORDS + ROW_POSITION], first.d);
     }
     wait_for_previous();
     if (tile.n_tokens == 0) return;
@@ -178,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (!four.is_mine) continue;
         const Place place = places[four.token];
         const bool is_turned = four.head < HEADS + KV_HEADS;
-        if (is_turned) v = turn(v, EARLY ? early_turn : load_turn(rope, place.position, four.d));
+        if (is_turned) v = turn(v, EARLY ? early_turn : load_turn<HALF>(rope, place.position, four.d));
         if (four.head < HEADS) {
             store_pairs(q + ((tile.first_token + four.token) * HEADS + four.head) * HEAD_DIM + four.d, v);
         } else {

@@ -267,6 +267,14 @@ pub const DEEPSEEK_MODELS: [Sizes; 4] = [
             weights: DType::F32, cache: DType::F32, page_size: 64 },
 ];
 
+/// The same with experts that are large for a GPU of one multiprocessor.
+#[rustfmt::skip]
+pub const WIDE_DEEPSEEK: Sizes =
+    Sizes { vocab: 64, hidden: 512, layers: 1, kv_heads: 1, group: 2, head_dim: 40, ffn: 256, bias: false, qk_norm: false,
+            latent: Some(LatentSizes { compressed: 0, nope_dim: 16, rotated: 8, value_dim: 24 }),
+            experts: Some(ExpertSizes { count: 4, chosen: 2, groups: 1, top_groups: 1, is_v3: true }),
+            weights: DType::BF16, cache: DType::F32, page_size: 16 };
+
 /// A case on one of the [`HOUSE_MODELS`].
 pub fn cases() -> impl Strategy<Value = Case> {
     cases_of(select(HOUSE_MODELS.to_vec()), Scale::Usual)

@@ -5,3 +5,4 @@
 use treespark_verify_tests::{cases, conformance};
 
 conformance!(cuda, cases::nvidia);
+conformance!(deepseek_on_cuda, cases::nvidia, deepseek::latents_and_experts_keep_every_property);

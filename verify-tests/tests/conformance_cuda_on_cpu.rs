@@ -5,14 +5,19 @@
 use treespark_verify_tests::{cases, conformance};
 
 conformance!(h100, || cases::cuda_on_cpu(0));
+conformance!(deepseek_h100, || cases::cuda_on_cpu(0), deepseek::latents_and_experts_keep_every_property);
 
 conformance! { h100_slice, || cases::cuda_on_cpu(2),
     ops::wide_matrices_equal_the_oracle
     structure::the_compiled_size_of_a_wide_model_changes_nothing
+    deepseek::wide_experts_equal_the_oracle
+    deepseek::the_compiled_size_of_wide_experts_changes_nothing
 }
 conformance! { a100_slice, || cases::cuda_on_cpu(3),
     ops::wide_matrices_equal_the_oracle
     structure::the_compiled_size_of_a_wide_model_changes_nothing
+    deepseek::wide_experts_equal_the_oracle
+    deepseek::the_compiled_size_of_wide_experts_changes_nothing
 }
 // Blocks of consumer cards have less shared memory.
 conformance! { rtx_slice, || cases::cuda_on_cpu(4),

@@ -14,7 +14,7 @@ use treespark::cuda::{DriverVersion, Nvrtc};
 use treespark_kernel_gen::cuda::{Device, Launch, lower_pass};
 use treespark_kernel_gen::emit::{Lang, emit};
 use treespark_kernel_gen::{BlockShape, Fill, MAX_NODES, TreeSpec, release};
-use treespark_verify_tests::arb::HOUSE_MODELS;
+use treespark_verify_tests::arb::{DEEPSEEK_MODELS, HOUSE_MODELS};
 use treespark_verify_tests::cases;
 use treespark_verify_tests::tiny_model::{Tail, TinyModel};
 
@@ -75,6 +75,9 @@ fn launches(device: &Device) -> Vec<Launch> {
             launches.extend(lower_pass(&pass, device).expect("a block fits any GPU"));
         }
         launches.extend(lower_pass(&model.masked_draw_pass(16), device).expect("small sizes fit any GPU"));
+    }
+    for &sizes in HOUSE_MODELS.iter().chain(&DEEPSEEK_MODELS) {
+        let model = TinyModel { sizes, seed: 0 };
         for rows in [1, 16, 256] {
             let pass = model.pass(rows, &TreeSpec::Any(MAX_NODES), Tail::Commit);
             launches.extend(lower_pass(&pass, device).expect("small sizes fit any GPU"));

@@ -1,4 +1,4 @@
-//! Embedding, a Medusa head's block, the norm by itself, and what follows the logits: mask, perturb, draw, top-k, accept,
+//! Embedding, a Medusa head's block, the norm by itself, states from other rows, and what follows the logits: mask, perturb, draw, top-k, accept,
 //! commit.
 
 use super::{Argument, Launch, Lowering};
@@ -30,6 +30,15 @@ impl Lowering<'_> {
         let spec = KernelSpec::new("mask").size("VOCAB", "v", vocab);
         let arguments = [self.batch.requests, allowed, logits].map(Argument::from).to_vec();
         vec![plain(spec, arguments, [vocab.div_ceil(TURNS * THREADS), self.pass.rows, 1], THREADS)]
+    }
+
+    pub(super) fn gather(&self) -> Vec<Launch> {
+        const THREADS: usize = 128;
+        let &Op::Gather { states, sources, out, .. } = self.op else { unreachable!("lowering another op") };
+        let columns = self.desc(states).shape[1];
+        let spec = KernelSpec::new("gather").size("COLUMNS", "k", columns);
+        let arguments = [self.batch.requests, sources, states, out].map(Argument::from).to_vec();
+        vec![plain(spec, arguments, [columns.div_ceil(4 * THREADS), self.pass.rows, 1], THREADS)]
     }
 
     pub(super) fn draw(&self) -> Vec<Launch> {
@@ -116,7 +125,7 @@ impl Lowering<'_> {
 }
 
 /// A launch without clusters and dynamic shared memory.
-fn plain(spec: KernelSpec, arguments: Vec<Argument>, grid: [usize; 3], threads: usize) -> Launch {
+pub(super) fn plain(spec: KernelSpec, arguments: Vec<Argument>, grid: [usize; 3], threads: usize) -> Launch {
     Launch { spec, arguments, grid, threads, shared_bytes: 0, cluster: 1 }
 }
 

@@ -147,13 +147,13 @@ impl Lowering<'_> {
         self.pass.ops.get(at.checked_add_signed(distance)?)
     }
 
-    fn matrix(&self, weight: Buf, eps: Option<f32>) -> Matrix {
+    pub(super) fn matrix(&self, weight: Buf, eps: Option<f32>) -> Matrix {
         let desc = self.desc(weight);
         Matrix { rows: desc.shape[0], columns: desc.shape[1], dtype: desc.dtype, eps, unit: 1 }
     }
 
-    /// A launch over `tiles` tiles of weight rows; `extra` bytes of shared memory are the kernel's own.
-    fn matmul(
+    /// A launch over `tiles` tiles of weight rows and all rows of the pass; `extra` bytes of shared memory are the kernel's own.
+    pub(super) fn matmul(
         &self,
         spec: KernelSpec,
         matrix: &Matrix,
@@ -163,6 +163,19 @@ impl Lowering<'_> {
         arguments: Vec<Argument>,
     ) -> Launch {
         let token_tiles = self.pass.rows.div_ceil(tiling.tokens);
+        self.matmul_of(spec, matrix, tiling, [tiles, token_tiles], extra, arguments)
+    }
+
+    /// A launch over so many tiles of weight rows and of tokens.
+    pub(super) fn matmul_of(
+        &self,
+        spec: KernelSpec,
+        matrix: &Matrix,
+        tiling: Tiling,
+        [tiles, token_tiles]: [usize; 2],
+        extra: usize,
+        arguments: Vec<Argument>,
+    ) -> Launch {
         let needed = tiling.shared_bytes(matrix) + extra;
         // Two blocks of a pair would share a multiprocessor if they fitted, and leave another one idle. Of few tokens, too:
         // blocks of the next kernel, which come early, go where nobody else is (12 % of SmolLM2's pass of one row).

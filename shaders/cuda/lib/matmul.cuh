@@ -95,6 +95,9 @@ __device__ __forceinline__ Tile tile_of_block(const u32* requests) {
     return {cluster / TOKEN_TILES, blockIdx.x % CLUSTER, first_token, left < TOKENS ? left : TOKENS};
 }
 
+// Where the activations of a token begin. Other kinds of `x` have an overload of their own.
+__device__ __forceinline__ const float* activations_of(const float* x, u32 token) { return x + token * COLUMNS; }
+
 // ---- the product
 
 // Four activations as 16-bit halves: {high 01, high 23, low 01, low 23}.
@@ -152,8 +155,8 @@ struct Matmul {
     }
 
     // All of the team's steps. Writes the warp's sums to shared memory, where `total` finds them.
-    template <class WeightRow>
-    __device__ __forceinline__ void multiply(const float* x, const float* norm, WeightRow weight_row) {
+    template <class X, class WeightRow>
+    __device__ __forceinline__ void multiply(X x, const float* norm, WeightRow weight_row) {
         if constexpr (PLAIN) multiply_plain(x, norm, weight_row);
         else multiply_halves(x, norm);
         if (CLUSTER > 1) cluster_sync();
@@ -241,7 +244,8 @@ struct Matmul {
     }
 
     // `m`: the tile of tokens, where a warp takes one after the other.
-    __device__ __forceinline__ void load_activations(const float* x, u32 slot, u32 of_step, u32 m = 0) {
+    template <class X>
+    __device__ __forceinline__ void load_activations(X x, u32 slot, u32 of_step, u32 m = 0) {
 #pragma unroll
         for (u32 i = 0; i < MY_PAIRS; i++) {
 #pragma unroll
@@ -249,12 +253,13 @@ struct Matmul {
         }
     }
 
-    __device__ __forceinline__ void load_unit(const float* x, u32 slot, u32 of_step, u32 m, u32 i, u32 j) {
+    template <class X>
+    __device__ __forceinline__ void load_unit(X x, u32 slot, u32 of_step, u32 m, u32 i, u32 j) {
 #pragma unroll
         for (u32 of_pair = 0; of_pair < PAIR; of_pair++) {
             const u32 token = m * 16 + my_token(i) + of_pair * 8, column = of_step * STEP + my_unit(j) * 4;
             const bool on = token < tile.n_tokens && of_step < end && column < COLUMNS;
-            const float* at = x + (tile.first_token + token) * COLUMNS + column;
+            const float* at = activations_of(x, tile.first_token + token) + column;
             ahead[slot][i][of_pair][j] = on ? *(const float4*)at : make_float4(0, 0, 0, 0);
         }
     }
@@ -283,7 +288,8 @@ struct Matmul {
         else named_barrier(1 + threadIdx.x / TEAM, TEAM);
     }
 
-    __device__ __forceinline__ void multiply_halves(const float* x, const float* norm) {
+    template <class X>
+    __device__ __forceinline__ void multiply_halves(X x, const float* norm) {
 #pragma unroll
         for (u32 i = 0; i < AHEAD; i++) load_activations(x, i, first + i);
         uint4* buffers = (uint4*)(shared + UNITS_AT) + team * 2 * BUFFER_UNITS;
@@ -405,7 +411,8 @@ struct Matmul {
     }
 
     // `units`: this lane's first unit of its first pair of tokens, if the team shares them.
-    __device__ __forceinline__ void multiply_step(const uint4* units, const float* x, u32 m, u32 step, u32 slot_ahead, u32 slot) {
+    template <class X>
+    __device__ __forceinline__ void multiply_step(const uint4* units, X x, u32 m, u32 step, u32 slot_ahead, u32 slot) {
         if (TEAM_STEPS > DEPTH) cp_async_wait<DEPTH - 1>();
         else cp_async_wait<0>();
 #pragma unroll
@@ -422,7 +429,8 @@ struct Matmul {
     // A lane's 16 bytes of a row are eight elements k: their first four are what it holds of 16 columns of the tensor
     // core's operands, their last four of the next 16. Which columns these are does not matter, as long as weights and
     // activations agree.
-    __device__ __forceinline__ void multiply_alone(const float* x, u32 m, u32 step, u32 slot_ahead, u32 half,
+    template <class X>
+    __device__ __forceinline__ void multiply_alone(X x, u32 m, u32 step, u32 slot_ahead, u32 half,
                                                    const uint4 weights[ROW_TILES]) {
 #pragma unroll
         for (u32 k = 0; k < 2; k++) {
@@ -513,11 +521,10 @@ struct Matmul {
     }
 
     // Four rows and eight tokens at a time; a lane has every 32nd four columns.
-    template <class WeightRow>
-    __device__ __forceinline__ void multiply_plain(const float* x, const float* norm, WeightRow weight_row) const {
+    template <class X, class WeightRow>
+    __device__ __forceinline__ void multiply_plain(X x, const float* norm, WeightRow weight_row) const {
         const u32 begin = first * STEP + lane * 4;
         const u32 stop = end * STEP < COLUMNS ? end * STEP : COLUMNS;
-        x += tile.first_token * COLUMNS;
         for (u32 row = 0; row < WARP_ROWS; row += 4) {
             const float* weights[4];
 #pragma unroll
@@ -534,7 +541,7 @@ struct Matmul {
 #pragma unroll
                     for (u32 n = 0; n < 8; n++) {
                         if (token + n >= tile.n_tokens) break;
-                        const float4 a = *(const float4*)(x + (token + n) * COLUMNS + k);
+                        const float4 a = *(const float4*)(activations_of(x, tile.first_token + token + n) + k);
 #pragma unroll
                         for (u32 i = 0; i < 4; i++) {
                             float sum = of_lane[i][n];
@@ -557,7 +564,8 @@ struct Matmul {
         if (!NORMED) return;
         for (u32 token = warp_m; token < tile.n_tokens; token += WARPS_M) {
             float sum = 0.0f;
-            for (u32 k = begin; k < stop; k += 128) sum = add_squares(*(const float4*)(x + token * COLUMNS + k), sum);
+            const float* of_token = activations_of(x, tile.first_token + token);
+            for (u32 k = begin; k < stop; k += 128) sum = add_squares(*(const float4*)(of_token + k), sum);
             store_squares(token, sum_of_warp(sum), lane == 0);
         }
     }

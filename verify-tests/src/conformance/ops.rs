@@ -83,7 +83,7 @@ pub fn wide_matrices_equal_the_oracle(backend: &mut dyn Backend) -> Property {
     Ok(())
 }
 
-fn op_by_op(backend: &mut dyn Backend, case: &Case, tail: Tail) -> Result<(), String> {
+pub(super) fn op_by_op(backend: &mut dyn Backend, case: &Case, tail: Tail) -> Result<(), String> {
     ops_one_by_one(backend, case, tail, &|_| true)
 }
 

@@ -148,7 +148,7 @@ pub fn the_compiled_size_of_a_wide_model_changes_nothing(backend: &mut dyn Backe
 }
 
 /// The member's root alone.
-fn any_compiled_size(backend: &mut dyn Backend, model: TinyModel, member: &Member) -> Property {
+pub(super) fn any_compiled_size(backend: &mut dyn Backend, model: TinyModel, member: &Member) -> Property {
     let root = Member { tree: Tree::chain(&member.tree.tokens[..1]), ..member.clone() };
     let batch = Batch { members: vec![root] };
     let mut bed = Bed::new(backend, model);
