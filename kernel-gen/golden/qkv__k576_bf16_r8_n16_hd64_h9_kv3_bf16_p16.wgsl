@@ -88,7 +88,8 @@ fn fma8(a: Eight, b: Eight, sum: f32) -> f32 {
 //
 // The order of a row's sums depends on COLUMNS alone, never on how many rows share the pass.
 //
-// Expects COLUMNS, ROWS (of x), ROW_TILE <= 16, GROUPS, OUTPUTS, WEIGHT, NORMED, EPS; x: array<vec4<f32>>; and
+// Expects COLUMNS, ROW_TILE <= 16, GROUPS, OUTPUTS, WEIGHT, NORMED, EPS; x: array<vec4<f32>>; and
+//     x_start(first_row, r) -> u32            where row r of the tile begins in x, in fours: see `x_rows`
 //     weight_words(output, at) -> vec4<u32>   the at-th four words of the weight row for `output`
 //     gamma_words(at) -> vec4<f32>            elements 4 at .. 4 at + 4 of the norm's weight, or ones
 
@@ -130,8 +131,7 @@ fn accumulate(first_row: u32, lane: u32) {
             scaled[o] = Eight(weight.lo * gamma.lo, weight.hi * gamma.hi);
         }
         for (var r = 0u; r < ROW_TILE; r++) {
-            // Rows past the end are computed like the last one, and not written.
-            let start = min(first_row + r, ROWS - 1u) * (COLUMNS / 4u) + 2u * at;
+            let start = x_start(first_row, r) + 2u * at;
             let values = Eight(x[start], x[start + 1u]);
             if (NORMED) {
                 squares[r] = fma8(values, values, squares[r]);
@@ -175,6 +175,13 @@ fn inv_rms(r: u32) -> f32 {
         total += lane_squares[r * STRIDE + l];
     }
     return inverseSqrt(total / f32(COLUMNS) + EPS);
+}
+
+// A tile of a product is consecutive rows of x, which has ROWS of COLUMNS.
+
+// Where row r of the tile begins, in fours. Rows past the end are computed like the last one, and not written.
+fn x_start(first_row: u32, r: u32) -> u32 {
+    return min(first_row + r, ROWS - 1u) * (COLUMNS / 4u);
 }
 
 // Where a slot of a request lies in the paged cache of one layer, [pages, KV_HEADS, PAGE_SIZE, HEAD_DIM].

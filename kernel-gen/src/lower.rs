@@ -15,6 +15,8 @@ use crate::spec::KernelSpec;
 
 mod acceptance;
 mod attention;
+mod experts;
+mod latent;
 mod weights;
 
 /// What the device allows.
@@ -44,8 +46,6 @@ pub enum LowerError {
     HeadInTwoBanks { op: &'static str, buffer: String, head_dim: usize },
     #[error("{op}: only CUDA has a kernel for it; draft on the host")]
     OnlyCuda { op: &'static str },
-    #[error("{op}: there is no kernel of it for wgpu yet: use another backend")]
-    NoKernel { op: &'static str },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -89,6 +89,8 @@ pub enum Axis {
     Fixed(usize),
     /// One for each so many rows.
     Rows(usize),
+    /// So many for each row.
+    PerRow(usize),
     /// One for each so many keys of the longest row.
     Keys(usize),
     Requests,
@@ -111,6 +113,7 @@ impl Axis {
         match self {
             Axis::Fixed(n) => n,
             Axis::Rows(per) => rows.div_ceil(per),
+            Axis::PerRow(n) => rows * n,
             Axis::Keys(per) => keys.div_ceil(per),
             Axis::Requests => requests,
             // Each request ends at most one tile early.
@@ -167,8 +170,20 @@ pub fn lower(op: &Op, pass: &Pass, limits: &Limits) -> Result<Vec<KernelCall>, L
         Op::TopK { .. } => lowering.top_k(),
         Op::Accept { .. } => lowering.accept(),
         Op::Commit { .. } => lowering.commit(),
-        _ if op.drafts() => Err(LowerError::OnlyCuda { op: op.name() }),
-        _ => Err(LowerError::NoKernel { op: op.name() }),
+        Op::Latent { .. } => lowering.latent(),
+        Op::LatentQueries { .. } => lowering.latent_queries(),
+        Op::PerHead { .. } => lowering.per_head(),
+        Op::LatentAttention { .. } => lowering.latent_attention(),
+        Op::Route { .. } => lowering.route(),
+        Op::GroupRows { .. } => lowering.group_rows(),
+        Op::ExpertGateUp { .. } => lowering.expert_gate_up(),
+        Op::ExpertDown { .. } => lowering.expert_down(),
+        Op::Combine { .. } => lowering.combine(),
+        Op::DraftNgram { .. }
+        | Op::Grow { .. }
+        | Op::OpenBlock { .. }
+        | Op::Trellis { .. }
+        | Op::GrowTrellis { .. } => Err(LowerError::OnlyCuda { op: op.name() }),
     }?;
     calls.iter().try_for_each(|call| lowering.check(call))?;
     Ok(calls)

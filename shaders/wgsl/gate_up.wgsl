@@ -1,4 +1,4 @@
-// needs: layout formats matmul
+// needs: layout formats matmul x_rows
 // out[r, i] = silu(g[i]) * u[i], where g and u are the halves of rms_norm(x[r]) · weightᵀ
 //
 // A group works on a gate row and the up row that belongs to it. Both halves are bound on their own, because a large

@@ -1,4 +1,4 @@
-// needs: layout formats matmul
+// needs: layout formats matmul x_rows
 // logits[r] = rms_norm(x[r]) · weightᵀ
 
 // constants-begin

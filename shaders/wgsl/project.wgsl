@@ -1,4 +1,4 @@
-// needs: layout formats matmul
+// needs: layout formats matmul x_rows
 // residual[r] += x[r] · weightᵀ, or without ADD just =
 
 // constants-begin

@@ -1,4 +1,4 @@
-// needs: layout formats matmul paged
+// needs: layout formats matmul x_rows paged
 // q, k, v = rms_norm(x[r]) · weightᵀ + bias; q and k heads normed and turned by their position; k and v cached.
 //
 // Rope turns elements i and i + D/2 of a head together, so a group works on such a pair of weight rows. A workgroup

@@ -76,6 +76,7 @@ fn tiny_models_on_the_cpu() {
 fn tiny_models_on_wgpu() {
     if let Some(mut backend) = cases::gpu() {
         tiny_models_agree(&mut *backend, &LLAMAS);
+        tiny_models_agree(&mut *backend, &DEEPSEEKS);
     }
 }
 

@@ -4,10 +4,11 @@ use std::ops::Range;
 
 use super::{Access, Axis, Binding, Grid, KernelCall, LowerError, Lowering, Source};
 use crate::op::Op;
+use crate::pass::Buf;
 use crate::spec::KernelSpec;
 
 /// Positions whose scores one workgroup adds up. Part of the arithmetic: never chosen by what a pass holds.
-const SPAN: usize = 128;
+pub(super) const SPAN: usize = 128;
 /// Positions that a workgroup looks at together, one a thread.
 const KEYS: usize = 128;
 /// Floats of workgroup memory that every device has.
@@ -20,28 +21,34 @@ const FLOATS_PER_QUERY: usize = 2 * 8 + 3;
 const PARTIAL_BYTES: usize = 64 << 20;
 
 /// Rows of a pass whose partial results are held together.
-struct Turn {
-    rows: Range<usize>,
+pub(super) struct Turn {
+    pub rows: Range<usize>,
     /// The first row that is not this turn's.
-    end: usize,
+    pub end: usize,
     /// Partial results of a row: one for each span of its context.
-    spans: usize,
+    pub spans: usize,
     /// Bytes of a row's partial results.
     row_bytes: usize,
 }
 
 impl Turn {
-    fn binding(&self, access: Access) -> Binding {
+    pub(super) fn binding(&self, access: Access) -> Binding {
         Binding { source: Source::Partials, access, bytes: 0..self.rows.len() * self.row_bytes }
     }
 }
 
 impl Lowering<'_> {
     pub(super) fn tree_attention(&self) -> Result<Vec<KernelCall>, LowerError> {
-        let &Op::TreeAttention { heads, k_cache, .. } = self.op else { unreachable!("lowering another op") };
-        let cache = self.pass.cache_shape(k_cache);
-        let spans = (self.pages_per_request() * cache.page_size).div_ceil(SPAN);
-        let row_bytes = spans * heads * (cache.head_dim + 2) * 4;
+        let &Op::TreeAttention { heads, k_cache, out, .. } = self.op else { unreachable!("lowering another op") };
+        let head_dim = self.pass.cache_shape(k_cache).head_dim;
+        let turns = self.turns(heads, head_dim, k_cache);
+        Ok(turns.iter().flat_map(|turn| [self.partials(turn), self.merge(turn, heads, head_dim, out)]).collect())
+    }
+
+    /// Turns of a pass whose rows have so many heads, each with a result of `width` elements.
+    pub(super) fn turns(&self, heads: usize, width: usize, cache: Buf) -> Vec<Turn> {
+        let spans = (self.pages_per_request() * self.pass.cache_shape(cache).page_size).div_ceil(SPAN);
+        let row_bytes = spans * heads * (width + 2) * 4;
         let turn = (PARTIAL_BYTES.min(self.limits.binding_bytes) / row_bytes).clamp(1, self.pass.rows);
         let turns = (0..self.pass.rows).step_by(turn).map(|begin| Turn {
             rows: begin..(begin + turn).min(self.pass.rows),
@@ -50,7 +57,12 @@ impl Lowering<'_> {
             spans,
             row_bytes,
         });
-        Ok(turns.flat_map(|turn| [self.partials(&turn), self.merge(&turn)]).collect())
+        turns.collect()
+    }
+
+    /// Where one turn takes all rows, a run of fewer rows launches fewer.
+    pub(super) fn rows_of(&self, turn: &Turn) -> Axis {
+        if turn.rows.len() == self.pass.rows { Axis::Rows(1) } else { Axis::Fixed(turn.rows.len()) }
     }
 
     fn partials(&self, turn: &Turn) -> KernelCall {
@@ -95,15 +107,10 @@ impl Lowering<'_> {
         }
     }
 
-    fn merge(&self, turn: &Turn) -> KernelCall {
-        let &Op::TreeAttention { heads, k_cache, out, .. } = self.op else { unreachable!("lowering another op") };
-        let head_dim = self.pass.cache_shape(k_cache).head_dim;
-        // Where one turn takes all rows, a run of fewer rows launches fewer.
-        let all = turn.rows.len() == self.pass.rows;
-        let row_axis = if all { Axis::Rows(1) } else { Axis::Fixed(turn.rows.len()) };
+    pub(super) fn merge(&self, turn: &Turn, heads: usize, width: usize, out: Buf) -> KernelCall {
         KernelCall {
             spec: KernelSpec::new("merge")
-                .size("HEAD_DIM", "hd", head_dim)
+                .size("HEAD_DIM", "hd", width)
                 .size("HEADS", "h", heads)
                 .with("SPAN", SPAN)
                 .with("SPANS", turn.spans)
@@ -114,7 +121,7 @@ impl Lowering<'_> {
                 turn.binding(Access::Read),
                 self.rows(out, Access::Write),
             ],
-            grid: Grid([Axis::Fixed((heads * head_dim).div_ceil(64)), row_axis, Axis::Fixed(1)]),
+            grid: Grid([Axis::Fixed((heads * width).div_ceil(64)), self.rows_of(turn), Axis::Fixed(1)]),
         }
     }
 }

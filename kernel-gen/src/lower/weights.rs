@@ -6,7 +6,7 @@ use crate::pass::{Buf, DType};
 use crate::spec::KernelSpec;
 
 /// Most rows that share one load of a weight.
-const MAX_ROW_TILE: usize = 8;
+pub(super) const MAX_ROW_TILE: usize = 8;
 /// Lanes that share a weight row, as in `lib/matmul.wgsl`.
 const LANES: usize = 32;
 /// Threads of a workgroup, at most.
@@ -20,14 +20,14 @@ const PROJECT_OUTPUTS: usize = 1;
 const HEAD_OUTPUTS: usize = 2;
 
 /// The part of a matmul that one bank of its weight serves.
-struct Bank {
-    index: usize,
-    first_row: usize,
-    rows: usize,
+pub(super) struct Bank {
+    pub index: usize,
+    pub first_row: usize,
+    pub rows: usize,
 }
 
 impl Lowering<'_> {
-    fn weight_banks(&self, weight: Buf) -> Vec<Bank> {
+    pub(super) fn weight_banks(&self, weight: Buf) -> Vec<Bank> {
         let desc = self.desc(weight);
         let row_bytes = desc.bytes() / desc.shape[0];
         let banks = self.limits.banks(desc).into_iter().enumerate();
@@ -36,9 +36,19 @@ impl Lowering<'_> {
             .collect()
     }
 
-    fn bank_binding(&self, weight: Buf, bank: &Bank) -> super::Binding {
+    pub(super) fn bank_binding(&self, weight: Buf, bank: &Bank) -> super::Binding {
         let desc = self.desc(weight);
         self.bank(weight, bank.index, 0..bank.rows * desc.bytes() / desc.shape[0], Access::Read)
+    }
+
+    /// Banks of whole heads, of so many rows each.
+    pub(super) fn banks_of_heads(&self, weight: Buf, head_dim: usize) -> Result<Vec<Bank>, LowerError> {
+        let banks = self.weight_banks(weight);
+        if banks.iter().any(|bank| !bank.first_row.is_multiple_of(head_dim)) {
+            let buffer = self.desc(weight).name.clone();
+            return Err(LowerError::HeadInTwoBanks { op: self.op.name(), buffer, head_dim });
+        }
+        Ok(banks)
     }
 
     fn columns(&self, weight: Buf) -> usize {
@@ -46,12 +56,12 @@ impl Lowering<'_> {
     }
 
     /// Groups of lanes in a workgroup. Small workgroups finish sooner where each has little to do; chosen by timing.
-    fn groups(&self) -> usize {
+    pub(super) fn groups(&self) -> usize {
         if self.row_tile(MAX_ROW_TILE) <= 4 { 1 } else { 2 }
     }
 
     /// Rows that share a weight's load: the pass's rows, rounded up to a power of two.
-    fn row_tile(&self, most: usize) -> usize {
+    pub(super) fn row_tile(&self, most: usize) -> usize {
         self.pass.rows.next_power_of_two().min(most)
     }
 
@@ -131,10 +141,20 @@ impl Lowering<'_> {
 
     pub(super) fn head(&self) -> Result<Vec<KernelCall>, LowerError> {
         let &Op::Head { eps, x, norm, weight, logits, .. } = self.op else { unreachable!("lowering another op") };
+        Ok(self.normed_product(eps, [x, norm, weight], &self.rows(logits, Access::Write)))
+    }
+
+    /// `out[r] = rms_norm(x[r], norm, eps) · weightᵀ`
+    pub(super) fn normed_product(
+        &self,
+        eps: f32,
+        [x, norm, weight]: [Buf; 3],
+        out: &super::Binding,
+    ) -> Vec<KernelCall> {
         let call = |bank: Bank| KernelCall {
             spec: self
                 .matmul("head", weight, self.row_tile(MAX_ROW_TILE))
-                .size("WIDTH", "v", self.desc(logits).shape[1])
+                .size("WIDTH", "v", self.desc(weight).shape[0])
                 .with("EPS", eps)
                 .with("GROUPS", self.groups())
                 .with("OUTPUTS", HEAD_OUTPUTS)
@@ -144,11 +164,11 @@ impl Lowering<'_> {
                 self.rows(x, Access::Read),
                 self.read(norm),
                 self.bank_binding(weight, &bank),
-                self.rows(logits, Access::Write),
+                out.clone(),
             ],
             grid: self.matmul_grid(bank.rows.div_ceil(self.groups() * HEAD_OUTPUTS), MAX_ROW_TILE),
         };
-        Ok(self.weight_banks(weight).into_iter().map(call).collect())
+        self.weight_banks(weight).into_iter().map(call).collect()
     }
 
     /// Gate row i and up row i may lie in different banks: one call for each run of outputs that lies in one of each.
@@ -196,11 +216,7 @@ impl Lowering<'_> {
     pub(super) fn qkv(&self) -> Result<Vec<KernelCall>, LowerError> {
         let &Op::Qkv { weight, k_cache, q_norm, k_norm, .. } = self.op else { unreachable!("lowering another op") };
         let head_dim = self.pass.cache_shape(k_cache).head_dim;
-        let banks = self.weight_banks(weight);
-        if banks.iter().any(|bank| !bank.first_row.is_multiple_of(head_dim)) {
-            let buffer = self.desc(weight).name.clone();
-            return Err(LowerError::HeadInTwoBanks { op: self.op.name(), buffer, head_dim });
-        }
+        let banks = self.banks_of_heads(weight, head_dim)?;
         let owns_heads = q_norm.is_some() || k_norm.is_some();
         Ok(banks.iter().map(|bank| self.qkv_call(bank, head_dim, owns_heads)).collect())
     }
@@ -269,18 +285,22 @@ impl Lowering<'_> {
         }
     }
 
+    /// The constants of `lib/matmul.wgsl` and `lib/x_rows.wgsl`.
+    pub(super) fn matmul(&self, stem: &'static str, weight: Buf, row_tile: usize) -> KernelSpec {
+        self.product(stem, weight, row_tile).size("ROWS", "n", self.pass.rows)
+    }
+
     /// The constants of `lib/matmul.wgsl` that all its kernels name.
-    fn matmul(&self, stem: &'static str, weight: Buf, row_tile: usize) -> KernelSpec {
+    pub(super) fn product(&self, stem: &'static str, weight: Buf, row_tile: usize) -> KernelSpec {
         let dtype = self.desc(weight).dtype;
         debug_assert_ne!(dtype, DType::U32);
         KernelSpec::new(stem)
             .size("COLUMNS", "k", self.columns(weight))
             .format("WEIGHT", dtype)
             .size("ROW_TILE", "r", row_tile)
-            .size("ROWS", "n", self.pass.rows)
     }
 
-    fn matmul_grid(&self, workgroups: usize, most_rows: usize) -> Grid {
+    pub(super) fn matmul_grid(&self, workgroups: usize, most_rows: usize) -> Grid {
         Grid([Axis::Fixed(workgroups), Axis::Rows(self.row_tile(most_rows)), Axis::Fixed(1)])
     }
 }

@@ -13,6 +13,8 @@ use crate::backend::{Backend, BufferId, Extent};
 mod weights;
 mod attention;
 mod acceptance;
+mod experts;
+mod latent;
 
 const MAX_REQUESTS: usize = 3;
 
