@@ -39,7 +39,7 @@ impl Check<'_> {
                 let width = self.of_heads("out", *out, *heads, max_rows)?;
                 self.weight("weight", *weight)?;
                 let rows = self.dims(*weight)[0];
-                if rows % heads != 0 || rows / heads > width {
+                if !rows.is_multiple_of(*heads) || rows / heads > width {
                     let problem =
                         format!("has {rows} rows for {heads} heads, whose results have room for {width} each");
                     return Err(self.error("weight", problem));
