@@ -82,7 +82,7 @@ macro_rules! sources {
 /// Kernel sources by stem, and what kernels share, by name.
 const WGSL_KERNELS: &[(&str, &str)] = sources!("wgsl/" ".wgsl":
     "embed" "qkv" "tree_attention" "merge" "project" "gate_up" "res_block" "rms_norm" "head" "mask" "draw" "perturb" "top_k" "accept" "commit"
-    "latent" "latent_queries" "per_head" "latent_attention" "route" "group_rows" "expert_gate_up" "expert_down" "combine");
+    "latent" "latent_queries" "per_head" "latent_attention" "route" "group_rows" "expert_gate_up" "expert_down" "combine" "gather");
 const WGSL_LIBRARY: &[(&str, &str)] = sources!("wgsl/lib/" ".wgsl":
     "layout" "formats" "matmul" "x_rows" "experts" "paged" "batch" "ancestors" "philox" "best");
 const CUDA_KERNELS: &[(&str, &str)] = sources!("cuda/" ".cu":

@@ -162,6 +162,7 @@ pub fn lower(op: &Op, pass: &Pass, limits: &Limits) -> Result<Vec<KernelCall>, L
         Op::GateUp { .. } => lowering.gate_up(),
         Op::ResBlock { .. } => lowering.res_block(),
         Op::Norm { .. } => lowering.norm(),
+        Op::Gather { .. } => lowering.gather(),
         Op::Head { .. } => lowering.head(),
         Op::TreeAttention { .. } => lowering.tree_attention(),
         Op::Mask { .. } => lowering.mask(),

@@ -56,12 +56,16 @@ pub const ROWS: &[usize] = &[1, 16, 256];
 /// What every device has.
 pub const PORTABLE: Limits = Limits { binding_bytes: 128 << 20, offset_alignment: 256 };
 
+/// Of the largest pass with so many rows.
+fn tree_of(rows: usize) -> TreeSpec {
+    TreeSpec::Any(rows.clamp(64, MAX_NODES))
+}
+
 /// Calls of one pass of every model in the table and of DeepSeek's, first come first, each kernel once.
 pub fn calls() -> Result<Vec<KernelCall>, LowerError> {
     let mut calls: Vec<KernelCall> = Vec::new();
-    let tree = |rows: usize| TreeSpec::Any(rows.clamp(64, MAX_NODES));
-    let models = MODELS.iter().flat_map(|model| ROWS.iter().map(move |&rows| model.pass(rows, tree(rows))));
-    for pass in models.chain(ROWS.iter().map(|&rows| deepseek::pass(rows, tree(rows)))) {
+    let models = MODELS.iter().flat_map(|model| ROWS.iter().map(move |&rows| model.pass(rows, tree_of(rows))));
+    for pass in models.chain(ROWS.iter().map(|&rows| deepseek::pass(rows))) {
         for op in &pass.ops {
             for call in lower(op, &pass, &PORTABLE)? {
                 if calls.iter().all(|known| known.spec != call.spec) {

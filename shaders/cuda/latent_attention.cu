@@ -22,6 +22,7 @@ constexpr bool TILED = false;
 constexpr u32 LATENT = 512;
 constexpr u32 HEADS = 4; // of a block
 constexpr float SCALE = 0.0721687824f; // of the scores
+constexpr u32 SHARED_BYTES = 49696;
 // constants-end
 
 constexpr u32 THREADS = 256;
@@ -49,8 +50,9 @@ struct Shared {
     float rescales[HEADS];
     float sums[HEADS];
 };
+static_assert(sizeof(Shared) <= SHARED_BYTES, "the launch gives less shared memory than the block needs");
 
-// Blocks: [heads / HEADS, rows]. Dynamic shared memory: sizeof(Shared).
+// Blocks: [heads / HEADS, rows].
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     latent_attention(const u32* rows, const u32* requests, const u32* pages, const float* q, // [rows, heads, HEAD_DIM]
                      const void* cache, float* out) { // one layer, [rows, heads, LATENT]

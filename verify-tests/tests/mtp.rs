@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
-use treespark::backend::PassCost;
+use treespark::backend::{Backend, PassCost};
 use treespark::cpu::CpuBackend;
 use treespark::draft::mtp::MtpDrafter;
 use treespark::draft::{Drafter, NoDrafter, Plan};
@@ -13,7 +13,7 @@ use treespark::scheduler::Scheduler;
 use treespark::{Engine, Sampling, Sequence, Statistics};
 use treespark_kernel_gen::TreeShape;
 use treespark_models::{Model, Speculator};
-use treespark_verify_tests::cases::samplings;
+use treespark_verify_tests::cases::{self, samplings};
 
 const CONTEXT: usize = 160;
 const TOP_K: usize = 8;
@@ -31,9 +31,8 @@ fn sequence(tokens: &[u32], sampling: &Sampling, new: usize, vocab: usize) -> Se
     Sequence::new(tokens.to_vec(), sampling.clone(), new, vec![], CONTEXT, vocab)
 }
 
-/// Chains of guesses behind texts of several lengths, run as a prompt whole and in two parts.
-#[test]
-fn guesses_are_those_of_the_reference() {
+/// Chains of guesses behind texts of several lengths.
+fn guesses_agree(mut open: impl FnMut() -> Box<dyn Backend>) {
     let model = Model::open(&fixture()).unwrap();
     let speculator = Speculator::of_target(&model).unwrap();
     let bytes = std::fs::read(fixture().join("expected.safetensors")).unwrap();
@@ -45,17 +44,39 @@ fn guesses_are_those_of_the_reference() {
         let lengths = words(&file, &format!("mtp.lengths.{i}"));
         for (length, want) in lengths.into_iter().zip(words(&file, &format!("mtp.chain.{i}")).chunks(4)) {
             let text = &tokens[..=length as usize];
-            let mut backend = CpuBackend::new(None);
+            let mut backend = open();
+            let backend = backend.as_mut();
             let limits = Limits { top_k: TOP_K, ..Limits::new(CONTEXT, 16) };
             let mut target =
-                Network::load_with_speculator(&mut backend, &model, Some(&speculator), limits, &mut |_, _| {}).unwrap();
+                Network::load_with_speculator(backend, &model, Some(&speculator), limits, &mut |_, _| {}).unwrap();
             let mut seq = sequence(text, &Sampling::default(), 40, model.config().vocab_size);
-            target.extend(&mut backend, &mut seq.kv, text, &mut |_| {}).unwrap();
+            target.extend(backend, &mut seq.kv, text, &mut |_| {}).unwrap();
             target.note_prompt(&mut seq, text.len() - 1);
-            let draft = MtpDrafter::new().unwrap().propose(&mut backend, &mut target, &mut seq, &plan).unwrap();
+            let draft = MtpDrafter::new().unwrap().propose(backend, &mut target, &mut seq, &plan).unwrap();
             let got: Vec<u32> = (1..draft.tree.len()).map(|node| draft.tree.token(node)).collect();
             assert_eq!(got, want, "sequence {i}, behind {length} tokens");
         }
+    }
+}
+
+#[test]
+fn guesses_are_those_of_the_reference() {
+    guesses_agree(|| Box::new(CpuBackend::new(None)));
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn guesses_on_wgpu_are_those_of_the_reference() {
+    if cases::gpu().is_some() {
+        guesses_agree(|| cases::gpu().expect("found before"));
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn guesses_on_cuda_are_those_of_the_reference() {
+    if cases::cuda_on_cpu(0).is_some() {
+        guesses_agree(|| cases::cuda_on_cpu(0).expect("found before"));
     }
 }
 

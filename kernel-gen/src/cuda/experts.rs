@@ -33,8 +33,9 @@ impl Lowering<'_> {
     pub(super) fn group_rows(&self) -> Vec<Launch> {
         let &Op::GroupRows { experts, groups, .. } = self.op else { unreachable!("lowering another op") };
         let chosen = self.desc(experts).shape[1];
-        let spec =
-            KernelSpec::new("group_rows").size("EXPERTS", "e", self.experts(groups, chosen)).size("CHOSEN", "k", chosen);
+        let spec = KernelSpec::new("group_rows")
+            .size("EXPERTS", "e", self.experts(groups, chosen))
+            .size("CHOSEN", "k", chosen);
         let arguments = [self.batch.requests, experts, groups].map(Argument::from).to_vec();
         vec![plain(spec, arguments, [1, 1, 1], 1024)]
     }
@@ -105,5 +106,55 @@ impl Lowering<'_> {
     /// That buffers have room for: a pass may have fewer.
     fn max_rows(&self) -> usize {
         self.desc(self.batch.rows).shape[0]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::cuda::{Device, Launch, lower_pass};
+    use crate::release::deepseek;
+    use crate::spec::Value;
+
+    const STEMS: [&str; 5] = ["normed_product", "latent_queries", "per_head", "expert_gate_up", "expert_down"];
+
+    fn constant(launch: &Launch, name: &str) -> usize {
+        match launch.spec.constants().iter().find(|(known, _)| *known == name) {
+            Some((_, Value::U32(value))) => *value as usize,
+            other => panic!("{name} is {other:?}"),
+        }
+    }
+
+    fn launches(rows: usize, device: &Device) -> Vec<Launch> {
+        let mut launches = lower_pass(&deepseek::pass(rows), device).unwrap();
+        launches.retain(|launch| STEMS.contains(&launch.spec.stem()));
+        launches
+    }
+
+    #[test]
+    fn the_order_of_sums_is_that_of_the_matrix() {
+        let order = |launch: &Launch| {
+            let is_alone = usize::from(constant(launch, "WARPS_M") == 1);
+            [constant(launch, "CLUSTER"), constant(launch, "WARPS_K"), is_alone]
+        };
+        for device in [Device::H100, Device::A100, Device::RTX_4090] {
+            let of = |rows| launches(rows, &device).iter().map(order).collect::<Vec<_>>();
+            for rows in [4, 16, 33, 64, 256] {
+                assert_eq!(of(1), of(rows), "{rows} rows, {device:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn there_are_blocks_for_as_many_experts_as_may_be_chosen() {
+        for (rows, experts) in [(1, 6), (4, 24), (16, 64), (256, 64)] {
+            for launch in launches(rows, &Device::H100).iter().filter(|launch| launch.spec.stem().starts_with("expert"))
+            {
+                let weight_rows: usize = if launch.spec.stem() == "expert_down" { 2048 } else { 2 * 1408 };
+                let tile = 8 * constant(launch, "ROW_TILES") * constant(launch, "WARPS_M");
+                let blocks = weight_rows.div_ceil(tile) * constant(launch, "CLUSTER");
+                assert_eq!(launch.grid, [blocks, experts, 1], "{rows} rows");
+                assert!(constant(launch, "TOKENS") >= rows.min(16) && constant(launch, "TOKEN_TILES") == 1);
+            }
+        }
     }
 }

@@ -80,10 +80,11 @@ impl Lowering<'_> {
         let matrix = self.matrix(weight, None);
         let tiling = Tiling::new(&matrix, self.pass.rows, self.device);
         let width = matrix.rows / heads;
-        let spec = KernelSpec::new("per_head")
-            .size("HEADS", "h", heads)
-            .size("WIDTH", "n", width)
-            .size("STRIDE", "of", self.desc(out).shape[2]);
+        let spec = KernelSpec::new("per_head").size("HEADS", "h", heads).size("WIDTH", "n", width).size(
+            "STRIDE",
+            "of",
+            self.desc(out).shape[2],
+        );
         let arguments = [self.batch.requests, x, weight, out].map(Argument::from).to_vec();
         let mut launch = self.matmul(spec, &matrix, tiling, width.div_ceil(tiling.rows()), 0, arguments);
         launch.grid[1] = heads;
@@ -95,11 +96,13 @@ impl Lowering<'_> {
             unreachable!("lowering another op")
         };
         let of_block = self.heads_of_block(heads, cache);
+        let shared_bytes = self.attention_bytes(of_block, cache);
         let spec = self
             .paged(KernelSpec::new("latent_attention"), cache)
             .size("LATENT", "c", self.desc(out).shape[2])
             .size("HEADS", "h", of_block)
-            .with("SCALE", scale);
+            .with("SCALE", scale)
+            .with("SHARED_BYTES", shared_bytes);
         let arguments = vec![
             self.batch.rows.into(),
             self.batch.requests.into(),
@@ -109,7 +112,6 @@ impl Lowering<'_> {
             out.into(),
         ];
         let grid = [heads / of_block, self.pass.rows, 1];
-        let shared_bytes = self.attention_bytes(of_block, cache);
         vec![Launch { spec, arguments, grid, threads: THREADS, shared_bytes, cluster: 1 }]
     }
 
@@ -131,5 +133,36 @@ impl Lowering<'_> {
         let width = self.pass.cache_shape(cache).head_dim;
         let chunks = width * self.desc(cache).dtype.size() / 16;
         2 * TILE * (chunks | 1) * 16 + 4 * heads * (width + WARPS * TILE + TILE + 2)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::cuda::{Device, lower_pass};
+    use crate::emit::{Lang, emit};
+    use crate::release::deepseek;
+
+    #[test]
+    fn specs_give_the_constants_that_sources_have() {
+        for op in &deepseek::pass(16).ops {
+            op.check(&deepseek::pass(16)).unwrap();
+        }
+        for launch in lower_pass(&deepseek::pass(16), &Device::A100).unwrap() {
+            let (stem, source) = (launch.spec.stem(), emit(&launch.spec, Lang::Cuda).unwrap());
+            let (_, parameters) = source.split_once(&format!("    {stem}(const u32* ")).expect("an entry");
+            let parameters = parameters.split_once(") {").unwrap().0;
+            assert_eq!(parameters.matches('*').count() + 1, launch.arguments.len(), "{stem}");
+        }
+    }
+
+    #[test]
+    fn heads_share_a_block_where_there_are_rows_for_all_multiprocessors() {
+        for (device, of_16_rows) in [(Device::H100, 16), (Device::A100, 8), (Device::RTX_4090, 8)] {
+            let grid = |rows| {
+                let launches = lower_pass(&deepseek::pass(rows), &device).unwrap();
+                launches.iter().find(|launch| launch.spec.stem() == "latent_attention").unwrap().grid
+            };
+            assert_eq!((grid(1), grid(16), grid(256)), ([16, 1, 1], [of_16_rows, 16, 1], [1, 256, 1]), "{device:?}");
+        }
     }
 }

@@ -82,6 +82,22 @@ impl Lowering<'_> {
         }])
     }
 
+    pub(super) fn gather(&self) -> Result<Vec<KernelCall>, LowerError> {
+        const THREADS: usize = 64;
+        let &Op::Gather { states, sources, out, .. } = self.op else { unreachable!("lowering another op") };
+        let columns = self.desc(states).shape[1];
+        Ok(vec![KernelCall {
+            spec: KernelSpec::new("gather").size("COLUMNS", "k", columns),
+            bindings: vec![
+                self.read(self.batch.requests),
+                self.read(sources),
+                self.read(states),
+                self.rows(out, Access::Write),
+            ],
+            grid: Grid([Axis::Fixed(columns.div_ceil(THREADS)), Axis::Rows(1), Axis::Fixed(1)]),
+        }])
+    }
+
     /// One call for each bank of each cache.
     pub(super) fn commit(&self) -> Result<Vec<KernelCall>, LowerError> {
         let &Op::Commit { accepted, k_cache, v_cache, .. } = self.op else { unreachable!("lowering another op") };

@@ -1,7 +1,7 @@
 //! A layer of DeepSeek-V2-Lite, with the parts that only its larger siblings have: compressed queries, a biased router.
 
 use crate::layout::HEADER_WORDS;
-use crate::op::{Batch, CacheShape, GroupScore, Op, Routing, Scoring, TreeSpec};
+use crate::op::{Batch, CacheShape, GroupScore, Op, Routing, Scoring};
 use crate::pass::{Buf, DType, Pass, Role};
 use crate::{Request, Row};
 
@@ -20,7 +20,8 @@ const CONTEXT: usize = 2048;
 const MAX_REQUESTS: usize = 4;
 
 /// A pass with each op that DeepSeek's models have and others lack.
-pub fn pass(rows: usize, tree: TreeSpec) -> Pass {
+pub fn pass(rows: usize) -> Pass {
+    let tree = super::tree_of(rows);
     let head_dim = LATENT + ROTATED;
     let shape = CacheShape { layers: 2, pages: MAX_REQUESTS * CONTEXT / 16, kv_heads: 1, page_size: 16, head_dim };
     let mut pass = Pass::new("DeepSeek-V2-Lite", rows);
@@ -69,6 +70,10 @@ pub fn pass(rows: usize, tree: TreeSpec) -> Pass {
         Op::PerHead { batch, heads: HEADS, x: latents, weight: of_latent, out: values },
     ]);
     push_experts(p, batch, rows, x, norm);
+    // An MTP module reads states of other rows.
+    let [states, gathered] = ["states", "gathered"].map(|name| scratch(p, name, &[HIDDEN]));
+    let sources = p.add("sources", Role::Input, DType::U32, &[rows]);
+    p.ops.push(Op::Gather { batch, states, sources, out: gathered });
     pass
 }
 
