@@ -105,7 +105,7 @@ pub enum GroupScore {
     TwoLargest,
 }
 
-/// How a router chooses, for [`Op::Route`].
+/// How a router chooses, for [`Op::Route`](super::Op::Route).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Routing {
     pub scoring: Scoring,
