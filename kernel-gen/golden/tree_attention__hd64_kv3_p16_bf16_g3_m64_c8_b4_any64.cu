@@ -644,17 +644,64 @@ __device__ __forceinline__ void share(Item& item) {
     item.end = begin + divide_up(n * (rank + 1), CLUSTER);
 }
 
-// A warp's rows of tree attention: scores, softmax and output, on tensor cores.
+// Tiles of keys or of values in shared memory, as tiled caches hold them: [HALVES][TILE] rows of 128 bytes, 16-byte chunks permuted
+// by the row modulo 8. How one warp copies them, and which of their keys a row sees.
 //
-// A *group* of four warps has up to 64 rows. Where it has fewer, its warps share the keys of a tile. In shared memory a tile
-// of keys or values is [HALVES][TILE] rows of 128 bytes, 16-byte chunks permuted by the row modulo 8, as tiled caches are.
-//
-// Needs ptx, formats, wgmma, layout, chunks. Expects HEAD_DIM, KV_HEADS, GROUP, M, GROUPS, WGMMA, CACHE, SCALE.
+// Needs ptx, layout, paged, chunks. Expects HEAD_DIM, PAGE_SIZE, BULK.
 
-constexpr u32 HEADS = KV_HEADS * GROUP;
+constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
 constexpr u32 HALVES = HEAD_DIM / 64; // a vector is read in pieces of 64 elements
 constexpr u32 HALF_BYTES = TILE * 128; // of a tile
 constexpr u32 TILE_BYTES = HALVES * HALF_BYTES;
+
+// The row of a tile and the 16-byte chunk of its vector.
+__device__ __forceinline__ const unsigned char* place(const unsigned char* tile, u32 row, u32 chunk) {
+    return tile + chunk / 8 * HALF_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;
+}
+
+constexpr u32 PAGES = TILE / PAGE_SIZE; // of a tile
+constexpr u32 KNOWN_TILES = 32 / PAGES; // tiles whose pages a warp knows, one a lane
+
+// One warp copies the keys or the values of a tile: the blocks of its pages lie as the tile wants them. Lane l knows page
+// `first_known + l`.
+__device__ __forceinline__ void copy_tile(unsigned char* stage, u64* full, u32 n_pages, u32 first_known, u32 known, u32 head,
+                                          const u16* cache, u32 lane) {
+    constexpr u32 PIECE = PAGE_SIZE * 128; // bytes that are contiguous in cache and tile
+    constexpr u32 CHUNKS = BULK ? 1 : PIECE / 16; // copies of a piece
+    constexpr u32 COPIES = PAGES * HALVES * CHUNKS;
+    if (BULK && lane == 0) mbarrier_expect(full, n_pages * HALVES * PIECE);
+    __syncwarp();
+#pragma unroll(COPIES < 32 ? 1 : 4)
+    for (u32 first = 0; first < COPIES; first += 32) {
+        const u32 piece = (first + lane) / CHUNKS, at = (first + lane) % CHUNKS;
+        const u32 page = piece / HALVES, half = piece % HALVES;
+        const u64 block = cache_block(__shfl_sync(FULL_WARP, known, (first_known + page) % 32), head);
+        if (page >= n_pages) continue;
+        const u16* from = cache + block + half * (PAGE_SIZE * 64) + at * 8;
+        unsigned char* to = stage + half * HALF_BYTES + page * PIECE + at * 16;
+        if (BULK) bulk_copy(to, from, PIECE, full);
+        else cp_async16(to, from, true);
+    }
+    if (!BULK) cp_async_arrive(full);
+    __syncwarp();
+}
+
+// 64 bits of a row's ancestor words from node `first` on; nodes before 0 are prefix, and seen.
+__device__ __forceinline__ u64 window(const u32* words, int first) {
+    auto word = [&](int i) { return i >= 0 && i < (int)ANCESTOR_WORDS ? words[i] : i < 0 ? 0xffffffffu : 0u; };
+    const int at = first >> 5; // rounds down
+    const u32 shift = first & 31;
+    const u64 low = word(at) | (u64)word(at + 1) << 32;
+    return shift == 0 ? low : low >> shift | (u64)word(at + 2) << (64 - shift);
+}
+
+// A warp's rows of tree attention: scores, softmax and output, on tensor cores.
+//
+// A *group* of four warps has up to 64 rows. Where it has fewer, its warps share the keys of a tile.
+//
+// Needs ptx, formats, wgmma, layout, chunks, tiles. Expects HEAD_DIM, KV_HEADS, GROUP, M, GROUPS, WGMMA, CACHE, SCALE.
+
+constexpr u32 HEADS = KV_HEADS * GROUP;
 constexpr u32 ROW_GROUPS = (M + 63) / 64; // groups that share a tile
 constexpr u32 KEY_GROUPS = GROUPS / ROW_GROUPS; // that take tiles in turn
 constexpr u32 ROW_WARPS = M / ROW_GROUPS / 16;
@@ -669,11 +716,6 @@ __device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) 
 }
 
 __device__ __forceinline__ u32 pack(float low, float high) { return narrow_pair(CACHE, low, high); }
-
-// The row of a tile of keys or values and the 16-byte chunk of its vector.
-__device__ __forceinline__ const unsigned char* place(const unsigned char* tile, u32 row, u32 chunk) {
-    return tile + chunk / 8 * HALF_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;
-}
 
 // A warp's 16 rows of a unit, two a lane: rows lane / 4 and lane / 4 + 8.
 struct Accumulator {
@@ -972,7 +1014,6 @@ __device__ __forceinline__ Piece load_partial(const float* partial, u32 row, u32
 // Registers move between groups of four warps, from the producer's to the consumers': where they do, three warps idle.
 constexpr bool MOVES_REGISTERS = WGMMA && (GROUPS == 2 || BLOCKS == 2);
 constexpr u32 THREADS = CONSUMERS + (WGMMA ? 128 : 32);
-constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
 
 // Shared memory, in this order.
 struct Shared {
@@ -993,45 +1034,7 @@ static_assert(!WGMMA || STAGES >= 4 * KEY_GROUPS, "a group needs room for two ti
 __device__ __forceinline__ u32 stage_of(u32 turn, u32 of_v) { return (2 * turn + of_v) % STAGES; }
 __device__ __forceinline__ u32 phase_of(u32 turn) { return 2 * turn / STAGES & 1; }
 
-// ---- producer
-
-constexpr u32 PAGES = TILE / PAGE_SIZE; // of a tile
-constexpr u32 KNOWN_TILES = 32 / PAGES; // tiles whose pages a warp knows, one a lane
-
-// One warp copies the keys or the values of a tile: the blocks of its pages lie as the tile wants them. Lane l knows page
-// `first_known + l`.
-__device__ __forceinline__ void copy_tile(unsigned char* stage, u64* full, u32 n_pages, u32 first_known, u32 known, u32 head,
-                                          const u16* cache, u32 lane) {
-    constexpr u32 PIECE = PAGE_SIZE * 128; // bytes that are contiguous in cache and tile
-    constexpr u32 CHUNKS = BULK ? 1 : PIECE / 16; // copies of a piece
-    constexpr u32 COPIES = PAGES * HALVES * CHUNKS;
-    if (BULK && lane == 0) mbarrier_expect(full, n_pages * HALVES * PIECE);
-    __syncwarp();
-#pragma unroll(COPIES < 32 ? 1 : 4)
-    for (u32 first = 0; first < COPIES; first += 32) {
-        const u32 piece = (first + lane) / CHUNKS, at = (first + lane) % CHUNKS;
-        const u32 page = piece / HALVES, half = piece % HALVES;
-        const u64 block = cache_block(__shfl_sync(FULL_WARP, known, (first_known + page) % 32), head);
-        if (page >= n_pages) continue;
-        const u16* from = cache + block + half * (PAGE_SIZE * 64) + at * 8;
-        unsigned char* to = stage + half * HALF_BYTES + page * PIECE + at * 16;
-        if (BULK) bulk_copy(to, from, PIECE, full);
-        else cp_async16(to, from, true);
-    }
-    if (!BULK) cp_async_arrive(full);
-    __syncwarp();
-}
-
 // ---- consumers
-
-// 64 bits of a row's ancestor words from node `first` on; nodes before 0 are prefix, and seen.
-__device__ __forceinline__ u64 window(const u32* words, int first) {
-    auto word = [&](int i) { return i >= 0 && i < (int)ANCESTOR_WORDS ? words[i] : i < 0 ? 0xffffffffu : 0u; };
-    const int at = first >> 5; // rounds down
-    const u32 shift = first & 31;
-    const u64 low = word(at) | (u64)word(at + 1) << 32;
-    return shift == 0 ? low : low >> shift | (u64)word(at + 2) << (64 - shift);
-}
 
 // Ancestor words of the unit's rows, for the groups that share its tiles.
 __device__ __forceinline__ void load_ancestors(u32 (*ancestors)[ANCESTOR_WORDS + 1], const u32* rows, const Request& request,

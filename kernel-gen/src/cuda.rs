@@ -95,8 +95,11 @@ pub enum LowerError {
 
 /// Whether a cache lies in the order that tensor cores read it in; see `shaders/cuda/lib/paged.cuh`.
 pub fn is_tiled(cache: &CacheShape, dtype: DType) -> bool {
-    dtype.size() == 2 && matches!(cache.head_dim, 64 | 128) && matches!(cache.page_size, 16 | 32 | 64)
+    dtype.size() == 2 && matches!(cache.head_dim, 64 | 128 | LATENT_DIM) && matches!(cache.page_size, 16 | 32 | 64)
 }
+
+/// Of a latent and its key, in every model of DeepSeek's.
+const LATENT_DIM: usize = 576;
 
 /// Where element `d` of the vector at `slot` of a page lies in the `[page_size, head_dim]` block of the page and head.
 pub fn cache_place(cache: &CacheShape, dtype: DType, slot: usize, d: usize) -> usize {

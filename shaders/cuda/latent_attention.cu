@@ -1,173 +1,426 @@
-// needs: ptx layout batch ancestors formats paged
-// Attention in the space of latents: out[r, h] = softmax(q[r, h] · K * SCALE) · K[..LATENT]. All heads have the same keys, whose
-// first elements are their values.
+// needs: ptx formats wgmma layout paged chunks tiles
+// Attention in the space of latents, on tensor cores: out[r, h] = softmax(q[r, h] · K * SCALE) · K[..LATENT]. All heads of all rows
+// of a request have the same keys, whose first elements are their values: a tile is read once for both.
 //
-// One block takes a row and some heads. Key i of a row is slot i while i < prefix, and from there on the slot of the
-// (i - prefix)-th node of its path; no other slot is read. Keys come in position order, TILE at a time, by copies that are a
-// tile ahead:
+// Query rows are packed, row = node row * GROUP + head, M of them a *unit* (request, slab). Units are cut into chunks of tiles of 64
+// keys so that all blocks have about the same to do; only tiles that reach past the prefix test the ancestor words.
 //
-//     scores  = query · key                            slices of the elements, dealt to half warps: a lane a key, all heads
-//     weights = exp(scores - running maximum)          a thread a head and key, which adds up the slices
-//     output  = output * rescale + weights · value     a thread eight elements of a few heads
+//     producer    one warp copies the tiles of this block's chunks into a ring in shared memory
+//     consumers   eight warps. For scores a warp has 16 rows and its share of the tile's keys; for outputs it has all rows, and
+//                 its share of the columns, since those of 512 columns would not fit the registers of the warps of 16 rows
+//                     scores  = q · kᵀ                              maxima meet in shared memory
+//                     weights = 2^(scores - running maximum)        to shared memory
+//                     output  = output * rescale + weights · tile[..LATENT]
+//     merge       where a unit has several chunks, the one that arrives last adds them up, from the workspace
 //
-// What is added to what depends on positions alone: not on the heads of a block, nor on whatever shares the pass.
+// Scores and sums are f32; queries and weights are rounded to the cache's format, for the tensor cores.
 
 // constants-begin
 constexpr u32 HEAD_DIM = 576; // of a latent and its key
 constexpr u32 KV_HEADS = 1;
 constexpr u32 PAGE_SIZE = 16;
-constexpr u32 CACHE = 1; // format of the cache
+constexpr u32 CACHE = 1; // format of the cache: 1 bf16, 2 f16
 constexpr u32 PAGES_PER_REQUEST = 128;
-constexpr bool TILED = false;
+constexpr bool TILED = true;
 constexpr u32 LATENT = 512;
-constexpr u32 HEADS = 4; // of a block
+constexpr u32 GROUP = 16; // heads
+constexpr u32 M = 64; // packed rows of a unit: 16 or 64
+constexpr u32 SLABS = 1; // units that a request of all the pass's rows needs
 constexpr float SCALE = 0.0721687824f; // of the scores
-constexpr u32 SHARED_BYTES = 49696;
+constexpr u32 STAGES = 2; // tiles in the ring
+constexpr bool BULK = true; // bulk copies, or else 16-byte ones
+constexpr u32 MIN_CHUNK = 4; // fewer tiles are not worth a merge through the workspace
+constexpr u32 MAX_REQUESTS = 1;
+constexpr u32 CLUSTER = 1; // blocks that share a chunk
 // constants-end
 
-constexpr u32 THREADS = 256;
-constexpr u32 WARPS = THREADS / 32;
-constexpr u32 TILE = 16; // keys
-constexpr u32 SLICES = 2 * WARPS;
-static_assert(HEADS * TILE <= THREADS, "one thread has the score of a head and key");
-
-constexpr u32 ELEMENTS = 16 / bytes_of(CACHE); // of what a thread copies at once
-constexpr u32 CHUNKS = HEAD_DIM / ELEMENTS; // of a key
-// Of a key in shared memory: an odd number of chunks, so that lanes read their keys without bank conflicts.
-constexpr u32 STRIDE = (CHUNKS | 1) * ELEMENTS;
-constexpr u32 TILE_BYTES = TILE * STRIDE * bytes_of(CACHE);
-
-constexpr u32 COLUMNS = LATENT / 8; // eights of elements of an output
-constexpr u32 AT_ONCE = THREADS / COLUMNS; // heads that threads have eights of at once
-constexpr u32 MINE = (HEADS + AT_ONCE - 1) / AT_ONCE; // heads of a thread
-static_assert(LATENT % 8 == 0 && COLUMNS <= THREADS, "one thread has an eight of a head");
+constexpr u32 WARPS = 8;
+constexpr u32 CONSUMERS = WARPS * 32; // threads
+// Registers move between groups of four warps, from the producer's to the consumers': three warps idle where they do.
+constexpr bool MOVES_REGISTERS = M == 64;
+constexpr u32 THREADS = CONSUMERS + (MOVES_REGISTERS ? 128 : 32);
+constexpr u32 ROW_TILES = M / 16;
+constexpr u32 KEY_WARPS = WARPS / ROW_TILES; // that have the same rows, and keys of their own
+constexpr u32 WARP_KEYS = TILE / KEY_WARPS;
+constexpr u32 WARP_COLUMNS = LATENT / WARPS;
+constexpr u32 NODES = (M - 1) / GROUP + 2; // most nodes that a unit's rows are of
+constexpr u32 PARTIAL = M * (LATENT + 2); // floats that a chunk leaves in the workspace: outputs, then {maximum, sum} of each row
+constexpr float LOG2_E = 1.4426950408889634f;
+#define NEVER __uint_as_float(0xff800000u) // minus infinity
+static_assert(M == 16 || M == 64, "eight warps share the rows and keys of a tile");
+static_assert(HEAD_DIM % 64 == 0 && WARP_COLUMNS % 64 == 0, "a tile comes in pieces of 64 elements");
 
 struct Shared {
-    unsigned char tiles[2][TILE_BYTES];
-    float queries[HEADS][HEAD_DIM];
-    float scores[WARPS][HEADS][TILE]; // of two slices each
-    float weights[HEADS][TILE];
-    float rescales[HEADS];
-    float sums[HEADS];
+    unsigned char ring[STAGES][TILE_BYTES];
+    unsigned char queries[HALVES][M][128]; // chunks permuted as in a tile
+    unsigned char weights[M][TILE * 2]; // the same
+    u64 full[STAGES];
+    u64 empty[STAGES];
+    float maxima[KEY_WARPS][M]; // of the keys that each warp has
+    float sums[KEY_WARPS][M];
+    float rescales[M];
+    u32 ancestors[NODES][ANCESTOR_WORDS];
+    u32 arrived; // chunks that came before this one
 };
-static_assert(sizeof(Shared) <= SHARED_BYTES, "the launch gives less shared memory than the block needs");
 
-// Blocks: [heads / HEADS, rows].
+__device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
+    if (CACHE == 1) mma_bf16(d, a, b0, b1);
+    else mma_f16(d, a, b0, b1);
+}
+
+// What both roles of a block go by.
+struct Block {
+    Shared& shared;
+    Schedule schedule;
+    const u32* rows;
+    const u32* requests;
+    u32 thread, lane, warp;
+
+    // The first item, or the next. Whole warps call it.
+    __device__ bool next(u32& index, Item& item) const {
+        const bool found = schedule.find(index, lane, item);
+        index += gridDim.x;
+        return found;
+    }
+};
+
+__device__ __forceinline__ void produce(const Block& block, const u32* pages, const u16* cache) {
+    u32 turn = 0; // tiles of this block so far
+    bool waited = false;
+    Item item;
+    for (u32 index = blockIdx.x; block.next(index, item);) {
+        const Request request = read_request(block.rows, block.requests, item.request);
+        const u32* table = pages + item.request * PAGES_PER_REQUEST;
+        const u32 n_pages = divide_up(request.keys, PAGE_SIZE);
+        u32 known = 0;
+        for (u32 tile = item.tile; tile < item.end; tile++, turn++) {
+            const u32 nth = (tile - item.tile) % KNOWN_TILES, first = tile * PAGES, stage = turn % STAGES;
+            if (nth == 0) known = table[min(first + block.lane, n_pages - 1)];
+            // A kernel shortly before this one writes the tree's keys, and none of the prefix.
+            if (!waited && (tile + 1) * TILE > request.prefix) {
+                wait_for_previous();
+                waited = true;
+            }
+            mbarrier_wait(&block.shared.empty[stage], (turn / STAGES & 1) ^ 1);
+            copy_tile(block.shared.ring[stage], &block.shared.full[stage], min(PAGES, n_pages - first), nth * PAGES, known, 0,
+                      cache, block.lane);
+        }
+    }
+}
+
+// A consumer warp at work on a chunk.
+struct Worker {
+    const Block& block;
+    const Request& request;
+    u32 first_packed; // row of the unit
+    float out[ROW_TILES][WARP_COLUMNS / 8][4]; // of all rows, as products leave them: rows lane / 4 and lane / 4 + 8 of each 16
+    float largest[2]; // of the warp's own two rows a lane
+    float sum[2]; // of this lane's keys
+
+    __device__ u32 first_row() const { return block.warp % ROW_TILES * 16; }
+    __device__ u32 key_warp() const { return block.warp / ROW_TILES; }
+    __device__ u32 own_row(u32 i) const { return first_row() + block.lane / 4 + 8 * i; }
+    __device__ u32 n_rows() const { return min(M, request.n_rows * GROUP - first_packed); }
+
+    // Which of the unit's nodes a row is of. Rows past the end are computed like the last one, and not written.
+    __device__ u32 packed(u32 row) const { return min(first_packed + row, request.n_rows * GROUP - 1); }
+    __device__ u32 node(u32 row) const { return packed(row) / GROUP - first_packed / GROUP; }
+
+    __device__ void clear() {
+#pragma unroll
+        for (u32 t = 0; t < ROW_TILES; t++)
+#pragma unroll
+            for (u32 n = 0; n < WARP_COLUMNS / 8; n++)
+                for (u32 i = 0; i < 4; i++) out[t][n][i] = 0.0f;
+        for (u32 i = 0; i < 2; i++) largest[i] = NEVER, sum[i] = 0.0f;
+    }
+
+    __device__ void load(const float* q) const {
+        Shared& shared = block.shared;
+        for (u32 i = block.thread; i < NODES * ANCESTOR_WORDS; i += CONSUMERS) {
+            const u32 node = min(first_packed / GROUP + i / ANCESTOR_WORDS, request.n_rows - 1);
+            shared.ancestors[0][i] = block.rows[(request.first_row + node) * ROW_WORDS + ROW_ANCESTORS + i % ANCESTOR_WORDS];
+        }
+        wait_for_previous();
+        for (u32 i = block.thread; i < M * HEAD_DIM / 8; i += CONSUMERS) {
+            const u32 row = i / (HEAD_DIM / 8), chunk = i % (HEAD_DIM / 8);
+            const float4* from = (const float4*)(q + ((u64)request.first_row * GROUP + packed(row)) * HEAD_DIM + chunk * 8);
+            const float4 a = from[0], b = from[1];
+            *(uint4*)(shared.queries[chunk / 8][row] + (chunk % 8 ^ row % 8) * 16) =
+                make_uint4(narrow_pair(CACHE, a.x, a.y), narrow_pair(CACHE, a.z, a.w), narrow_pair(CACHE, b.x, b.y),
+                           narrow_pair(CACHE, b.z, b.w));
+        }
+    }
+
+    // Of the warp's rows and keys.
+    __device__ void score_keys(float score[WARP_KEYS / 8][4], const unsigned char* tile) const {
+        const u32 lane = block.lane;
+#pragma unroll
+        for (u32 n = 0; n < WARP_KEYS / 8; n++)
+            for (u32 i = 0; i < 4; i++) score[n][i] = 0.0f;
+#pragma unroll 2
+        for (u32 kk = 0; kk < HEAD_DIM / 32; kk++) { // 32 elements
+            u32 a[2][4];
+#pragma unroll
+            for (u32 half = 0; half < 2; half++) {
+                const u32 row = first_row() + lane % 16, chunk = 4 * kk + 2 * half + lane / 16;
+                ldmatrix_x4(a[half], block.shared.queries[chunk / 8][row] + (chunk % 8 ^ row % 8) * 16);
+            }
+#pragma unroll
+            for (u32 n = 0; n < WARP_KEYS / 8; n++) {
+                u32 b[4];
+                ldmatrix_x4(b, place(tile, key_warp() * WARP_KEYS + n * 8 + lane % 8, 4 * kk + lane / 8));
+                mma(score[n], a[0], b[0], b[1]);
+                mma(score[n], a[1], b[2], b[3]);
+            }
+        }
+    }
+
+    // Keys that a row does not see never count.
+    __device__ void mask(float score[WARP_KEYS / 8][4], int first_node) const {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            const u64 sees = window(block.shared.ancestors[node(own_row(i))], first_node + (int)(key_warp() * WARP_KEYS));
+#pragma unroll
+            for (u32 n = 0; n < WARP_KEYS / 8; n++)
+#pragma unroll
+                for (u32 j = 0; j < 2; j++)
+                    if (!(sees >> (n * 8 + block.lane % 4 * 2 + j) & 1)) score[n][2 * i + j] = NEVER;
+        }
+    }
+
+    // The values of keys that no row sees may be anything, NaN too, which zero times would not remove.
+    __device__ void clear_unseen(unsigned char* tile, int first_node) const {
+        u64 all = 0;
+        for (u32 node = 0; node < NODES; node++) all |= window(block.shared.ancestors[node], first_node);
+        for (u32 i = block.thread; i < TILE * HALVES * 8; i += CONSUMERS) {
+            if (!(all >> (i / 8 % TILE) & 1)) *(uint4*)(tile + i * 16) = make_uint4(0, 0, 0, 0);
+        }
+    }
+
+    __device__ void leave_maxima(const float score[WARP_KEYS / 8][4]) const {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            float most = NEVER;
+#pragma unroll
+            for (u32 n = 0; n < WARP_KEYS / 8; n++) most = fmaxf(most, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
+            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2));
+            if (block.lane % 4 == 0) block.shared.maxima[key_warp()][own_row(i)] = most * (SCALE * LOG2_E);
+        }
+    }
+
+    // Scores become weights of the maxima of all warps, and go where all warps find them.
+    __device__ void weigh(float score[WARP_KEYS / 8][4]) {
+        Shared& shared = block.shared;
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            const u32 row = own_row(i);
+            float most = largest[i];
+#pragma unroll
+            for (u32 w = 0; w < KEY_WARPS; w++) most = fmaxf(most, shared.maxima[w][row]);
+            // A row that has seen no key yet keeps its zeros.
+            const float base = most == NEVER ? 0.0f : most, rescale = exp2_approx(largest[i] - base);
+            largest[i] = most;
+            sum[i] *= rescale;
+#pragma unroll
+            for (u32 n = 0; n < WARP_KEYS / 8; n++) {
+                const float a = exp2_approx(fmaf(score[n][2 * i], SCALE * LOG2_E, -base));
+                const float b = exp2_approx(fmaf(score[n][2 * i + 1], SCALE * LOG2_E, -base));
+                sum[i] += a + b;
+                const u32 chunk = key_warp() * (WARP_KEYS / 8) + n;
+                *(u32*)(shared.weights[row] + (chunk % 8 ^ row % 8) * 16 + block.lane % 4 * 4) = narrow_pair(CACHE, a, b);
+            }
+            if (key_warp() == 0 && block.lane % 4 == 0) shared.rescales[row] = rescale;
+        }
+    }
+
+    // Of all rows, in the warp's columns.
+    __device__ void add_values(const unsigned char* tile) {
+        const u32 lane = block.lane;
+#pragma unroll
+        for (u32 t = 0; t < ROW_TILES; t++) {
+            const float by[2] = {block.shared.rescales[t * 16 + lane / 4], block.shared.rescales[t * 16 + lane / 4 + 8]};
+#pragma unroll
+            for (u32 n = 0; n < WARP_COLUMNS / 8; n++)
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) out[t][n][i] *= by[i / 2];
+        }
+#pragma unroll
+        for (u32 kk = 0; kk < TILE / 16; kk++) {
+            u32 a[ROW_TILES][4];
+#pragma unroll
+            for (u32 t = 0; t < ROW_TILES; t++) {
+                const u32 row = t * 16 + lane % 16, chunk = 2 * kk + lane / 16;
+                ldmatrix_x4(a[t], block.shared.weights[row] + (chunk ^ row % 8) * 16);
+            }
+#pragma unroll
+            for (u32 d = 0; d < WARP_COLUMNS / 16; d++) {
+                u32 b[4];
+                const u32 chunk = block.warp * (WARP_COLUMNS / 8) + 2 * d + lane / 16;
+                ldmatrix_x4_trans(b, place(tile, kk * 16 + lane / 8 % 2 * 8 + lane % 8, chunk));
+#pragma unroll
+                for (u32 t = 0; t < ROW_TILES; t++) {
+                    mma(out[t][2 * d], a[t], b[0], b[1]);
+                    mma(out[t][2 * d + 1], a[t], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+    __device__ void add_tile(unsigned char* tile, u32 first_key) {
+        const bool is_masked = first_key + TILE > request.prefix;
+        const int first_node = (int)first_key - (int)request.prefix;
+        float score[WARP_KEYS / 8][4];
+        score_keys(score, tile);
+        if (is_masked) mask(score, first_node);
+        leave_maxima(score);
+        named_barrier(1, CONSUMERS); // all maxima are there, and nobody reads keys or the weights before any more
+        if (is_masked) clear_unseen(tile, first_node);
+        weigh(score);
+        named_barrier(1, CONSUMERS); // all weights are
+        add_values(tile);
+    }
+};
+
+// ---- merge
+
+// A chunk's results, and where they go.
+struct Finish {
+    const Worker& worker;
+    const Item& item;
+    float* partials;
+    float* out;
+
+    __device__ float* partial(u32 chunk) const { return partials + (u64)(item.cut - item.chunk + chunk) * PARTIAL; }
+    __device__ u32 column(u32 n) const { return worker.block.warp * WARP_COLUMNS + n * 8 + worker.block.lane % 4 * 2; }
+
+    __device__ void write(u32 row, u32 n, float a, float b, float sum) const {
+        const u64 at = (u64)worker.request.first_row * GROUP + worker.first_packed + row;
+        const float inverse = 1.0f / sum;
+        *(float2*)(out + at * LATENT + column(n)) = make_float2(a * inverse, b * inverse);
+    }
+
+    // Row i of a tile of 16, as this lane has it: what the chunk found is the result, or one of several.
+    __device__ void take() const {
+        const Shared& shared = worker.block.shared;
+        float* to = partial(item.chunk);
+#pragma unroll
+        for (u32 t = 0; t < ROW_TILES; t++)
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                const u32 row = t * 16 + worker.block.lane / 4 + 8 * i;
+                float sum = 0.0f;
+                for (u32 w = 0; w < KEY_WARPS; w++) sum += shared.sums[w][row];
+                if (row >= worker.n_rows()) continue;
+#pragma unroll
+                for (u32 n = 0; n < WARP_COLUMNS / 8; n++) {
+                    const float a = worker.out[t][n][2 * i], b = worker.out[t][n][2 * i + 1];
+                    if (item.chunks == 1) write(row, n, a, b, sum);
+                    else *(float2*)(to + row * LATENT + column(n)) = make_float2(a, b);
+                }
+                if (item.chunks > 1 && worker.block.warp == 0 && worker.block.lane % 4 == 0) {
+                    *(float2*)(to + M * LATENT + row * 2) = make_float2(shared.maxima[0][row], sum);
+                }
+            }
+    }
+
+    // The last of the unit's chunks adds all of them up. The counter is left at zero for the next launch.
+    __device__ void add_chunks(u32* counters) const {
+        Shared& shared = worker.block.shared;
+        named_barrier(1, CONSUMERS);
+        if (worker.block.thread == 0) {
+            u32* counter = counters + item.request * SLABS + item.slab;
+            __threadfence();
+            shared.arrived = arrive(counter);
+            __threadfence();
+            if (shared.arrived == item.chunks - 1) *counter = 0;
+        }
+        named_barrier(1, CONSUMERS);
+        if (shared.arrived != item.chunks - 1) return;
+        for (u32 row = worker.block.lane / 4; row < worker.n_rows(); row += 8) {
+            const auto sums = [&](u32 chunk) { return __ldcg((const float2*)(partial(chunk) + M * LATENT + row * 2)); };
+            float most = NEVER, sum = 0.0f;
+            for (u32 chunk = 0; chunk < item.chunks; chunk++) most = fmaxf(most, sums(chunk).x);
+            float2 total[WARP_COLUMNS / 8] = {};
+            for (u32 chunk = 0; chunk < item.chunks; chunk++) {
+                const float2 of_chunk = sums(chunk);
+                // No row has seen a key in none of its chunks.
+                const float by = exp2_approx(of_chunk.x - most);
+                sum = fmaf(of_chunk.y, by, sum);
+#pragma unroll
+                for (u32 n = 0; n < WARP_COLUMNS / 8; n++) {
+                    const float2 v = __ldcg((const float2*)(partial(chunk) + row * LATENT + column(n)));
+                    total[n].x = fmaf(v.x, by, total[n].x), total[n].y = fmaf(v.y, by, total[n].y);
+                }
+            }
+#pragma unroll
+            for (u32 n = 0; n < WARP_COLUMNS / 8; n++) write(row, n, total[n].x, total[n].y, sum);
+        }
+    }
+};
+
+__device__ __forceinline__ void consume(const Block& block, const float* q, float* partials, u32* counters, float* out) {
+    Shared& shared = block.shared;
+    u32 turn = 0; // tiles of this block so far
+    Item item;
+    for (u32 index = blockIdx.x; block.next(index, item);) {
+        const Request request = read_request(block.rows, block.requests, item.request);
+        Worker worker = {block, request, item.slab * M};
+        worker.clear();
+        named_barrier(1, CONSUMERS); // all warps are done with the queries and the sums of the chunk before
+        worker.load(q);
+        named_barrier(1, CONSUMERS);
+        for (u32 tile = item.tile; tile < item.end; tile++, turn++) {
+            const u32 stage = turn % STAGES;
+            mbarrier_wait(&shared.full[stage], turn / STAGES & 1);
+            worker.add_tile(shared.ring[stage], tile * TILE);
+            if (BULK) fence_async(); // what was cleared is overwritten by copies
+            __syncwarp();
+            if (block.lane == 0) mbarrier_arrive(&shared.empty[stage]);
+        }
+        named_barrier(1, CONSUMERS); // nobody reads maxima any more
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            float sum = worker.sum[i];
+            sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+            sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+            if (block.lane % 4 != 0) continue;
+            shared.sums[worker.key_warp()][worker.own_row(i)] = sum;
+            if (worker.key_warp() == 0) shared.maxima[0][worker.own_row(i)] = worker.largest[i];
+        }
+        named_barrier(1, CONSUMERS);
+        const Finish result = {worker, item, partials, out};
+        result.take();
+        if (item.chunks > 1) result.add_chunks(counters);
+    }
+}
+
+// Blocks: as many as run at once. `q` is [rows, GROUP, HEAD_DIM], `out` [rows, GROUP, LATENT]; the cache one layer.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    latent_attention(const u32* rows, const u32* requests, const u32* pages, const float* q, // [rows, heads, HEAD_DIM]
-                     const void* cache, float* out) { // one layer, [rows, heads, LATENT]
+    latent_attention(const u32* __restrict__ rows, const u32* __restrict__ requests, const u32* __restrict__ pages,
+                     const float* __restrict__ q, const u16* __restrict__ cache, float* partials, u32* counters,
+                     float* __restrict__ out) {
     release_next();
-    DYNAMIC_SHARED(dynamic);
-    Shared& shared = *(Shared*)dynamic;
-    const u32 t = threadIdx.x, row = blockIdx.y;
-    const u32 first_head = row * gridDim.x * HEADS + blockIdx.x * HEADS; // of the heads of all rows
-    const bool is_row = row < requests[0];
-    const u32 request = is_row ? rows[row * ROW_WORDS + ROW_REQUEST] : 0;
-    const u32 prefix = read_request(requests, request).prefix;
-    const Ancestors ancestors = is_row ? read_ancestors(rows, row) : Ancestors{};
-    const u32 keys = prefix + path_length(ancestors);
-    wait_for_previous();
-    if (!is_row) return;
-
-    const auto request_tile = [&](u32 begin, u32 buffer) {
-        const u32 key = t / (THREADS / TILE), position = begin + key;
-        if (position < keys) {
-            const u32 slot = position < prefix ? position : prefix + node_on_path(ancestors, position - prefix);
-            const u64 block = cache_block(pages[request * PAGES_PER_REQUEST + slot / PAGE_SIZE], 0);
-            for (u32 chunk = t % (THREADS / TILE); chunk < CHUNKS; chunk += THREADS / TILE) {
-                const u64 from = block + cache_place(slot % PAGE_SIZE, chunk * ELEMENTS);
-                unsigned char* to = shared.tiles[buffer] + key * STRIDE * bytes_of(CACHE) + chunk * 16;
-                cp_async16(to, (const unsigned char*)cache + from * bytes_of(CACHE), true);
-            }
+    DYNAMIC_SHARED(memory);
+    Shared& shared = *(Shared*)memory;
+    const u32 thread = threadIdx.x, lane = thread % 32;
+    if (thread == 0) {
+        for (u32 s = 0; s < STAGES; s++) {
+            mbarrier_init(&shared.full[s], BULK ? 1 : 32);
+            mbarrier_init(&shared.empty[s], WARPS);
         }
-        cp_async_commit();
-    };
-    request_tile(0, 0);
-    for (u32 i = t; i < HEADS * HEAD_DIM; i += THREADS) {
-        shared.queries[0][i] = q[(u64)first_head * HEAD_DIM + i] * SCALE;
+        fence_barrier_init();
     }
-
-    const float never = __uint_as_float(0xff800000u); // -infinity
-    const u32 key = t % TILE, slice = t / TILE; // for scores; for weights, the slice's number is a head's
-    const u32 head = min(slice, HEADS - 1);
-    const u32 column = t % COLUMNS, head_of_column = t / COLUMNS;
-    Eight output[MINE] = {};
-    float maximum = never, sum = 0.0f; // the sum of this thread's weights
-    for (u32 begin = 0, buffer = 0; begin < keys; begin += TILE, buffer ^= 1) {
-        const u32 n = min(TILE, keys - begin);
-        const void* tile = shared.tiles[buffer];
-        cp_async_wait<0>();
-        // The tile is there, and nobody reads the one before any more.
-        __syncthreads();
-        request_tile(begin + TILE, buffer ^ 1);
-
-        float scores[HEADS] = {};
-        for (u32 eight = slice; eight < HEAD_DIM / 8; eight += SLICES) {
-            const Eight k = load_eight(CACHE, tile, key * STRIDE + 8 * eight);
-#pragma unroll
-            for (u32 h = 0; h < HEADS; h++) {
-                const Eight of_query = load_eight(F32, shared.queries[h], 8 * eight);
-#pragma unroll
-                for (u32 i = 0; i < 8; i++) scores[h] = fmaf(k.x[i], of_query.x[i], scores[h]);
-            }
-        }
-#pragma unroll
-        for (u32 h = 0; h < HEADS; h++) {
-            scores[h] += __shfl_xor_sync(FULL_WARP, scores[h], 16);
-            if (t % 32 < TILE) shared.scores[t / 32][h][key] = scores[h];
-        }
-        __syncthreads();
-
-        float score = 0.0f;
-        for (u32 warp = 0; warp < WARPS; warp++) score += shared.scores[warp][head][key];
-        if (key >= n) score = never;
-        float largest = score;
-#pragma unroll
-        for (u32 lanes = TILE / 2; lanes > 0; lanes /= 2) {
-            largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, lanes));
-        }
-        largest = fmaxf(largest, maximum);
-        const float rescale = expf(maximum - largest);
-        const float weight = key < n ? expf(score - largest) : 0.0f;
-        sum = fmaf(sum, rescale, weight);
-        maximum = largest;
-        if (slice < HEADS) {
-            shared.weights[slice][key] = weight;
-            if (key == 0) shared.rescales[slice] = rescale;
-        }
-        __syncthreads();
-
-        if (head_of_column >= AT_ONCE) continue;
-#pragma unroll
-        for (u32 m = 0; m < MINE; m++) {
-            const float by = shared.rescales[min(head_of_column + m * AT_ONCE, HEADS - 1)];
-#pragma unroll
-            for (u32 i = 0; i < 8; i++) output[m].x[i] *= by;
-        }
-        for (u32 of_tile = 0; of_tile < n; of_tile++) {
-            const Eight value = load_eight(CACHE, tile, of_tile * STRIDE + 8 * column);
-#pragma unroll
-            for (u32 m = 0; m < MINE; m++) {
-                const float by = shared.weights[min(head_of_column + m * AT_ONCE, HEADS - 1)][of_tile];
-#pragma unroll
-                for (u32 i = 0; i < 8; i++) output[m].x[i] = fmaf(by, value.x[i], output[m].x[i]);
-            }
-        }
-    }
-
-#pragma unroll
-    for (u32 lanes = TILE / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, lanes);
-    if (slice < HEADS && key == 0) shared.sums[slice] = sum;
+    Block block = {shared, {rows, requests, min(requests[1], MAX_REQUESTS), 0}, rows, requests, thread, lane, thread / 32};
+    block.schedule.plan(gridDim.x, lane);
     __syncthreads();
-    if (head_of_column >= AT_ONCE) return;
-#pragma unroll
-    for (u32 m = 0; m < MINE; m++) {
-        const u32 h = head_of_column + m * AT_ONCE;
-        if (h >= HEADS) break;
-        float4* to = (float4*)(out + (u64)(first_head + h) * LATENT + 8 * column);
-        const float* x = output[m].x;
-        const float total = shared.sums[h];
-        to[0] = make_float4(x[0] / total, x[1] / total, x[2] / total, x[3] / total);
-        to[1] = make_float4(x[4] / total, x[5] / total, x[6] / total, x[7] / total);
+    if (thread >= CONSUMERS) {
+        if (MOVES_REGISTERS) give_registers<40>();
+        if (block.warp == WARPS) produce(block, pages, cache);
+    } else {
+        if (MOVES_REGISTERS) take_registers<232>();
+        consume(block, q, partials, counters, out);
     }
+    wait_for_previous();
 }

@@ -1,4 +1,4 @@
-// needs: ptx formats wgmma layout paged chunks accumulator parts
+// needs: ptx formats wgmma layout paged chunks tiles accumulator parts
 // Tree attention on tensor cores: every node of every tree attends to the committed prefix and to its own ancestors.
 //
 // The query rows of a request (node) and the query heads that share a kv head are packed: row = node row * GROUP + head of
@@ -48,7 +48,6 @@ __device__ constexpr u32 TREE[] = {0x0}; // [nodes, TREE_WORDS]
 // Registers move between groups of four warps, from the producer's to the consumers': where they do, three warps idle.
 constexpr bool MOVES_REGISTERS = WGMMA && (GROUPS == 2 || BLOCKS == 2);
 constexpr u32 THREADS = CONSUMERS + (WGMMA ? 128 : 32);
-constexpr u32 ANCESTOR_WORDS = ROW_WORDS - ROW_ANCESTORS;
 
 // Shared memory, in this order.
 struct Shared {
@@ -69,45 +68,7 @@ static_assert(!WGMMA || STAGES >= 4 * KEY_GROUPS, "a group needs room for two ti
 __device__ __forceinline__ u32 stage_of(u32 turn, u32 of_v) { return (2 * turn + of_v) % STAGES; }
 __device__ __forceinline__ u32 phase_of(u32 turn) { return 2 * turn / STAGES & 1; }
 
-// ---- producer
-
-constexpr u32 PAGES = TILE / PAGE_SIZE; // of a tile
-constexpr u32 KNOWN_TILES = 32 / PAGES; // tiles whose pages a warp knows, one a lane
-
-// One warp copies the keys or the values of a tile: the blocks of its pages lie as the tile wants them. Lane l knows page
-// `first_known + l`.
-__device__ __forceinline__ void copy_tile(unsigned char* stage, u64* full, u32 n_pages, u32 first_known, u32 known, u32 head,
-                                          const u16* cache, u32 lane) {
-    constexpr u32 PIECE = PAGE_SIZE * 128; // bytes that are contiguous in cache and tile
-    constexpr u32 CHUNKS = BULK ? 1 : PIECE / 16; // copies of a piece
-    constexpr u32 COPIES = PAGES * HALVES * CHUNKS;
-    if (BULK && lane == 0) mbarrier_expect(full, n_pages * HALVES * PIECE);
-    __syncwarp();
-#pragma unroll(COPIES < 32 ? 1 : 4)
-    for (u32 first = 0; first < COPIES; first += 32) {
-        const u32 piece = (first + lane) / CHUNKS, at = (first + lane) % CHUNKS;
-        const u32 page = piece / HALVES, half = piece % HALVES;
-        const u64 block = cache_block(__shfl_sync(FULL_WARP, known, (first_known + page) % 32), head);
-        if (page >= n_pages) continue;
-        const u16* from = cache + block + half * (PAGE_SIZE * 64) + at * 8;
-        unsigned char* to = stage + half * HALF_BYTES + page * PIECE + at * 16;
-        if (BULK) bulk_copy(to, from, PIECE, full);
-        else cp_async16(to, from, true);
-    }
-    if (!BULK) cp_async_arrive(full);
-    __syncwarp();
-}
-
 // ---- consumers
-
-// 64 bits of a row's ancestor words from node `first` on; nodes before 0 are prefix, and seen.
-__device__ __forceinline__ u64 window(const u32* words, int first) {
-    auto word = [&](int i) { return i >= 0 && i < (int)ANCESTOR_WORDS ? words[i] : i < 0 ? 0xffffffffu : 0u; };
-    const int at = first >> 5; // rounds down
-    const u32 shift = first & 31;
-    const u64 low = word(at) | (u64)word(at + 1) << 32;
-    return shift == 0 ? low : low >> shift | (u64)word(at + 2) << (64 - shift);
-}
 
 // Ancestor words of the unit's rows, for the groups that share its tiles.
 __device__ __forceinline__ void load_ancestors(u32 (*ancestors)[ANCESTOR_WORDS + 1], const u32* rows, const Request& request,

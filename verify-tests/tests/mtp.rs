@@ -112,3 +112,51 @@ fn speculation_equals_plain_decoding() {
         }
     }
 }
+
+/// Sequences that come and go share passes: prompts in parts, trees, and pairs of all that was accepted.
+#[test]
+fn sequences_together_say_what_each_says_alone() {
+    let model = Model::open(&fixture()).unwrap();
+    let vocab = model.config().vocab_size;
+    let asks: Vec<(Vec<u32>, Sampling)> = [1, 5, 30, 47, 18]
+        .into_iter()
+        .zip(samplings())
+        .map(|(n, (_, sampling))| ((0..n).map(|i| (i * i * 5 + n) % vocab as u32).collect(), sampling))
+        .collect();
+    let alone: Vec<Vec<u32>> = asks
+        .iter()
+        .map(|(prompt, sampling)| {
+            let mut seq = sequence(prompt, sampling, 40, vocab);
+            engine(&model, false, None).generate(&mut seq, &mut Statistics::default()).unwrap();
+            seq.tokens().to_vec()
+        })
+        .collect();
+
+    let mut backend = CpuBackend::new(None);
+    let limits = Limits { top_k: TOP_K, ..Limits::new(CONTEXT, 16) }.for_many(4, 1, false).unwrap();
+    let speculator = Speculator::of_target(&model).unwrap();
+    let target =
+        Network::load_with_speculator(&mut backend, &model, Some(&speculator), limits, &mut |_, _| {}).unwrap();
+    let scheduler = Scheduler::new(Some("4x2x1".parse().unwrap()), 16, PassCost::new(&[(1, 1.0), (2, 1.001)]));
+    let drafter = Box::new(MtpDrafter::new().unwrap());
+    let mut engine = Engine::new(Box::new(backend), target, drafter, scheduler, CONTEXT);
+
+    let mut waiting: Vec<(usize, Sequence)> =
+        asks.iter().map(|(prompt, sampling)| sequence(prompt, sampling, 40, vocab)).enumerate().rev().collect();
+    let (mut running, mut stats) = (Vec::<(usize, Sequence)>::new(), Statistics::default());
+    while !running.is_empty() || !waiting.is_empty() {
+        // One joins a round, up to four at once.
+        if running.len() < 4 {
+            running.extend(waiting.pop());
+        }
+        let mut seqs: Vec<&mut Sequence> = running.iter_mut().map(|(_, seq)| seq).collect();
+        for (_, round) in engine.rounds(&mut seqs, &mut stats).unwrap() {
+            round.unwrap();
+        }
+        for at in (0..running.len()).rev().filter(|&at| running[at].1.finished().is_some()).collect::<Vec<_>>() {
+            let (which, mut seq) = running.remove(at);
+            assert_eq!(seq.tokens(), alone[which], "sequence {which}");
+            engine.release(&mut seq);
+        }
+    }
+}

@@ -2,14 +2,19 @@
 
 use super::acceptance::plain;
 use super::tiling::Tiling;
-use super::{Argument, Launch, Lowering, Source};
+use super::{Argument, LATENT_DIM, Launch, Lowering, Source, is_tiled};
 use crate::op::Op;
 use crate::pass::Buf;
 use crate::spec::KernelSpec;
 
-/// Of `latent_attention.cu`: threads of a block, and keys of a tile.
+/// Of `plain_latents.cu`: threads of a block, and keys of a tile.
 const THREADS: usize = 256;
 const TILE: usize = 16;
+/// Of `latent_attention.cu`: keys of a tile, and elements of a latent that it is cut for.
+const TENSOR_TILE: usize = 64;
+const LATENT: usize = 512;
+/// A merge of chunks through the workspace takes as long as so many tiles.
+const MIN_CHUNK: usize = 4;
 
 impl Lowering<'_> {
     /// The product, then what is made of it: the norm of a latent is over outputs of many tiles.
@@ -95,10 +100,13 @@ impl Lowering<'_> {
         let &Op::LatentAttention { layer, heads, scale, q, cache, out, .. } = self.op else {
             unreachable!("lowering another op")
         };
+        if is_tiled(&self.pass.cache_shape(cache), self.desc(cache).dtype) && self.desc(out).shape[2] == LATENT {
+            return self.latents_on_tensor_cores();
+        }
         let of_block = self.heads_of_block(heads, cache);
         let shared_bytes = self.attention_bytes(of_block, cache);
         let spec = self
-            .paged(KernelSpec::new("latent_attention"), cache)
+            .paged(KernelSpec::new("plain_latents"), cache)
             .size("LATENT", "c", self.desc(out).shape[2])
             .size("HEADS", "h", of_block)
             .with("SCALE", scale)
@@ -115,6 +123,60 @@ impl Lowering<'_> {
         vec![Launch { spec, arguments, grid, threads: THREADS, shared_bytes, cluster: 1 }]
     }
 
+    fn latents_on_tensor_cores(&self) -> Vec<Launch> {
+        let Op::LatentAttention { layer, heads, scale, tree, q, cache, out, .. } = self.op else {
+            unreachable!("lowering another op")
+        };
+        let packed = self.pass.rows.min(tree.max_nodes()) * heads; // rows of a request
+        let requests = self.max_requests().min(self.pass.rows);
+        let fits = |m: usize| self.tiles_of_latents(m, *heads).1 <= self.device.shared_bytes;
+        // The outputs of 64 rows need registers that only Hopper's producers can give.
+        let m = if packed > 16 && fits(64) && self.device.has_wgmma() { 64 } else { 16 };
+        let threads = THREADS + if m == 64 { 128 } else { 32 };
+        let (stages, shared_bytes) = self.tiles_of_latents(m, *heads);
+        let slabs = packed.div_ceil(m);
+        // Each request ends at most one slab early.
+        let units = (requests * slabs).min(self.pass.rows * heads / m + requests);
+        let blocks = self.device.multiprocessors;
+        let spec = self
+            .paged(KernelSpec::new("latent_attention"), *cache)
+            .size("GROUP", "g", *heads)
+            .size("M", "m", m)
+            .size("MAX_REQUESTS", "b", self.max_requests())
+            .with("LATENT", LATENT)
+            .with("SLABS", slabs)
+            .with("SCALE", *scale)
+            .with("STAGES", stages)
+            .with("BULK", self.device.has_clusters())
+            .with("MIN_CHUNK", MIN_CHUNK)
+            .with("CLUSTER", 1_usize);
+        // Chunks of units that are cut: at most one more than each block's share of tiles gives, and one a unit.
+        let cut = blocks + units.min(blocks);
+        let arguments = vec![
+            self.batch.rows.into(),
+            self.batch.requests.into(),
+            self.batch.pages.into(),
+            (*q).into(),
+            self.layer(*cache, *layer),
+            Argument { source: Source::Workspace(cut * m * (LATENT + 2) * 4), offset: 0 },
+            Argument { source: Source::Counters(self.max_requests() * slabs), offset: 0 },
+            (*out).into(),
+        ];
+        vec![Launch { spec, arguments, grid: [blocks, 1, 1], threads, shared_bytes, cluster: 1 }]
+    }
+
+    /// Tiles in the ring of `latent_attention.cu` for units of `m` rows, as many as fit up to two, and the block's shared memory.
+    fn tiles_of_latents(&self, m: usize, heads: usize) -> (usize, usize) {
+        let head_dim = LATENT_DIM;
+        let key_warps = 8 / (m / 16);
+        let nodes = (m - 1) / heads + 2;
+        let stage = TENSOR_TILE * head_dim * 2;
+        let rest =
+            m * (head_dim * 2 + TENSOR_TILE * 2 + (2 * key_warps + 1) * 4) + nodes * crate::ANCESTOR_WORDS * 4 + 128;
+        let stages = if 2 * stage + rest <= self.device.shared_bytes { 2 } else { 1 };
+        (stages, stages * stage + rest)
+    }
+
     /// As many heads as share what a block reads of the cache, and still leave a block for every multiprocessor. What a head
     /// gets does not depend on it.
     fn heads_of_block(&self, heads: usize, cache: Buf) -> usize {
@@ -127,7 +189,7 @@ impl Lowering<'_> {
         (1..=THREADS / TILE).rev().find(is_possible).unwrap_or(1)
     }
 
-    /// `sizeof(Shared)` of `latent_attention.cu`.
+    /// `sizeof(Shared)` of `plain_latents.cu`.
     fn attention_bytes(&self, heads: usize, cache: Buf) -> usize {
         const WARPS: usize = THREADS / 32;
         let width = self.pass.cache_shape(cache).head_dim;
@@ -138,8 +200,9 @@ impl Lowering<'_> {
 
 #[cfg(test)]
 mod tests {
-    use crate::cuda::{Device, lower_pass};
+    use crate::cuda::{Device, Launch, lower, lower_pass};
     use crate::emit::{Lang, emit};
+    use crate::pass::{DType, Role};
     use crate::release::deepseek;
 
     #[test]
@@ -155,14 +218,35 @@ mod tests {
         }
     }
 
+    fn attention(rows: usize, dtype: DType, device: &Device) -> Launch {
+        let mut pass = deepseek::pass(rows);
+        pass.buffers.iter_mut().filter(|desc| desc.role == Role::Cache).for_each(|desc| desc.dtype = dtype);
+        let op = pass.ops.iter().find(|op| op.name() == "latent_attention").unwrap();
+        lower(op, &pass, device).unwrap().remove(0)
+    }
+
     #[test]
     fn heads_share_a_block_where_there_are_rows_for_all_multiprocessors() {
-        for (device, of_16_rows) in [(Device::H100, 16), (Device::A100, 8), (Device::RTX_4090, 8)] {
-            let grid = |rows| {
-                let launches = lower_pass(&deepseek::pass(rows), &device).unwrap();
-                launches.iter().find(|launch| launch.spec.stem() == "latent_attention").unwrap().grid
-            };
-            assert_eq!((grid(1), grid(16), grid(256)), ([16, 1, 1], [of_16_rows, 16, 1], [1, 256, 1]), "{device:?}");
+        let cases = [(Device::H100, 16, 1), (Device::A100, 8, 1), (Device::RTX_4090, 8, 2)];
+        for (device, of_16_rows, of_256) in cases {
+            let grid = |rows| attention(rows, DType::F32, &device).grid;
+            assert_eq!(
+                (grid(1), grid(16), grid(256)),
+                ([16, 1, 1], [of_16_rows, 16, 1], [of_256, 256, 1]),
+                "{device:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn latents_of_16_bits_go_to_tensor_cores_where_a_tile_fits() {
+        for (device, m) in [(Device::H100, 64), (Device::A100, 16), (Device::RTX_4090, 16)] {
+            for (rows, m) in [(1, 16), (4, m), (256, m)] {
+                let launch = attention(rows, DType::BF16, &device);
+                assert_eq!((launch.spec.stem(), launch.grid[0]), ("latent_attention", device.multiprocessors));
+                assert!(launch.shared_bytes <= device.shared_bytes, "{device:?}: {} bytes", launch.shared_bytes);
+                assert!(launch.spec.name().contains(&format!("_m{m}_")), "{}", launch.spec.name());
+            }
         }
     }
 }

@@ -1,14 +1,10 @@
 // A warp's rows of tree attention: scores, softmax and output, on tensor cores.
 //
-// A *group* of four warps has up to 64 rows. Where it has fewer, its warps share the keys of a tile. In shared memory a tile
-// of keys or values is [HALVES][TILE] rows of 128 bytes, 16-byte chunks permuted by the row modulo 8, as tiled caches are.
+// A *group* of four warps has up to 64 rows. Where it has fewer, its warps share the keys of a tile.
 //
-// Needs ptx, formats, wgmma, layout, chunks. Expects HEAD_DIM, KV_HEADS, GROUP, M, GROUPS, WGMMA, CACHE, SCALE.
+// Needs ptx, formats, wgmma, layout, chunks, tiles. Expects HEAD_DIM, KV_HEADS, GROUP, M, GROUPS, WGMMA, CACHE, SCALE.
 
 constexpr u32 HEADS = KV_HEADS * GROUP;
-constexpr u32 HALVES = HEAD_DIM / 64; // a vector is read in pieces of 64 elements
-constexpr u32 HALF_BYTES = TILE * 128; // of a tile
-constexpr u32 TILE_BYTES = HALVES * HALF_BYTES;
 constexpr u32 ROW_GROUPS = (M + 63) / 64; // groups that share a tile
 constexpr u32 KEY_GROUPS = GROUPS / ROW_GROUPS; // that take tiles in turn
 constexpr u32 ROW_WARPS = M / ROW_GROUPS / 16;
@@ -23,11 +19,6 @@ __device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) 
 }
 
 __device__ __forceinline__ u32 pack(float low, float high) { return narrow_pair(CACHE, low, high); }
-
-// The row of a tile of keys or values and the 16-byte chunk of its vector.
-__device__ __forceinline__ const unsigned char* place(const unsigned char* tile, u32 row, u32 chunk) {
-    return tile + chunk / 8 * HALF_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;
-}
 
 // A warp's 16 rows of a unit, two a lane: rows lane / 4 and lane / 4 + 8.
 struct Accumulator {

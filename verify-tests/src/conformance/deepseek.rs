@@ -13,10 +13,12 @@ use crate::tiny_model::{Tail, TinyModel};
 const NOT_OF_LATENTS: [&str; 2] = [ATTENTION, "long contexts and large numbers equal the oracle"];
 
 pub fn latents_and_experts_keep_every_property(backend: &mut dyn Backend) -> Property {
-    // On the CPU that is ten.
-    let n = if backend.info().backend == "cpu" { 1 } else { 2 };
-    for (name, property) in IN_ANY_CASE.iter().filter(|(name, _)| !NOT_OF_LATENTS.contains(name)) {
-        for_cases(backend, n, deepseek_cases(), property).map_err(|problem| format!("{name}: {problem}"))?;
+    let properties = IN_ANY_CASE.iter().filter(|(name, _)| !NOT_OF_LATENTS.contains(name));
+    for (index, (name, property)) in properties.enumerate() {
+        // Each on two of the models, which are four.
+        for which in [index, index + 1] {
+            for_cases(backend, 1, deepseek_cases(which), property).map_err(|problem| format!("{name}: {problem}"))?;
+        }
     }
     Ok(())
 }

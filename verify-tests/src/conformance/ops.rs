@@ -170,7 +170,7 @@ fn compare(tested: &mut Bed, right: &mut Bed, desc: &BufferDesc, case: &Case) ->
             let (got, want) = (tested.floats(name, rows * width), right.floats(name, rows * width));
             let (backend, sizes) = (tested.backend.info().backend, &case.model.sizes);
             let tolerance = match name.as_str() {
-                "attention" => Tolerance::attention(backend, sizes),
+                "attention" | "latents" => Tolerance::attention(backend, sizes),
                 _ => Tolerance::op(backend, sizes),
             };
             (0..rows).try_for_each(|row| {
