@@ -32,51 +32,49 @@ fn sequence(tokens: &[u32], sampling: &Sampling, new: usize, vocab: usize) -> Se
 }
 
 /// Chains of guesses behind texts of several lengths.
-fn guesses_agree(mut open: impl FnMut() -> Box<dyn Backend>) {
+fn guesses_agree(backend: &mut dyn Backend) {
     let model = Model::open(&fixture()).unwrap();
     let speculator = Speculator::of_target(&model).unwrap();
     let bytes = std::fs::read(fixture().join("expected.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let chain = TreeShape::chain(4).unwrap();
     let plan = Plan { shape: Some(chain), max_nodes: 64, max_depth: 64, reach: 64 };
+    let limits = Limits { top_k: TOP_K, ..Limits::new(CONTEXT, 16) };
+    let mut target = Network::load_with_speculator(backend, &model, Some(&speculator), limits, &mut |_, _| {}).unwrap();
     for i in 0..2 {
         let tokens = words(&file, &format!("tokens.{i}"));
         let lengths = words(&file, &format!("mtp.lengths.{i}"));
         for (length, want) in lengths.into_iter().zip(words(&file, &format!("mtp.chain.{i}")).chunks(4)) {
             let text = &tokens[..=length as usize];
-            let mut backend = open();
-            let backend = backend.as_mut();
-            let limits = Limits { top_k: TOP_K, ..Limits::new(CONTEXT, 16) };
-            let mut target =
-                Network::load_with_speculator(backend, &model, Some(&speculator), limits, &mut |_, _| {}).unwrap();
             let mut seq = sequence(text, &Sampling::default(), 40, model.config().vocab_size);
             target.extend(backend, &mut seq.kv, text, &mut |_| {}).unwrap();
             target.note_prompt(&mut seq, text.len() - 1);
             let draft = MtpDrafter::new().unwrap().propose(backend, &mut target, &mut seq, &plan).unwrap();
             let got: Vec<u32> = (1..draft.tree.len()).map(|node| draft.tree.token(node)).collect();
             assert_eq!(got, want, "sequence {i}, behind {length} tokens");
+            target.release(&mut seq.kv);
         }
     }
 }
 
 #[test]
 fn guesses_are_those_of_the_reference() {
-    guesses_agree(|| Box::new(CpuBackend::new(None)));
+    guesses_agree(&mut CpuBackend::new(None));
 }
 
 #[cfg(feature = "wgpu")]
 #[test]
 fn guesses_on_wgpu_are_those_of_the_reference() {
-    if cases::gpu().is_some() {
-        guesses_agree(|| cases::gpu().expect("found before"));
+    if let Some(mut backend) = cases::gpu() {
+        guesses_agree(&mut *backend);
     }
 }
 
 #[cfg(feature = "cuda")]
 #[test]
 fn guesses_on_cuda_are_those_of_the_reference() {
-    if cases::cuda_on_cpu(0).is_some() {
-        guesses_agree(|| cases::cuda_on_cpu(0).expect("found before"));
+    if let Some(mut backend) = cases::cuda_on_cpu(0) {
+        guesses_agree(&mut *backend);
     }
 }
 
