@@ -111,10 +111,10 @@ impl Engine {
         self.check_prompt(seq.tokens())?;
         let start = Instant::now();
         let Engine { backend, target, drafter, .. } = self;
-        let prompt = seq.pending().to_vec();
+        let prompt = seq.pending()[..seq.pending().len() - 1].to_vec();
         drafter.start(backend.as_mut(), seq)?;
         target.extend(backend.as_mut(), &mut seq.kv, &prompt, progress)?;
-        target.note_prompt(seq, prompt.len() - 1);
+        target.note_prompt(seq, prompt.len());
         target.wait(backend.as_mut())?; // so that the first round's time is its own
         stats.prefill(seq.tokens().len(), start.elapsed());
         Ok(())

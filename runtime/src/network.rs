@@ -268,25 +268,27 @@ impl Network {
         self.memory.usage()
     }
 
-    /// Runs a text but for its last token, in chunks that nobody doubts, and commits them. `progress` gets tokens done.
+    /// Runs a chain of tokens that nobody doubts, in chunks, and commits them. `progress` gets tokens done.
     pub fn extend(
         &mut self,
         backend: &mut dyn Backend,
         kv: &mut KvCache,
-        text: &[u32],
+        tokens: &[u32],
         progress: &mut dyn FnMut(usize),
     ) -> Result<()> {
-        let tokens = &text[..text.len() - 1];
-        for (i, chunk) in tokens.chunks(MAX_NODES).enumerate() {
+        let mut done = 0;
+        for chunk in tokens.chunks(MAX_NODES) {
             let chain = TokenTree::chain(chunk)?;
             let mut batch = Batch::new(self.dims.pages_per_request);
             kv.reserve(&mut self.pool, chunk.len())?;
             batch.add_tree(kv, &chain, &Sampling::default());
             self.run(backend, Kind::Extend, &batch)?;
             self.target_passes += 1;
+            done += chunk.len();
+            // What follows the last token is not known here.
+            let following = &tokens[done + 1 - chunk.len()..tokens.len().min(done + 1)];
+            self.keep_chunk(backend, kv, following)?;
             kv.commit(chunk.len());
-            let done = i * MAX_NODES + chunk.len();
-            self.keep_chunk(backend, kv, &text[done - chunk.len() + 1..=done])?;
             progress(done);
         }
         Ok(())

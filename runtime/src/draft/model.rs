@@ -66,7 +66,7 @@ impl ModelDrafter {
             self.caches.drain().for_each(|(_, mut kv)| self.network.release(&mut kv));
         }
         let kv = self.caches.entry(seq.id()).insert_entry(kv).into_mut();
-        let text = &seq.tokens()[kv.len()..];
+        let text = &seq.tokens()[kv.len()..seq.tokens().len() - 1];
         self.network.extend(backend, kv, text, &mut |_| {})
     }
 }

@@ -33,7 +33,8 @@ impl Network {
         let Some(fresh) = self.take_fresh(seq) else { return Ok(None) };
         seq.kv.reserve(&mut self.pool, shape.len())?;
         let (mut tree, ranks, top_k) = (TokenTree::root(seq.last()), shape.ranks(), self.dims.top_k);
-        let pairs = self.pairs(&seq.kv, fresh.len(), &seq.tokens()[seq.kv.len() + 1 - fresh.len()..])?;
+        let first_slot = seq.kv.len() - fresh.len();
+        let pairs = self.pairs(&seq.kv, first_slot, &seq.tokens()[first_slot + 1..=seq.kv.len()])?;
         self.run_pairs(backend, Kind::Guess { is_first: true }, &pairs, &fresh)?;
         // Row of the root's pair, then of the first node of the level above.
         let mut first = fresh.len() - 1;
@@ -57,12 +58,13 @@ impl Network {
         Ok(Some(tree))
     }
 
-    /// Behind a chunk of a prompt, the last of the target's passes: `following` are the tokens behind each of its tokens.
+    /// Behind the target's pass over a chunk of a prompt, which is not committed yet: `following` are the tokens behind its tokens,
+    /// as far as they are known.
     pub(super) fn keep_chunk(&mut self, backend: &mut dyn Backend, kv: &KvCache, following: &[u32]) -> Result<()> {
-        if !self.has_mtp() {
+        if !self.has_mtp() || following.is_empty() {
             return Ok(());
         }
-        let pairs = self.pairs(kv, following.len(), following)?;
+        let pairs = self.pairs(kv, kv.len(), following)?;
         let rows: Vec<u32> = (0..following.len() as u32).collect();
         self.run_pairs(backend, Kind::Keep, &pairs, &rows)
     }
@@ -76,9 +78,9 @@ impl Network {
         let mut sources = Vec::new();
         for Entry { seq, .. } in entries {
             let Some(fresh) = self.take_fresh(seq) else { continue };
-            let chain = TokenTree::chain(&seq.tokens()[seq.kv.len() + 1 - fresh.len()..][..fresh.len()])?;
-            let nodes: Vec<usize> = (0..chain.len()).collect();
-            batch.add_behind(&seq.kv, seq.kv.len() - fresh.len(), &chain, &nodes);
+            let first_slot = seq.kv.len() - fresh.len();
+            let chain = TokenTree::chain(&seq.tokens()[first_slot + 1..=seq.kv.len()])?;
+            batch.add_behind(&seq.kv, first_slot, &chain, &(0..chain.len()).collect::<Vec<_>>());
             sources.extend(fresh);
         }
         if sources.is_empty() {
@@ -101,11 +103,11 @@ impl Network {
         (pass == self.target_passes && !rows.is_empty() && rows.len() <= seq.kv.len()).then_some(rows)
     }
 
-    /// The last `n` pairs of a sequence, with these tokens.
-    fn pairs(&self, kv: &KvCache, n: usize, tokens: &[u32]) -> Result<Batch> {
-        let chain = TokenTree::chain(&tokens[..n])?;
+    /// Pairs from a slot on, with these tokens.
+    fn pairs(&self, kv: &KvCache, first: usize, tokens: &[u32]) -> Result<Batch> {
+        let chain = TokenTree::chain(tokens)?;
         let mut batch = Batch::new(self.dims.pages_per_request);
-        batch.add_behind(kv, kv.len() - n, &chain, &(0..n).collect::<Vec<_>>());
+        batch.add_behind(kv, first, &chain, &(0..tokens.len()).collect::<Vec<_>>());
         Ok(batch)
     }
 
