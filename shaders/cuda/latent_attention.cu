@@ -334,10 +334,10 @@ struct Finish {
             __threadfence();
             shared.arrived = arrive(counter);
             __threadfence();
-            if (shared.arrived == item.chunks - 1) *counter = 0;
+            if (shared.arrived + 1 == item.chunks) *counter = 0;
         }
         named_barrier(1, CONSUMERS);
-        if (shared.arrived != item.chunks - 1) return;
+        if (shared.arrived + 1 != item.chunks) return;
         for (u32 row = worker.block.lane / 4; row < worker.n_rows(); row += 8) {
             const auto sums = [&](u32 chunk) { return __ldcg((const float2*)(partial(chunk) + M * LATENT + row * 2)); };
             float most = NEVER, sum = 0.0f;
