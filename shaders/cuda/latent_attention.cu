@@ -201,12 +201,12 @@ struct Worker {
     __device__ void leave_maxima(const float score[WARP_KEYS / 8][4]) const {
 #pragma unroll
         for (u32 i = 0; i < 2; i++) {
-            float most = NEVER;
+            float mine = NEVER;
 #pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 8; n++) most = fmaxf(most, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
-            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2));
-            if (block.lane % 4 == 0) block.shared.maxima[key_warp()][own_row(i)] = most * (SCALE * LOG2_E);
+            for (u32 n = 0; n < WARP_KEYS / 8; n++) mine = fmaxf(mine, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
+            mine = fmaxf(mine, __shfl_xor_sync(FULL_WARP, mine, 1));
+            mine = fmaxf(mine, __shfl_xor_sync(FULL_WARP, mine, 2));
+            if (block.lane % 4 == 0) block.shared.maxima[key_warp()][own_row(i)] = mine * (SCALE * LOG2_E);
         }
     }
 
