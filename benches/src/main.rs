@@ -55,7 +55,7 @@ enum Command {
 #[command(after_help = PASS_EXAMPLES)]
 struct PassArgs {
     /// A name or path as everywhere, or random:NAME for a model of real sizes without files: random:smollm2-135m,
-    /// random:qwen3-0.6b, random:qwen3-8b, random:llama-3.1-8b
+    /// random:qwen3-0.6b, random:qwen3-8b, random:llama-3.1-8b, or random:PATH of a config.json (benches/configs/)
     #[arg(short, long, default_value = hub::DEFAULT_MODEL)]
     model: String,
     #[arg(short, long, default_value = "auto")]

@@ -10,7 +10,7 @@ use crate::draft::{Draft, Drafter, Plan, Proposal};
 use crate::error::{Error, Result};
 use crate::network::{Network, Outcome};
 use crate::scheduler::{Policy, Scheduler};
-use crate::sequence::Sequence;
+use crate::sequence::{Fresh, Sequence};
 use crate::stats::Statistics;
 use crate::tree::{Accepted, TokenTree};
 
@@ -218,6 +218,7 @@ impl Engine {
     /// Gives a sequence's cache pages back: it is finished, or waits and runs its text again later.
     pub fn release(&mut self, seq: &mut Sequence) {
         self.target.release(&mut seq.kv);
+        seq.fresh = Fresh::default();
         self.drafter.forget(seq);
     }
 

@@ -138,6 +138,7 @@ fn sequences_together_say_what_each_says_alone() {
     let scheduler = Scheduler::new(Some("4x2x1".parse().unwrap()), 16, PassCost::new(&[(1, 1.0), (2, 1.001)]));
     let drafter = Box::new(MtpDrafter::new().unwrap());
     let mut engine = Engine::new(Box::new(backend), target, drafter, scheduler, CONTEXT);
+    engine.serve_many(&mut |_, _| {}).unwrap();
 
     let mut waiting: Vec<(usize, Sequence)> =
         asks.iter().map(|(prompt, sampling)| sequence(prompt, sampling, 40, vocab)).enumerate().rev().collect();

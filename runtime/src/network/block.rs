@@ -117,12 +117,19 @@ impl Network {
         }
     }
 
+    /// Whether drafts come in blocks: an MTP module goes token by token.
+    pub(super) fn fills_blocks(&self) -> bool {
+        self.speculator.is_some() && !self.has_mtp()
+    }
+
     /// Tokens that a block may be for, the most first: many sequences cannot afford whole ones. What a shorter block foretells is
     /// hardly worse (SmolLM2's DSpark drafter, one token a round: 51.9 accepted tokens a request with blocks for two, 53.2 with blocks
     /// for seven).
     pub fn draft_depths(&self) -> Vec<usize> {
-        let Some(speculator) = &self.speculator else { return vec![usize::MAX] };
-        let whole = speculator.block().depth();
+        if !self.fills_blocks() {
+            return vec![usize::MAX];
+        }
+        let whole = self.block().depth();
         let mut depths = vec![whole, whole.div_ceil(2), whole.div_ceil(4)];
         depths.dedup();
         depths

@@ -35,6 +35,9 @@ impl Network {
         entries: &mut [Entry<'_>],
         nodes: Option<usize>,
     ) -> Result<Vec<Outcome>> {
+        if !self.has_mtp() {
+            return self.outcomes_of(backend, entries, nodes);
+        }
         let first_rows: Vec<usize> = entries.iter().map(|entry| entry.seq.last_row).collect();
         let outcomes = self.outcomes_of(backend, entries, nodes)?;
         for ((entry, outcome), first) in entries.iter_mut().zip(&outcomes).zip(first_rows) {

@@ -49,7 +49,7 @@ impl Network {
         let largest = |requests: usize| if requests == 1 { TREE } else { requests * SMALL_TREE };
         let sizes = |requests: usize| between(requests, largest(requests).min(self.dims.max_rows));
         let sizes: Vec<Vec<usize>> = loads.iter().map(|&requests| sizes(requests)).collect();
-        let depths = if self.speculator.is_some() { self.draft_depths() } else { Vec::new() };
+        let depths = if self.fills_blocks() { self.draft_depths() } else { Vec::new() };
         let steps = sizes.iter().map(Vec::len).sum::<usize>() + blocks.len() * depths.len();
         self.prepare_many(backend, &sizes.concat(), &blocks, nodes)?;
         let mut seqs: Vec<Sequence> = (0..most).map(|_| self.stand_in(prefix)).collect();

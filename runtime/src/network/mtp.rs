@@ -4,7 +4,7 @@
 //! in the cache and one more, the last pair is at slot L - 1: the root of the tree that it guesses. The states of accepted rows are
 //! on the device until the target's next pass; what was not drafted from is taken in before that.
 
-use treespark_kernel_gen::TreeShape;
+use treespark_kernel_gen::{MAX_NODES, TreeShape};
 use treespark_models::SpeculatorConfig;
 
 use super::{Kind, Network};
@@ -18,7 +18,7 @@ use crate::tree::TokenTree;
 const SOURCES: &str = "mtp.sources";
 
 impl Network {
-    fn has_mtp(&self) -> bool {
+    pub(super) fn has_mtp(&self) -> bool {
         matches!(self.speculator, Some(SpeculatorConfig::Mtp(_)))
     }
 
@@ -91,8 +91,8 @@ impl Network {
 
     /// Of a prompt that was run by itself, the row of its last token: the first tree is guessed from there.
     pub fn note_prompt(&self, seq: &mut Sequence, run: usize) {
-        if run > 0 {
-            let row = ((run - 1) % treespark_kernel_gen::MAX_NODES) as u32;
+        if self.has_mtp() && run > 0 {
+            let row = ((run - 1) % MAX_NODES) as u32;
             seq.fresh = Fresh { rows: vec![row], pass: self.target_passes };
         }
     }
