@@ -1,4 +1,4 @@
-//! Mixture of experts.
+//! Experts as WGSL calls: the router and its lists, and products whose weights may lie in several banks.
 
 use super::weights::{Bank, MAX_ROW_TILE};
 use super::{Access, Axis, Binding, Grid, KernelCall, LowerError, Lowering, Source};

@@ -1,4 +1,4 @@
-//! Latent attention.
+//! Latent attention as WGSL calls: what the cache keeps, queries, products of each head, attention in spans of positions.
 
 use super::attention::{SPAN, Turn};
 use super::weights::{Bank, MAX_ROW_TILE};
