@@ -406,6 +406,15 @@ __device__ __forceinline__ u64 wgmma_matrix(const void* begin, u32 across, u32 d
                      : __VA_ARGS__                                                                                      \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));                              \
     }
+// The same with `a` in shared memory: 64 rows of a piece.
+#define WGMMA_SHARED_PRODUCT(NAME, WIDTH, FORMAT, TRANSPOSED, NAMES, OPERANDS, ADD, ...)                                 \
+    __device__ __forceinline__ void NAME(float (*d)[4], u64 a, u64 b, bool add) {                                       \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                              \
+                     "wgmma.mma_async.sync.aligned.m64n" WIDTH "k16.f32." FORMAT "." FORMAT " {" NAMES "}, " OPERANDS    \
+                     ", add, 1, 1, 0, " TRANSPOSED ";\n}\n"                                                             \
+                     : __VA_ARGS__                                                                                      \
+                     : "l"(a), "l"(b), "r"((int)add));                                                                  \
+    }
 #define WGMMA_8(NAME, FORMAT) \
     WGMMA_PRODUCT(NAME, "8", FORMAT, "0", WGMMA_NAMES_4, "{%4, %5, %6, %7}, %8", "%9", WGMMA_FOUR(0))
 #define WGMMA_16(NAME, FORMAT) \
@@ -437,6 +446,17 @@ WGMMA_64(wgmma_columns64_f16, "f16", "1")
 // d[64 x 128] += a[64 x 16] b; b has 16 rows of 128 columns.
 WGMMA_128(wgmma_columns128, "bf16", "1")
 WGMMA_128(wgmma_columns128_f16, "f16", "1")
+
+// Both in shared memory.
+#define WGMMA_SHARED_32(NAME, FORMAT)                                                                                   \
+    WGMMA_SHARED_PRODUCT(NAME, "32", FORMAT, "0", WGMMA_NAMES_16, "%16, %17", "%18", WGMMA_FOUR(0), WGMMA_FOUR(1),       \
+                         WGMMA_FOUR(2), WGMMA_FOUR(3))
+#define WGMMA_SHARED_128(NAME, FORMAT)                                                                                  \
+    WGMMA_SHARED_PRODUCT(NAME, "128", FORMAT, "1", WGMMA_NAMES_64, "%64, %65", "%66", WGMMA_EIGHT(0), WGMMA_EIGHT(8))
+WGMMA_SHARED_32(wgmma_shared_rows32, "bf16")
+WGMMA_SHARED_32(wgmma_shared_rows32_f16, "f16")
+WGMMA_SHARED_128(wgmma_shared_columns128, "bf16")
+WGMMA_SHARED_128(wgmma_shared_columns128_f16, "f16")
 
 // All four warps of a group keep this many registers each, or get as many, once others have given them.
 template <u32 REGISTERS>

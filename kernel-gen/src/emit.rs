@@ -88,11 +88,11 @@ const WGSL_LIBRARY: &[(&str, &str)] = sources!("wgsl/lib/" ".wgsl":
 const CUDA_KERNELS: &[(&str, &str)] = sources!("cuda/" ".cu":
     "embed" "qkv" "tree_attention" "plain_attention" "project" "gate_up" "res_block" "rms_norm" "head" "mask" "draw" "perturb" "top_k" "accept" "commit"
     "draft_ngram" "grow" "open_block" "trellis" "grow_trellis"
-    "normed_product" "latent" "latent_queries" "per_head" "latent_attention" "plain_latents"
+    "normed_product" "latent" "latent_queries" "per_head" "latent_attention" "merge_latents" "plain_latents"
     "route" "group_rows" "expert_gate_up" "expert_down" "combine" "gather");
 const CUDA_LIBRARY: &[(&str, &str)] = sources!("cuda/lib/" ".cuh":
     "ptx" "wgmma" "layout" "formats" "paged" "chunks" "tiles" "accumulator" "parts" "batch" "ancestors" "philox" "best" "score" "vectors" "matmul"
-    "rope" "experts");
+    "rope" "experts" "latents");
 
 /// Stems of all kernel sources.
 pub fn stems(lang: Lang) -> impl Iterator<Item = &'static str> {

@@ -1,4 +1,4 @@
-// needs: ptx formats wgmma layout paged chunks tiles
+// needs: ptx formats wgmma layout paged chunks tiles latents
 // Attention in the space of latents, on tensor cores: out[r, h] = softmax(q[r, h] · K * SCALE) · K[..LATENT]. All heads of all rows
 // of a request have the same keys, whose first elements are their values: a tile is read once for both.
 //
@@ -6,12 +6,13 @@
 // keys so that all blocks have about the same to do; only tiles that reach past the prefix test the ancestor words.
 //
 //     producer    one warp copies the tiles of this block's chunks into a ring in shared memory
-//     consumers   eight warps. For scores a warp has 16 rows and its share of the tile's keys; for outputs it has all rows, and
-//                 its share of the columns, since those of 512 columns would not fit the registers of the warps of 16 rows
+//     consumers   eight warps. For scores a warp has 16 rows and its share of the tile's keys; for outputs it has the same rows, and
+//                 its share of the columns, since those of 512 columns would not fit a warp's registers
 //                     scores  = q · kᵀ                              maxima meet in shared memory
 //                     weights = 2^(scores - running maximum)        to shared memory
 //                     output  = output * rescale + weights · tile[..LATENT]
-//     merge       where a unit has several chunks, the one that arrives last adds them up, from the workspace
+//                 The products are the warp's own (mma, 16 rows a unit), or those of groups of four (wgmma, 64 rows)
+//     merge       where a unit has several chunks, they go to the workspace, and `merge_latents` adds them up
 //
 // Scores and sums are f32; queries and weights are rounded to the cache's format, for the tensor cores.
 
@@ -24,8 +25,7 @@ constexpr u32 PAGES_PER_REQUEST = 128;
 constexpr bool TILED = true;
 constexpr u32 LATENT = 512;
 constexpr u32 GROUP = 16; // heads
-constexpr u32 M = 64; // packed rows of a unit: 16 or 64
-constexpr u32 SLABS = 1; // units that a request of all the pass's rows needs
+constexpr u32 M = 64; // packed rows of a unit: 16, or 64 where groups of warps multiply
 constexpr float SCALE = 0.0721687824f; // of the scores
 constexpr u32 STAGES = 2; // tiles in the ring
 constexpr bool BULK = true; // bulk copies, or else 16-byte ones
@@ -36,18 +36,17 @@ constexpr u32 CLUSTER = 1; // blocks that share a chunk
 
 constexpr u32 WARPS = 8;
 constexpr u32 CONSUMERS = WARPS * 32; // threads
+constexpr bool WGMMA = M == 64;
 // Registers move between groups of four warps, from the producer's to the consumers': three warps idle where they do.
-constexpr bool MOVES_REGISTERS = M == 64;
-constexpr u32 THREADS = CONSUMERS + (MOVES_REGISTERS ? 128 : 32);
-constexpr u32 ROW_TILES = M / 16;
-constexpr u32 KEY_WARPS = WARPS / ROW_TILES; // that have the same rows, and keys of their own
+constexpr u32 THREADS = CONSUMERS + (WGMMA ? 128 : 32);
+constexpr u32 ROW_WARPS = M / 16;
+constexpr u32 KEY_WARPS = WARPS / ROW_WARPS; // that have the same rows, and keys and columns of their own
 constexpr u32 WARP_KEYS = TILE / KEY_WARPS;
-constexpr u32 WARP_COLUMNS = LATENT / WARPS;
+constexpr u32 WARP_COLUMNS = LATENT / KEY_WARPS;
 constexpr u32 NODES = (M - 1) / GROUP + 2; // most nodes that a unit's rows are of
-constexpr u32 PARTIAL = M * (LATENT + 2); // floats that a chunk leaves in the workspace: outputs, then {maximum, sum} of each row
 constexpr float LOG2_E = 1.4426950408889634f;
 #define NEVER __uint_as_float(0xff800000u) // minus infinity
-static_assert(M == 16 || M == 64, "eight warps share the rows and keys of a tile");
+static_assert(M == 16 || M == 64, "eight warps share the rows and keys of a tile, groups of four have 64 rows");
 static_assert(HEAD_DIM % 64 == 0 && WARP_COLUMNS % 64 == 0, "a tile comes in pieces of 64 elements");
 
 struct Shared {
@@ -58,9 +57,7 @@ struct Shared {
     u64 empty[STAGES];
     float maxima[KEY_WARPS][M]; // of the keys that each warp has
     float sums[KEY_WARPS][M];
-    float rescales[M];
     u32 ancestors[NODES][ANCESTOR_WORDS];
-    u32 arrived; // chunks that came before this one
 };
 
 __device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
@@ -108,18 +105,20 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
     }
 }
 
-// A consumer warp at work on a chunk.
+// A consumer warp at work on a chunk. Results lie as products leave them: rows lane / 4 and lane / 4 + 8 of the warp's 16, pairs
+// of columns.
 struct Worker {
     const Block& block;
     const Request& request;
     u32 first_packed; // row of the unit
-    float out[ROW_TILES][WARP_COLUMNS / 8][4]; // of all rows, as products leave them: rows lane / 4 and lane / 4 + 8 of each 16
-    float largest[2]; // of the warp's own two rows a lane
+    float out[WARP_COLUMNS / 8][4];
+    float largest[2];
     float sum[2]; // of this lane's keys
 
-    __device__ u32 first_row() const { return block.warp % ROW_TILES * 16; }
-    __device__ u32 key_warp() const { return block.warp / ROW_TILES; }
+    __device__ u32 key_warp() const { return block.warp / ROW_WARPS; }
+    __device__ u32 first_row() const { return block.warp % ROW_WARPS * 16; }
     __device__ u32 own_row(u32 i) const { return first_row() + block.lane / 4 + 8 * i; }
+    __device__ u32 column(u32 n) const { return key_warp() * WARP_COLUMNS + n * 8 + block.lane % 4 * 2; }
     __device__ u32 n_rows() const { return min(M, request.n_rows * GROUP - first_packed); }
 
     // Which of the unit's nodes a row is of. Rows past the end are computed like the last one, and not written.
@@ -128,10 +127,8 @@ struct Worker {
 
     __device__ void clear() {
 #pragma unroll
-        for (u32 t = 0; t < ROW_TILES; t++)
-#pragma unroll
-            for (u32 n = 0; n < WARP_COLUMNS / 8; n++)
-                for (u32 i = 0; i < 4; i++) out[t][n][i] = 0.0f;
+        for (u32 n = 0; n < WARP_COLUMNS / 8; n++)
+            for (u32 i = 0; i < 4; i++) out[n][i] = 0.0f;
         for (u32 i = 0; i < 2; i++) largest[i] = NEVER, sum[i] = 0.0f;
     }
 
@@ -142,6 +139,7 @@ struct Worker {
             shared.ancestors[0][i] = block.rows[(request.first_row + node) * ROW_WORDS + ROW_ANCESTORS + i % ANCESTOR_WORDS];
         }
         wait_for_previous();
+#pragma unroll 6
         for (u32 i = block.thread; i < M * HEAD_DIM / 8; i += CONSUMERS) {
             const u32 row = i / (HEAD_DIM / 8), chunk = i % (HEAD_DIM / 8);
             const float4* from = (const float4*)(q + ((u64)request.first_row * GROUP + packed(row)) * HEAD_DIM + chunk * 8);
@@ -152,7 +150,21 @@ struct Worker {
         }
     }
 
-    // Of the warp's rows and keys.
+    // Of the warp's rows and keys, by its group together.
+    __device__ void score_keys_together(float score[WARP_KEYS / 8][4], const unsigned char* tile) const {
+        wgmma_fence();
+#pragma unroll
+        for (u32 kk = 0; kk < HEAD_DIM / 16; kk++) {
+            const u64 queries = wgmma_matrix(block.shared.queries[kk / 4][0] + kk % 4 * 32, 0, 1024);
+            const u64 keys = wgmma_matrix(tile + kk / 4 * HALF_BYTES + key_warp() * WARP_KEYS * 128 + kk % 4 * 32, 0, 1024);
+            if (CACHE == 1) wgmma_shared_rows32(score, queries, keys, kk > 0);
+            else wgmma_shared_rows32_f16(score, queries, keys, kk > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+
+    // The same by the warp alone.
     __device__ void score_keys(float score[WARP_KEYS / 8][4], const unsigned char* tile) const {
         const u32 lane = block.lane;
 #pragma unroll
@@ -210,7 +222,7 @@ struct Worker {
         }
     }
 
-    // Scores become weights of the maxima of all warps, and go where all warps find them.
+    // Scores become weights of the maxima of all warps, and go where all warps find them. What was added before is rescaled.
     __device__ void weigh(float score[WARP_KEYS / 8][4]) {
         Shared& shared = block.shared;
 #pragma unroll
@@ -224,6 +236,8 @@ struct Worker {
             largest[i] = most;
             sum[i] *= rescale;
 #pragma unroll
+            for (u32 n = 0; n < WARP_COLUMNS / 8; n++) out[n][2 * i] *= rescale, out[n][2 * i + 1] *= rescale;
+#pragma unroll
             for (u32 n = 0; n < WARP_KEYS / 8; n++) {
                 const float a = exp2_approx(fmaf(score[n][2 * i], SCALE * LOG2_E, -base));
                 const float b = exp2_approx(fmaf(score[n][2 * i + 1], SCALE * LOG2_E, -base));
@@ -231,39 +245,42 @@ struct Worker {
                 const u32 chunk = key_warp() * (WARP_KEYS / 8) + n;
                 *(u32*)(shared.weights[row] + (chunk % 8 ^ row % 8) * 16 + block.lane % 4 * 4) = narrow_pair(CACHE, a, b);
             }
-            if (key_warp() == 0 && block.lane % 4 == 0) shared.rescales[row] = rescale;
         }
     }
 
-    // Of all rows, in the warp's columns.
+    // Of all keys, in the warp's columns, by its group together.
+    __device__ void add_values_together(const unsigned char* tile) {
+        constexpr u32 PIECES = WARP_COLUMNS / 64, COLUMNS = 128; // of a product
+        wgmma_fence();
+#pragma unroll
+        for (u32 kk = 0; kk < TILE / 16; kk++) {
+            const u64 weights = wgmma_matrix(block.shared.weights[0] + kk * 32, 0, 1024);
+#pragma unroll
+            for (u32 p = 0; p < PIECES; p += COLUMNS / 64) {
+                const u64 values = wgmma_matrix(tile + (key_warp() * PIECES + p) * HALF_BYTES + kk * 16 * 128, HALF_BYTES, 1024);
+                if (CACHE == 1) wgmma_shared_columns128(out + p * 8, weights, values, true);
+                else wgmma_shared_columns128_f16(out + p * 8, weights, values, true);
+            }
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+
+    // The same by the warp alone.
     __device__ void add_values(const unsigned char* tile) {
         const u32 lane = block.lane;
 #pragma unroll
-        for (u32 t = 0; t < ROW_TILES; t++) {
-            const float by[2] = {block.shared.rescales[t * 16 + lane / 4], block.shared.rescales[t * 16 + lane / 4 + 8]};
-#pragma unroll
-            for (u32 n = 0; n < WARP_COLUMNS / 8; n++)
-#pragma unroll
-                for (u32 i = 0; i < 4; i++) out[t][n][i] *= by[i / 2];
-        }
-#pragma unroll
         for (u32 kk = 0; kk < TILE / 16; kk++) {
-            u32 a[ROW_TILES][4];
-#pragma unroll
-            for (u32 t = 0; t < ROW_TILES; t++) {
-                const u32 row = t * 16 + lane % 16, chunk = 2 * kk + lane / 16;
-                ldmatrix_x4(a[t], block.shared.weights[row] + (chunk ^ row % 8) * 16);
-            }
+            u32 a[4];
+            const u32 row = first_row() + lane % 16, chunk = 2 * kk + lane / 16;
+            ldmatrix_x4(a, block.shared.weights[row] + (chunk ^ row % 8) * 16);
 #pragma unroll
             for (u32 d = 0; d < WARP_COLUMNS / 16; d++) {
                 u32 b[4];
-                const u32 chunk = block.warp * (WARP_COLUMNS / 8) + 2 * d + lane / 16;
-                ldmatrix_x4_trans(b, place(tile, kk * 16 + lane / 8 % 2 * 8 + lane % 8, chunk));
-#pragma unroll
-                for (u32 t = 0; t < ROW_TILES; t++) {
-                    mma(out[t][2 * d], a[t], b[0], b[1]);
-                    mma(out[t][2 * d + 1], a[t], b[2], b[3]);
-                }
+                const u32 value = key_warp() * (WARP_COLUMNS / 8) + 2 * d + lane / 16;
+                ldmatrix_x4_trans(b, place(tile, kk * 16 + lane / 8 % 2 * 8 + lane % 8, value));
+                mma(out[2 * d], a, b[0], b[1]);
+                mma(out[2 * d + 1], a, b[2], b[3]);
             }
         }
     }
@@ -272,104 +289,66 @@ struct Worker {
         const bool is_masked = first_key + TILE > request.prefix;
         const int first_node = (int)first_key - (int)request.prefix;
         float score[WARP_KEYS / 8][4];
-        score_keys(score, tile);
+        if (WGMMA) score_keys_together(score, tile);
+        else score_keys(score, tile);
         if (is_masked) mask(score, first_node);
         leave_maxima(score);
         named_barrier(1, CONSUMERS); // all maxima are there, and nobody reads keys or the weights before any more
         if (is_masked) clear_unseen(tile, first_node);
         weigh(score);
+        if (WGMMA) fence_async();
         named_barrier(1, CONSUMERS); // all weights are
-        add_values(tile);
-    }
-};
-
-// ---- merge
-
-// A chunk's results, and where they go.
-struct Finish {
-    const Worker& worker;
-    const Item& item;
-    float* partials;
-    float* out;
-
-    __device__ float* partial(u32 chunk) const { return partials + (u64)(item.cut - item.chunk + chunk) * PARTIAL; }
-    __device__ u32 column(u32 n) const { return worker.block.warp * WARP_COLUMNS + n * 8 + worker.block.lane % 4 * 2; }
-
-    __device__ void write(u32 row, u32 n, float a, float b, float sum) const {
-        const u64 at = (u64)worker.request.first_row * GROUP + worker.first_packed + row;
-        const float inverse = 1.0f / sum;
-        *(float2*)(out + at * LATENT + column(n)) = make_float2(a * inverse, b * inverse);
+        if (WGMMA) add_values_together(tile);
+        else add_values(tile);
     }
 
-    // Row i of a tile of 16, as this lane has it: what the chunk found is the result, or one of several.
-    __device__ void take() const {
-        const Shared& shared = worker.block.shared;
-        float* to = partial(item.chunk);
+    // The maxima and sums of whole rows meet in shared memory.
+    __device__ void leave_sums() const {
+        Shared& shared = block.shared;
+        named_barrier(1, CONSUMERS); // nobody reads maxima any more
 #pragma unroll
-        for (u32 t = 0; t < ROW_TILES; t++)
-#pragma unroll
-            for (u32 i = 0; i < 2; i++) {
-                const u32 row = t * 16 + worker.block.lane / 4 + 8 * i;
-                float sum = 0.0f;
-                for (u32 w = 0; w < KEY_WARPS; w++) sum += shared.sums[w][row];
-                if (row >= worker.n_rows()) continue;
-#pragma unroll
-                for (u32 n = 0; n < WARP_COLUMNS / 8; n++) {
-                    const float a = worker.out[t][n][2 * i], b = worker.out[t][n][2 * i + 1];
-                    if (item.chunks == 1) write(row, n, a, b, sum);
-                    else *(float2*)(to + row * LATENT + column(n)) = make_float2(a, b);
-                }
-                if (item.chunks > 1 && worker.block.warp == 0 && worker.block.lane % 4 == 0) {
-                    *(float2*)(to + M * LATENT + row * 2) = make_float2(shared.maxima[0][row], sum);
-                }
-            }
-    }
-
-    // The last of the unit's chunks adds all of them up. The counter is left at zero for the next launch.
-    __device__ void add_chunks(u32* counters) const {
-        Shared& shared = worker.block.shared;
-        named_barrier(1, CONSUMERS);
-        if (worker.block.thread == 0) {
-            u32* counter = counters + item.request * SLABS + item.slab;
-            __threadfence();
-            shared.arrived = arrive(counter);
-            __threadfence();
-            if (shared.arrived + 1 == item.chunks) *counter = 0;
+        for (u32 i = 0; i < 2; i++) {
+            float of_row = sum[i];
+            of_row += __shfl_xor_sync(FULL_WARP, of_row, 1);
+            of_row += __shfl_xor_sync(FULL_WARP, of_row, 2);
+            if (block.lane % 4 == 0) shared.sums[key_warp()][own_row(i)] = of_row;
         }
         named_barrier(1, CONSUMERS);
-        if (shared.arrived + 1 != item.chunks) return;
-        for (u32 row = worker.block.lane / 4; row < worker.n_rows(); row += 8) {
-            const auto sums = [&](u32 chunk) { return __ldcg((const float2*)(partial(chunk) + M * LATENT + row * 2)); };
-            float most = NEVER, sum = 0.0f;
-            for (u32 chunk = 0; chunk < item.chunks; chunk++) most = fmaxf(most, sums(chunk).x);
-            float2 total[WARP_COLUMNS / 8] = {};
-            for (u32 chunk = 0; chunk < item.chunks; chunk++) {
-                const float2 of_chunk = sums(chunk);
-                // No row has seen a key in none of its chunks.
-                const float by = exp2_approx(of_chunk.x - most);
-                sum = fmaf(of_chunk.y, by, sum);
+    }
+
+    // What the chunk found is the result, or one of several.
+    __device__ void write(const Item& item, float* partials, float* results) const {
+        leave_sums();
+        float* partial = partials + (u64)item.cut * PARTIAL;
 #pragma unroll
-                for (u32 n = 0; n < WARP_COLUMNS / 8; n++) {
-                    const float2 v = __ldcg((const float2*)(partial(chunk) + row * LATENT + column(n)));
-                    total[n].x = fmaf(v.x, by, total[n].x), total[n].y = fmaf(v.y, by, total[n].y);
-                }
-            }
+        for (u32 i = 0; i < 2; i++) {
+            const u32 row = own_row(i);
+            float of_row = 0.0f;
+            for (u32 w = 0; w < KEY_WARPS; w++) of_row += block.shared.sums[w][row];
+            if (row >= n_rows()) continue;
+            const bool is_whole = item.chunks == 1;
+            float* to = is_whole ? results + ((u64)request.first_row * GROUP + first_packed + row) * LATENT : partial + row * LATENT;
+            const float by = is_whole ? 1.0f / of_row : 1.0f;
 #pragma unroll
-            for (u32 n = 0; n < WARP_COLUMNS / 8; n++) write(row, n, total[n].x, total[n].y, sum);
+            for (u32 n = 0; n < WARP_COLUMNS / 8; n++)
+                *(float2*)(to + column(n)) = make_float2(out[n][2 * i] * by, out[n][2 * i + 1] * by);
+            if (!is_whole && key_warp() == 0 && block.lane % 4 == 0)
+                *(float2*)(partial + M * LATENT + row * 2) = make_float2(largest[i], of_row);
         }
     }
 };
 
-__device__ __forceinline__ void consume(const Block& block, const float* q, float* partials, u32* counters, float* out) {
+__device__ __forceinline__ void consume(const Block& block, const float* q, float* partials, float* out) {
     Shared& shared = block.shared;
     u32 turn = 0; // tiles of this block so far
     Item item;
     for (u32 index = blockIdx.x; block.next(index, item);) {
         const Request request = read_request(block.rows, block.requests, item.request);
         Worker worker = {block, request, item.slab * M};
-        worker.clear();
         named_barrier(1, CONSUMERS); // all warps are done with the queries and the sums of the chunk before
         worker.load(q);
+        worker.clear();
+        if (WGMMA) fence_async();
         named_barrier(1, CONSUMERS);
         for (u32 tile = item.tile; tile < item.end; tile++, turn++) {
             const u32 stage = turn % STAGES;
@@ -379,27 +358,14 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
             __syncwarp();
             if (block.lane == 0) mbarrier_arrive(&shared.empty[stage]);
         }
-        named_barrier(1, CONSUMERS); // nobody reads maxima any more
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            float sum = worker.sum[i];
-            sum += __shfl_xor_sync(FULL_WARP, sum, 1);
-            sum += __shfl_xor_sync(FULL_WARP, sum, 2);
-            if (block.lane % 4 != 0) continue;
-            shared.sums[worker.key_warp()][worker.own_row(i)] = sum;
-            if (worker.key_warp() == 0) shared.maxima[0][worker.own_row(i)] = worker.largest[i];
-        }
-        named_barrier(1, CONSUMERS);
-        const Finish result = {worker, item, partials, out};
-        result.take();
-        if (item.chunks > 1) result.add_chunks(counters);
+        worker.write(item, partials, out);
     }
 }
 
 // Blocks: as many as run at once. `q` is [rows, GROUP, HEAD_DIM], `out` [rows, GROUP, LATENT]; the cache one layer.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     latent_attention(const u32* __restrict__ rows, const u32* __restrict__ requests, const u32* __restrict__ pages,
-                     const float* __restrict__ q, const u16* __restrict__ cache, float* partials, u32* counters,
+                     const float* __restrict__ q, const u16* __restrict__ cache, float* partials,
                      float* __restrict__ out) {
     release_next();
     DYNAMIC_SHARED(memory);
@@ -416,11 +382,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     block.schedule.plan(gridDim.x, lane);
     __syncthreads();
     if (thread >= CONSUMERS) {
-        if (MOVES_REGISTERS) give_registers<40>();
+        if (WGMMA) give_registers<40>();
         if (block.warp == WARPS) produce(block, pages, cache);
     } else {
-        if (MOVES_REGISTERS) take_registers<232>();
-        consume(block, q, partials, counters, out);
+        if (WGMMA) take_registers<232>();
+        consume(block, q, partials, out);
     }
     wait_for_previous();
 }

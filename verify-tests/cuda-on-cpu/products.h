@@ -71,6 +71,16 @@ inline unsigned short element(unsigned at) {
     return *(const unsigned short*)(shared.begin + permuted);
 }
 
+void read_rows(unsigned long long word, unsigned a[4]) {
+    const SharedMatrix matrix = SharedMatrix::read(word);
+    const unsigned lane = current->index.x % LANES, warp = current->index.x / LANES % 4;
+    for (unsigned i = 0; i < 4; i++) {
+        const unsigned row = warp * 16 + lane / 4 + 8 * (i % 2), k = lane % 4 * 2 + 8 * (i / 2);
+        const unsigned at = matrix.begin + row / 8 * matrix.down + row % 8 * 128 + k * 2;
+        a[i] = element(at) | (unsigned)element(at + 2) << 16;
+    }
+}
+
 // d[16 x N] (+)= a[16 x 16] b, b read by rows of its transpose (BY_ROWS) or as it is. Layout of registers as for mma.
 template <unsigned N, bool BY_ROWS, float (*WIDEN)(unsigned short)>
 inline void group_multiply(Warp& warp, unsigned lanes) {

@@ -69,3 +69,20 @@ inline unsigned long long wgmma_matrix(const void* begin, unsigned across, unsig
     }
 EMU_EACH_WGMMA(EMU_WGMMA)
 #undef EMU_WGMMA
+
+namespace emu {
+// This lane's elements of 64 rows in shared memory, as products take them from registers.
+void read_rows(unsigned long long matrix, unsigned a[4]);
+} // namespace emu
+
+#define EMU_SHARED_WGMMA(NAME, OF_REGISTERS)                                                             \
+    inline void NAME(float (*d)[4], unsigned long long a, unsigned long long b, bool add) {             \
+        unsigned rows[4];                                                                               \
+        emu::read_rows(a, rows);                                                                        \
+        OF_REGISTERS(d, rows, b, add);                                                                  \
+    }
+EMU_SHARED_WGMMA(wgmma_shared_rows32, wgmma_rows32)
+EMU_SHARED_WGMMA(wgmma_shared_rows32_f16, wgmma_rows32_f16)
+EMU_SHARED_WGMMA(wgmma_shared_columns128, wgmma_columns128)
+EMU_SHARED_WGMMA(wgmma_shared_columns128_f16, wgmma_columns128_f16)
+#undef EMU_SHARED_WGMMA

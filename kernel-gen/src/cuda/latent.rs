@@ -13,8 +13,8 @@ const TILE: usize = 16;
 /// Of `latent_attention.cu`: keys of a tile, and elements of a latent that it is cut for.
 const TENSOR_TILE: usize = 64;
 const LATENT: usize = 512;
-/// A merge of chunks through the workspace takes as long as so many tiles.
-const MIN_CHUNK: usize = 4;
+/// Fewer tiles are not worth what a chunk begins and ends with.
+const MIN_CHUNK: usize = 1;
 
 impl Lowering<'_> {
     /// The product, then what is made of it: the norm of a latent is over outputs of many tiles.
@@ -129,40 +129,39 @@ impl Lowering<'_> {
         };
         let packed = self.pass.rows.min(tree.max_nodes()) * heads; // rows of a request
         let requests = self.max_requests().min(self.pass.rows);
-        let fits = |m: usize| self.tiles_of_latents(m, *heads).1 <= self.device.shared_bytes;
-        // The outputs of 64 rows need registers that only Hopper's producers can give.
-        let m = if packed > 16 && fits(64) && self.device.has_wgmma() { 64 } else { 16 };
-        let threads = THREADS + if m == 64 { 128 } else { 32 };
+        // Groups of warps multiply 64 rows, at the price of fewer. Other tensor cores' outputs of so many would not fit registers.
+        let (m, threads) = if self.device.has_wgmma() { (64, THREADS + 128) } else { (16, THREADS + 32) };
         let (stages, shared_bytes) = self.tiles_of_latents(m, *heads);
-        let slabs = packed.div_ceil(m);
         // Each request ends at most one slab early.
-        let units = (requests * slabs).min(self.pass.rows * heads / m + requests);
+        let units = (requests * packed.div_ceil(m)).min(self.pass.rows * heads / m + requests);
         let blocks = self.device.multiprocessors;
+        let common = |stem| {
+            KernelSpec::new(stem)
+                .size("GROUP", "g", *heads)
+                .size("M", "m", m)
+                .size("MAX_REQUESTS", "b", self.max_requests())
+                .with("LATENT", LATENT)
+                .with("MIN_CHUNK", MIN_CHUNK)
+                .with("CLUSTER", 1_usize)
+        };
         let spec = self
-            .paged(KernelSpec::new("latent_attention"), *cache)
-            .size("GROUP", "g", *heads)
-            .size("M", "m", m)
-            .size("MAX_REQUESTS", "b", self.max_requests())
-            .with("LATENT", LATENT)
-            .with("SLABS", slabs)
+            .paged(common("latent_attention"), *cache)
             .with("SCALE", *scale)
             .with("STAGES", stages)
-            .with("BULK", self.device.has_clusters())
-            .with("MIN_CHUNK", MIN_CHUNK)
-            .with("CLUSTER", 1_usize);
+            .with("BULK", self.device.has_clusters());
         // Chunks of units that are cut: at most one more than each block's share of tiles gives, and one a unit.
         let cut = blocks + units.min(blocks);
-        let arguments = vec![
-            self.batch.rows.into(),
-            self.batch.requests.into(),
-            self.batch.pages.into(),
-            (*q).into(),
-            self.layer(*cache, *layer),
-            Argument { source: Source::Workspace(cut * m * (LATENT + 2) * 4), offset: 0 },
-            Argument { source: Source::Counters(self.max_requests() * slabs), offset: 0 },
-            (*out).into(),
-        ];
-        vec![Launch { spec, arguments, grid: [blocks, 1, 1], threads, shared_bytes, cluster: 1 }]
+        let partials = Argument { source: Source::Workspace(cut * m * (LATENT + 2) * 4), offset: 0 };
+        let of_batch = [self.batch.rows, self.batch.requests].map(Argument::from);
+        let cache = [self.batch.pages.into(), (*q).into(), self.layer(*cache, *layer)];
+        let results = [partials, (*out).into()];
+        let grid = [blocks, 1, 1];
+        let arguments = [&of_batch[..], &cache, &results].concat();
+        let attention = Launch { spec, arguments, grid, threads, shared_bytes, cluster: 1 };
+        let spec = common("merge_latents").with("KV_HEADS", 1_usize);
+        let merge =
+            Launch { spec, arguments: [of_batch, results].concat(), grid, threads: LATENT, shared_bytes: 0, cluster: 1 };
+        vec![attention, merge]
     }
 
     /// Tiles in the ring of `latent_attention.cu` for units of `m` rows, as many as fit up to two, and the block's shared memory.
@@ -171,8 +170,7 @@ impl Lowering<'_> {
         let key_warps = 8 / (m / 16);
         let nodes = (m - 1) / heads + 2;
         let stage = TENSOR_TILE * head_dim * 2;
-        let rest =
-            m * (head_dim * 2 + TENSOR_TILE * 2 + (2 * key_warps + 1) * 4) + nodes * crate::ANCESTOR_WORDS * 4 + 128;
+        let rest = m * (head_dim * 2 + TENSOR_TILE * 2 + 2 * key_warps * 4) + nodes * crate::ANCESTOR_WORDS * 4 + 128;
         let stages = if 2 * stage + rest <= self.device.shared_bytes { 2 } else { 1 };
         (stages, stages * stage + rest)
     }
@@ -241,7 +239,7 @@ mod tests {
     #[test]
     fn latents_of_16_bits_go_to_tensor_cores_where_a_tile_fits() {
         for (device, m) in [(Device::H100, 64), (Device::A100, 16), (Device::RTX_4090, 16)] {
-            for (rows, m) in [(1, 16), (4, m), (256, m)] {
+            for rows in [1, 4, 256] {
                 let launch = attention(rows, DType::BF16, &device);
                 assert_eq!((launch.spec.stem(), launch.grid[0]), ("latent_attention", device.multiprocessors));
                 assert!(launch.shared_bytes <= device.shared_bytes, "{device:?}: {} bytes", launch.shared_bytes);
