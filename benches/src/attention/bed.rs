@@ -261,6 +261,7 @@ fn binary_tree(nodes: usize) -> Result<TreeShape> {
 #[cfg(test)]
 mod tests {
     use treespark::cpu::CpuBackend;
+    use treespark_kernel_gen::cuda::lower_pass;
 
     use super::*;
 
@@ -271,6 +272,16 @@ mod tests {
             let mut bed = Bed::new(&mut device, &shape.parse().unwrap()).unwrap();
             let error = bed.check(Mask::Tree).unwrap();
             assert!(error < 1e-5, "{shape}: {error}");
+        }
+    }
+
+    #[test]
+    fn all_shapes_go_to_tensor_cores() {
+        for shape in [Shape::all(), Shape::latents()].concat() {
+            let pass = describe(&shape).unwrap();
+            let launches = lower_pass(&pass, &treespark_kernel_gen::cuda::Device::H100).unwrap();
+            let stem = if shape.cached == Cached::Latents { "latent_attention" } else { "tree_attention" };
+            assert!(launches.iter().any(|launch| launch.spec.stem() == stem), "{shape}: {launches:?}");
         }
     }
 }
