@@ -1,18 +1,21 @@
-//! Tree attention alone, on the shapes that peers are measured with: checked against f64, then timed by the GPU's clock.
+//! Attention alone, to keys and values or to latents, on the shapes that peers are measured with: checked against f64,
+//! then timed by the GPU's clock.
 
 mod bed;
 mod reference;
+mod report;
 mod shapes;
 
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use treespark::devices::BackendChoice;
-use treespark_benches::{Samples, circumstances, commit};
+use treespark_benches::{Samples, circumstances};
 
 use crate::device::Device;
 use crate::peers::attention::Peers;
 use bed::{Bed, Mask};
+use report::{Gpu, Line};
 use shapes::Shape;
 
 /// A kernel that is further from the reference is wrong, and not timed.
@@ -25,16 +28,19 @@ const TURNS: usize = 4;
 pub struct Args {
     #[arg(short, long, default_value = "cuda")]
     backend: BackendChoice,
-    /// Shapes instead of all: query heads / kv heads x head dim : requests : prefix : nodes of each
+    /// Shapes instead of all: query heads / kv heads x head dim : requests : prefix : nodes of each; mlaHEADS for latents
     #[arg(short, long, value_delimiter = ',')]
     shapes: Vec<Shape>,
+    /// Latent attention (DeepSeek's) instead of tree attention: its shapes
+    #[arg(long, conflicts_with = "shapes")]
+    mla: bool,
     /// Timed graphs a shape, each of 16 calls or more
     #[arg(long, default_value_t = 50)]
     repeats: usize,
     /// Time each shape with nothing hidden too, and print what the mask costs
     #[arg(long)]
     mask_off: bool,
-    /// What tree_attention_peers.py has written on this GPU: print who is faster
+    /// What a script of peers/ has written on this GPU: print who is faster
     #[arg(long)]
     peers: Option<PathBuf>,
     /// One JSON object a line instead of a table
@@ -43,12 +49,14 @@ pub struct Args {
 }
 
 const HELP: &str = "What is measured: B requests, each with a prefix of L slots and a binary tree of N nodes, in a bf16 \
-cache of shuffled pages of 16 slots. Calls take turns on several sets of random buffers, together past the GPU's cache, \
-inside one CUDA graph; the time is the graph's, by the GPU's clock, over its calls. Before that, a poisoned output is \
-computed and all rows and heads of request 0 are compared with f64: over 0.02 is an error.
+cache of shuffled pages of 16 slots. With --mla, or shapes like mla16:B32:L8192:N4, it is DeepSeek's latent attention, \
+absorbed: a slot is one latent of 512 elements and 64 rotated ones, for all (16) heads. Calls take turns on several sets of \
+random buffers, together past the GPU's cache, inside one CUDA graph; the time is the graph's, by the GPU's clock, over \
+its calls. Before that, a poisoned output is computed and all rows and heads of request 0 are compared with f64: over 0.02 \
+is an error.
 
-The floors: keys, values, queries and outputs (all counted as bf16) at the speed of a device copy in this run; the two \
-products at 600 TFLOP/s.
+The floors: keys and values or latents, queries and outputs (all counted as bf16) at the speed of a device copy in this \
+run; the two products at 600 TFLOP/s. TB/s are the cache's bytes, and TFLOP/s the two products', over the time.
 
 --mask-off compares the same kernel, buffers, rows and number of keys with two batches: the tree behind its prefix, and \
 L + N slots of prefix of which every row sees all, so that no row hides anything and a tile is tested only where its end \
@@ -58,59 +66,47 @@ Examples:
   treespark-bench attention
   treespark-bench attention --shapes 32/8x128:B8:L8192:N16,32/8x128:ragged --json
   treespark-bench attention --mask-off
-  python peers/tree_attention_peers.py peers.json && treespark-bench attention --peers peers.json";
+  treespark-bench attention --mla
+  python peers/tree_attention_peers.py peers.json && treespark-bench attention --peers peers.json
+  python peers/latent_attention_peers.py mla.json && treespark-bench attention --mla --peers mla.json";
 
 pub fn run(args: &Args) -> Result<()> {
     let peers = args.peers.as_deref().map(Peers::read).transpose()?;
     let mut device = Device::open_with_clock(args.backend)?;
-    let name = device.name();
-    let driver = device.driver().unwrap_or_default();
-    let bandwidth = device.copy_bandwidth()?;
-    eprintln!("{}\ndriver   {driver}\ncopy     {:.3} TB/s", circumstances(&name), bandwidth / 1e12);
-    let shapes = if args.shapes.is_empty() { Shape::all() } else { args.shapes.clone() };
+    let gpu =
+        Gpu { name: device.name(), driver: device.driver().unwrap_or_default(), bandwidth: device.copy_bandwidth()? };
+    eprintln!("{}\ndriver   {}\ncopy     {:.3} TB/s", circumstances(&gpu.name), gpu.driver, gpu.bandwidth / 1e12);
+    let shapes = if args.mla {
+        Shape::latents()
+    } else if args.shapes.is_empty() {
+        Shape::all()
+    } else {
+        args.shapes.clone()
+    };
     if !args.json {
-        println!(
-            "{:<26} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8}  kernel",
-            "shape", "us", "p10", "p90", "memory", "compute", "of floor", "error"
-        );
+        println!("{}", report::header());
     }
     let mut ours = Vec::new();
     let mut failed = 0;
     for shape in &shapes {
-        let measured = match measure(&mut device, shape, args) {
-            Ok(measured) => measured,
+        match measure(&mut device, shape, args) {
+            Ok(measured) => {
+                let line = Line::new(shape, &measured, &gpu);
+                if args.json {
+                    println!("{}", line.json())
+                } else {
+                    println!("{line}")
+                }
+                ours.push((shape.to_string(), measured.samples.median()));
+            }
             Err(error) => {
                 failed += 1;
                 eprintln!("{shape}: {error:#}");
-                continue;
-            }
-        };
-        let Measured { error, samples, off, kernel } = measured;
-        let (us, p10, p90) = (samples.median(), samples.quantile(0.1), samples.quantile(0.9));
-        let (memory, compute) = (shape.memory_floor(bandwidth), shape.compute_floor());
-        let of_floor = us / memory.max(compute);
-        let off = off.map(|off| off.median());
-        if args.json {
-            let line = serde_json::json!({
-                "bench": "attention", "device": name, "driver": driver, "commit": commit(), "copy_TBps": bandwidth / 1e12,
-                "shape": shape.to_string(), "us": us, "p10_us": p10, "p90_us": p90, "memory_floor_us": memory,
-                "compute_floor_us": compute, "of_floor": of_floor, "error": error, "kernel": kernel,
-                "mask_off_us": off, "mask_ratio": off.map(|off| us / off),
-            });
-            println!("{line}");
-        } else {
-            println!(
-                "{:<26} {us:>9.2} {p10:>9.2} {p90:>9.2} {memory:>9.2} {compute:>9.2} {of_floor:>8.2} {error:>8.4}  {kernel}",
-                shape.to_string()
-            );
-            if let Some(off) = off {
-                println!("{:<26} {off:>9.2} with nothing hidden: the mask costs {:.3}x", "", us / off);
             }
         }
-        ours.push((shape.clone(), us));
     }
     if let Some(peers) = peers {
-        let table = peers.compare(ours.iter().map(|(shape, us)| (shape.to_string(), *us)));
+        let table = peers.compare(ours.into_iter());
         if args.json { eprint!("{table}") } else { print!("{table}") }
     }
     ensure!(failed == 0, "{failed} of {} shapes were not timed", shapes.len());

@@ -43,7 +43,7 @@ enum Command {
     Ops(OpsArgs),
     /// What speculation would bring on another shape of model: an evaluation's acceptance, with that shape's times
     Replay(replay::Args),
-    /// Tree attention alone, beside peers and floors (needs an NVIDIA GPU)
+    /// Attention alone, to keys and values or to latents, beside peers and floors (needs an NVIDIA GPU)
     Attention(attention::Args),
     /// How well a DSpark drafter's confidence is calibrated on the nodes of its trees
     Calibrate(calibrate::Args),

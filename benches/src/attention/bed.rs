@@ -10,7 +10,7 @@ use treespark_kernel_gen::{ANCESTOR_WORDS, CacheShape, DType, Op, Pass, Request,
 use treespark_models::random::{self, RandomBlock};
 
 use super::reference;
-use super::shapes::{Member, Shape};
+use super::shapes::{Cached, Member, Shape};
 use crate::device::Device;
 
 pub const PAGE_SIZE: usize = 16;
@@ -43,6 +43,7 @@ pub struct Bed<'a> {
 struct Set {
     q: BufferId,
     k: BufferId,
+    /// The keys' own, if they are latents.
     v: BufferId,
     out: BufferId,
     pass: PassId,
@@ -60,10 +61,16 @@ impl<'a> Bed<'a> {
         // Variance 1, as peers are measured with.
         let block = |dtype| RandomBlock::new(dtype, BLOCK, 3f32.sqrt(), 1);
         let blocks = [block(DType::F32), block(DType::BF16)];
-        for set in 0..(LARGE / bed.shape.kv_bytes() + 1).min(8) {
+        for set in 0..bed.n_sets() {
             bed.add_set(&blocks, set as u64)?;
         }
         Ok(bed)
+    }
+
+    /// Together past the GPU's cache. Small shapes of keys and values keep to the eight that they were recorded with.
+    fn n_sets(&self) -> usize {
+        let most = if self.shape.cached == Cached::Latents { 64 } else { 8 };
+        (LARGE / self.shape.cache_bytes() + 1).min(most)
     }
 
     fn write_pages(&mut self) -> Result<()> {
@@ -91,7 +98,11 @@ impl<'a> Bed<'a> {
             ids.push(id);
         }
         let pass = backend.compile(&self.pass, &ids)?;
-        let [.., q, k, v, out] = ids[..] else { unreachable!("the pass has these buffers") };
+        let (q, k, v, out) = match ids[3..] {
+            [q, out, k, v] => (q, k, v, out),
+            [q, out, latents] => (q, latents, latents, out),
+            _ => unreachable!("the pass has these buffers"),
+        };
         self.sets.push(Set { q, k, v, out, pass });
         Ok(())
     }
@@ -136,26 +147,29 @@ impl<'a> Bed<'a> {
     pub fn check(&mut self, mask: Mask) -> Result<f64> {
         let Set { q, k, v, out, pass } = self.sets[0];
         let Member { prefix, nodes } = self.shape.members()[0];
-        let Shape { heads, kv_heads, head_dim, .. } = self.shape;
-        let (rows, width) = (self.shape.rows(), heads * head_dim);
+        let (heads, kv_heads, scale) = (self.shape.heads, self.shape.kv_heads(), f64::from(self.shape.scale()));
+        let (key_dim, value_dim) = (self.shape.key_dim(), self.shape.value_dim());
+        let (rows, width) = (self.shape.rows(), heads * value_dim);
         let backend = self.device.backend();
         backend.write(out, 0, &vec![f32::NAN.to_bits(); rows * width])?;
         let extent = Extent { rows, requests: self.pages.len(), keys: self.pages[0].len() * PAGE_SIZE };
         backend.run(pass, extent)?;
-        let got: Vec<f32> = backend.read(out, 0, rows * width)?.into_iter().map(f32::from_bits).collect();
+        let got = floats(backend.read(out, 0, rows * width)?);
         ensure!(got.iter().all(|x| x.is_finite()), "some outputs were not written");
-        let q = backend.read(q, 0, nodes * width)?.into_iter().map(f32::from_bits).collect();
-        let (k, v) = (self.cached(k, prefix + nodes)?, self.cached(v, prefix + nodes)?);
+        let q = floats(backend.read(q, 0, nodes * heads * key_dim)?);
+        let caches = if k == v { vec![k] } else { vec![k, v] };
+        let caches = caches.into_iter().map(|cache| self.cached(cache, prefix + nodes)).collect::<Result<Vec<_>>>()?;
+        let (k, v) = (&caches[0], &caches[caches.len() - 1]);
         let tree = binary_tree(nodes)?;
         let is_ancestor = |row: usize, node: usize| tree.ancestors(row)[node / 32] >> (node % 32) & 1 == 1;
         let sees = |row, slot| mask == Mask::Off || slot < prefix || is_ancestor(row, slot - prefix);
-        let want = reference::Request { heads, kv_heads, head_dim, q, k, v }.attend(sees);
+        let want = reference::Request { heads, kv_heads, key_dim, value_dim, scale, q: &q, k, v }.attend(sees);
         Ok(relative_error(&got[..nodes * width], &want))
     }
 
-    /// Request 0's vectors of a cache: `[kv_heads, slots, head_dim]`.
+    /// Request 0's vectors of a cache: `[kv_heads, slots, key_dim]`.
     fn cached(&mut self, cache: BufferId, slots: usize) -> Result<Vec<f32>> {
-        let Shape { kv_heads, head_dim, .. } = self.shape;
+        let (kv_heads, head_dim) = (self.shape.kv_heads(), self.shape.key_dim());
         let mut values = vec![0.0; kv_heads * slots * head_dim];
         let page_words = kv_heads * PAGE_SIZE * head_dim / 2;
         for (at, &page) in self.pages[0].iter().enumerate() {
@@ -191,10 +205,9 @@ impl Drop for Bed<'_> {
     }
 }
 
-/// A pass of the one op, for all rows of a shape. Its buffers: rows, requests, pages, q, k, v, out.
+/// A pass of the one op, for all rows of a shape. Its buffers: rows, requests, pages, q, out, keys and values or latents.
 fn describe(shape: &Shape) -> Result<Pass> {
-    let Shape { heads, kv_heads, head_dim, .. } = *shape;
-    let (members, rows) = (shape.members(), shape.rows());
+    let (members, rows, heads, kv_heads) = (shape.members(), shape.rows(), shape.heads, shape.kv_heads());
     let pages = members.iter().map(page_count);
     let mut pass = Pass::new("attention", rows);
     let batch = Batch {
@@ -202,16 +215,30 @@ fn describe(shape: &Shape) -> Result<Pass> {
         requests: pass.add("requests", Role::Input, DType::U32, &[HEADER_WORDS + members.len() * Request::WORDS]),
         pages: pass.add("pages", Role::Input, DType::U32, &[members.len(), pages.clone().max().unwrap_or(1)]),
     };
-    let cache = CacheShape { layers: 1, pages: pages.sum(), kv_heads, page_size: PAGE_SIZE, head_dim }.dims();
+    let head_dim = shape.key_dim();
     let q = pass.add("q", Role::Scratch, DType::F32, &[rows, heads, head_dim]);
-    let k_cache = pass.add("k_cache", Role::Cache, DType::BF16, &cache);
-    let v_cache = pass.add("v_cache", Role::Cache, DType::BF16, &cache);
-    let out = pass.add("out", Role::Output, DType::F32, &[rows, heads, head_dim]);
+    let out = pass.add("out", Role::Output, DType::F32, &[rows, heads, shape.value_dim()]);
+    let dims = CacheShape { layers: 1, pages: pages.sum(), kv_heads, page_size: PAGE_SIZE, head_dim }.dims();
+    let mut add_cache = |name: &str| pass.add(name, Role::Cache, DType::BF16, &dims);
     let tree = TreeSpec::Any(members.iter().map(|member| member.nodes).max().unwrap_or(1));
-    let scale = 1.0 / (head_dim as f32).sqrt();
-    pass.ops = vec![Op::TreeAttention { batch, layer: 0, heads, kv_heads, scale, tree, q, k_cache, v_cache, out }];
+    let (layer, scale) = (0, shape.scale());
+    let op = match shape.cached {
+        Cached::Heads { .. } => {
+            let (k_cache, v_cache) = (add_cache("k_cache"), add_cache("v_cache"));
+            Op::TreeAttention { batch, layer, heads, kv_heads, scale, tree, q, k_cache, v_cache, out }
+        }
+        Cached::Latents => {
+            let cache = add_cache("cache");
+            Op::LatentAttention { batch, layer, heads, scale, tree, q, cache, out }
+        }
+    };
+    pass.ops.push(op);
     pass.check()?;
     Ok(pass)
+}
+
+fn floats(words: Vec<u32>) -> Vec<f32> {
+    words.into_iter().map(f32::from_bits).collect()
 }
 
 fn page_count(member: &Member) -> usize {
@@ -234,16 +261,27 @@ fn binary_tree(nodes: usize) -> Result<TreeShape> {
 #[cfg(test)]
 mod tests {
     use treespark::cpu::CpuBackend;
+    use treespark_kernel_gen::cuda::lower_pass;
 
     use super::*;
 
     #[test]
     fn the_cpu_backend_agrees_with_the_reference() {
         let mut device = Device::Other(Box::new(CpuBackend::new(Some(2))));
-        for shape in ["4/2x64:B3:L100:N12", "3/3x128:B1:L16:N40"] {
+        for shape in ["4/2x64:B3:L100:N12", "3/3x128:B1:L16:N40", "mla4:B3:L100:N12"] {
             let mut bed = Bed::new(&mut device, &shape.parse().unwrap()).unwrap();
             let error = bed.check(Mask::Tree).unwrap();
             assert!(error < 1e-5, "{shape}: {error}");
+        }
+    }
+
+    #[test]
+    fn all_shapes_go_to_tensor_cores() {
+        for shape in [Shape::all(), Shape::latents()].concat() {
+            let pass = describe(&shape).unwrap();
+            let launches = lower_pass(&pass, &treespark_kernel_gen::cuda::Device::H100).unwrap();
+            let stem = if shape.cached == Cached::Latents { "latent_attention" } else { "tree_attention" };
+            assert!(launches.iter().any(|launch| launch.spec.stem() == stem), "{shape}: {launches:?}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Peers' tree attention, from the file of `tree_attention_peers.py`.
+//! Peers' attention, from the files of `tree_attention_peers.py` and `latent_attention_peers.py`.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ pub struct Peers {
     best: Vec<(String, Best)>,
 }
 
-/// The fastest that can verify a tree.
+/// The fastest that can verify a tree; to latents, a chain.
 #[derive(Debug, Clone, PartialEq)]
 struct Best {
     name: String,
@@ -53,14 +53,19 @@ impl Peers {
 
 fn shape(row: &Value) -> Option<String> {
     let size = |key: &str| row[key].as_u64();
-    let (heads, kv_heads, dim) = (size("Hq")?, size("Hkv")?, size("D")?);
-    Some(format!("{heads}/{kv_heads}x{dim}:B{}:L{}:N{}", size("B")?, size("L")?, size("N")?))
+    let model = match size("mla") {
+        Some(heads) => format!("mla{heads}"),
+        None => format!("{}/{}x{}", size("Hq")?, size("Hkv")?, size("D")?),
+    };
+    Some(format!("{model}:B{}:L{}:N{}", size("B")?, size("L")?, size("N")?))
 }
 
-/// Causal kernels verify chains only, and dense ones need a cache without pages: neither counts.
+/// Causal kernels verify chains only, and dense ones need a cache without pages: neither counts. To latents there are only
+/// causal ones, so that there a chain stands beside our tree of as many nodes.
 fn best(row: &Value) -> Option<Best> {
-    let can_verify_trees = |name: &str| ["fi_mask", "fi_xqa"].contains(&name) || name.starts_with("fi_cascade_");
-    let times = row.as_object()?.iter().filter(|(name, _)| can_verify_trees(name));
+    let of_trees = |name: &str| ["fi_mask", "fi_xqa"].contains(&name) || name.starts_with("fi_cascade_");
+    let counts = |name: &str| of_trees(name) || name.starts_with("fi_mla_");
+    let times = row.as_object()?.iter().filter(|(name, _)| counts(name));
     // Where a peer failed, its column is named otherwise, or holds text.
     let times = times.filter(|(name, _)| !name.ends_with("_wrong")).filter_map(|(name, us)| Some((name, us.as_f64()?)));
     let (name, us) = times.min_by(|a, b| a.1.total_cmp(&b.1))?;
@@ -80,5 +85,15 @@ mod tests {
         assert_eq!(shape(&row).unwrap(), "32/8x128:B8:L8192:N16");
         assert_eq!(best(&row), Some(Best { name: "fi_cascade_fa3".into(), us: 250.5 }));
         assert_eq!(best(&serde_json::json!({"floor": 1.0, "fi_causal2": 3.0})), None);
+    }
+
+    #[test]
+    fn the_best_to_latents_is_of_all_page_sizes() {
+        let row = serde_json::json!({
+            "mla": 16, "B": 32, "L": 8192, "N": 4, "floor": 80.0, "fi_mla_fa3_p1": 210.0, "fi_mla_fa3_p64": 200.0,
+            "fi_mla_fa2_p64_wrong": 0.5, "fi_mla_fa2_p16_err": "RuntimeError()",
+        });
+        assert_eq!(shape(&row).unwrap(), "mla16:B32:L8192:N4");
+        assert_eq!(best(&row), Some(Best { name: "fi_mla_fa3_p64".into(), us: 200.0 }));
     }
 }
