@@ -353,6 +353,33 @@ __device__ __forceinline__ Eight load_eight(u32 format, const void* array, u64 a
     return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
 }
 
+// A *piece* of a row of attention's output, which a thread finishes: eight elements, as one lane has them of a product's results:
+// pairs, eight apart.
+//
+// Needs ptx, formats.
+
+#define NEVER __uint_as_float(0xff800000u) // minus infinity
+
+__device__ __forceinline__ u32 piece_element(u32 piece, u32 pair) { return piece / 4 * 32 + pair * 8 + piece % 4 * 2; }
+
+// Of some of the row's keys: to be divided by the sum.
+struct Piece {
+    float largest = NEVER;
+    float sum = 0.0f;
+    Eight out = {};
+
+    // Scales to a larger maximum, which may still be none.
+    __device__ __forceinline__ float weight(float most) const { return exp2_approx(largest - (most == NEVER ? 0.0f : most)); }
+
+    __device__ void add(const Piece& other) {
+        const float most = fmaxf(largest, other.largest), mine = weight(most), theirs = other.weight(most);
+        largest = most;
+        sum = sum * mine + other.sum * theirs;
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) out.x[i] = out.x[i] * mine + other.out.x[i] * theirs;
+    }
+};
+
 // Warpgroup matrix products (sm_90a): four warps multiply 64 rows held in registers by a matrix in shared memory.
 //
 // Registers are laid out as for `mma_bf16`, warp w of the group holding rows 16 w .. 16 w + 16. The matrix in shared memory
@@ -382,6 +409,11 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 __device__ __forceinline__ u64 wgmma_matrix(const void* begin, u32 across, u32 down) {
     const u64 swizzle_128 = 1;
     return (u64)(shared_address(begin) >> 4 & 0x3fff) | (u64)(across >> 4) << 16 | (u64)(down >> 4) << 32 | swizzle_128 << 62;
+}
+
+// The same matrix so many bytes further on. One addition: to make each of many descriptors anew takes longer than a product.
+__device__ __forceinline__ u64 wgmma_further(u64 matrix, u32 bytes) {
+    return (matrix & 0xffffffff00000000ull) | ((u32)matrix + (bytes >> 4));
 }
 
 #define WGMMA_FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
@@ -448,13 +480,12 @@ WGMMA_128(wgmma_columns128, "bf16", "1")
 WGMMA_128(wgmma_columns128_f16, "f16", "1")
 
 // Both in shared memory.
-#define WGMMA_SHARED_32(NAME, FORMAT)                                                                                   \
-    WGMMA_SHARED_PRODUCT(NAME, "32", FORMAT, "0", WGMMA_NAMES_16, "%16, %17", "%18", WGMMA_FOUR(0), WGMMA_FOUR(1),       \
-                         WGMMA_FOUR(2), WGMMA_FOUR(3))
+#define WGMMA_SHARED_64(NAME, FORMAT) \
+    WGMMA_SHARED_PRODUCT(NAME, "64", FORMAT, "0", WGMMA_NAMES_32, "%32, %33", "%34", WGMMA_EIGHT(0))
 #define WGMMA_SHARED_128(NAME, FORMAT)                                                                                  \
     WGMMA_SHARED_PRODUCT(NAME, "128", FORMAT, "1", WGMMA_NAMES_64, "%64, %65", "%66", WGMMA_EIGHT(0), WGMMA_EIGHT(8))
-WGMMA_SHARED_32(wgmma_shared_rows32, "bf16")
-WGMMA_SHARED_32(wgmma_shared_rows32_f16, "f16")
+WGMMA_SHARED_64(wgmma_shared_rows64, "bf16")
+WGMMA_SHARED_64(wgmma_shared_rows64_f16, "f16")
 WGMMA_SHARED_128(wgmma_shared_columns128, "bf16")
 WGMMA_SHARED_128(wgmma_shared_columns128_f16, "f16")
 
@@ -550,9 +581,11 @@ struct Request {
     u32 keys; // slots that some row may see
 };
 
-__device__ __forceinline__ Request read_request(const u32* rows, const u32* requests, u32 index) {
+// Without rows unless it exists.
+__device__ __forceinline__ Request read_request(const u32* rows, const u32* requests, u32 index, bool exists = true) {
     const u32* words = requests + HEADER_WORDS + index * REQUEST_WORDS;
     Request r = {words[REQUEST_PREFIX], words[REQUEST_FIRST_ROW], words[REQUEST_ROWS], 0};
+    if (!exists) r.n_rows = 0;
     // Rows come in node order: the last one has the highest slot.
     if (r.n_rows > 0) r.keys = r.prefix + rows[(r.first_row + r.n_rows - 1) * ROW_WORDS + ROW_NODE] + 1;
     return r;
@@ -564,15 +597,20 @@ struct Schedule {
     const u32* requests;
     u32 n_requests;
     u32 chunk; // most tiles of a chunk
+    u32 my_units, my_tiles; // of this lane's request among the first 32
 
     // Units of a request and tiles of each. A lane past the last request has none.
-    __device__ void size(u32 request, u32& units, u32& tiles) const {
+    __device__ void read_size(u32 request, u32& units, u32& tiles) const {
         units = tiles = 0;
-        if (request >= n_requests) return;
-        const Request r = read_request(rows, requests, request);
+        if (request >= MAX_REQUESTS) return;
+        const Request r = read_request(rows, requests, request, request < n_requests);
         if (r.n_rows == 0) return;
         units = divide_up(r.n_rows * GROUP, M) * KV_HEADS;
         tiles = divide_up(r.keys, TILE);
+    }
+    __device__ void size(u32 request, u32& units, u32& tiles) const {
+        if (request < 32) units = my_units, tiles = my_tiles;
+        else read_size(request, units, tiles);
     }
 
     __device__ static u32 sum(u32 value) {
@@ -594,28 +632,18 @@ struct Schedule {
 
     // Whole warps call it.
     __device__ void plan(u32 clusters, u32 lane) {
-        u32 all_units = 0, all_tiles = 0, longest = 1;
+        read_size(lane, my_units, my_tiles);
+        u32 all_units = 0, all_tiles = 0;
         for (u32 first = 0; first < n_requests; first += 32) {
             u32 units, tiles;
             size(first + lane, units, tiles);
             all_units += sum(units);
             all_tiles += sum(units * tiles);
-#pragma unroll
-            for (u32 step = 16; step > 0; step /= 2) tiles = max(tiles, __shfl_xor_sync(FULL_WARP, tiles, step));
-            longest = max(longest, tiles);
         }
-        u32 low = max(divide_up(all_tiles, clusters), MIN_CHUNK);
-        chunk = low;
-        // Fewer units than clusters: the shortest chunks with which one round of clusters does all.
-        if (all_units <= clusters && low < longest) {
-            u32 high = longest;
-            while (low < high) {
-                const u32 middle = (low + high) / 2;
-                if (count(middle, lane) <= clusters) high = middle;
-                else low = middle + 1;
-            }
-            chunk = low;
-        }
+        chunk = max(divide_up(all_tiles, clusters), MIN_CHUNK);
+        // Fewer units than clusters: about the shortest chunks with which one round of clusters does all.
+        if (all_units > clusters) return;
+        while (count(chunk, lane) > clusters) chunk += chunk / 32 + 1;
     }
 
     // False past the last chunk. Whole warps call it.
@@ -719,7 +747,7 @@ __device__ __forceinline__ u64 window(const u32* words, int first) {
 //
 // A *group* of four warps has up to 64 rows. Where it has fewer, its warps share the keys of a tile.
 //
-// Needs ptx, formats, wgmma, layout, chunks, tiles. Expects HEAD_DIM, KV_HEADS, GROUP, M, GROUPS, WGMMA, CACHE, SCALE.
+// Needs ptx, formats, pieces, wgmma, layout, chunks, tiles. Expects HEAD_DIM, KV_HEADS, GROUP, M, GROUPS, WGMMA, CACHE, SCALE.
 
 constexpr u32 HEADS = KV_HEADS * GROUP;
 constexpr u32 ROW_GROUPS = (M + 63) / 64; // groups that share a tile
@@ -728,7 +756,6 @@ constexpr u32 ROW_WARPS = M / ROW_GROUPS / 16;
 constexpr u32 KEY_WARPS = 4 / ROW_WARPS;
 constexpr u32 WARP_KEYS = TILE / KEY_WARPS; // of a tile
 constexpr float LOG2_E = 1.4426950408889634f;
-#define NEVER __uint_as_float(0xff800000u) // minus infinity
 
 __device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
     if (CACHE == 1) mma_bf16(d, a, b0, b1);
@@ -798,10 +825,11 @@ struct Accumulator {
 
     // The same by the whole group, under way when it returns.
     __device__ void start_scores(float score[WARP_KEYS / 8][4], const unsigned char* keys) {
+        const u64 all = wgmma_matrix(keys, 0, 1024);
         wgmma_fence();
 #pragma unroll
         for (u32 kk = 0; kk < HEAD_DIM / 16; kk++) {
-            const u64 matrix = wgmma_matrix(keys + kk / 4 * HALF_BYTES + kk % 4 * 32, 0, 1024);
+            const u64 matrix = wgmma_further(all, kk / 4 * HALF_BYTES + kk % 4 * 32);
             if (CACHE == 1) wgmma_rows64(score, q[kk], matrix, kk > 0);
             else wgmma_rows64_f16(score, q[kk], matrix, kk > 0);
         }
@@ -892,10 +920,11 @@ struct Accumulator {
 
     // The same by the whole group, under way when it returns.
     __device__ void start_values(const u32 weights[TILE / 16][4], const unsigned char* values) {
+        const u64 all = wgmma_matrix(values, HALF_BYTES, 1024);
         wgmma_fence();
 #pragma unroll
         for (u32 n = 0; n < TILE / 16; n++) {
-            const u64 matrix = wgmma_matrix(values + n * 16 * 128, HALF_BYTES, 1024);
+            const u64 matrix = wgmma_further(all, n * 16 * 128);
             if (HEAD_DIM == 64 && CACHE == 1) wgmma_columns64(out, weights[n], matrix, true);
             if (HEAD_DIM == 64 && CACHE == 2) wgmma_columns64_f16(out, weights[n], matrix, true);
             if (HEAD_DIM == 128 && CACHE == 1) wgmma_columns128(out, weights[n], matrix, true);
@@ -907,15 +936,13 @@ struct Accumulator {
 
 // Partial results of tree attention: what warps, blocks of a cluster and chunks of a unit leave for whoever adds them up.
 //
-// Needs ptx, formats, chunks, accumulator. Expects HEAD_DIM, M, GROUPS, CLUSTER, CACHE.
+// Needs ptx, formats, pieces, chunks, accumulator. Expects HEAD_DIM, M, GROUPS, CLUSTER, CACHE.
 
 constexpr u32 CONSUMERS = GROUPS * 128; // threads
 constexpr u32 PARTS = CLUSTER * KEY_GROUPS * KEY_WARPS; // warps that have partial results of a row
 constexpr u32 MOST_ROWS = PARTS == 1 ? 1 : (M + CLUSTER - 1) / CLUSTER; // that a block of the cluster finishes
 
-// A thread finishes a *piece* of a row: eight elements, as one lane of a warp has them (`Accumulator`): pairs, eight apart.
 constexpr u32 PIECES = HEAD_DIM / 8;
-__device__ __forceinline__ u32 piece_element(u32 piece, u32 pair) { return piece / 4 * 32 + pair * 8 + piece % 4 * 2; }
 
 // Results of all warps of the cluster for the rows that this block finishes: every CLUSTER-th.
 struct Parts {
@@ -923,24 +950,6 @@ struct Parts {
     uint4 rows[PARTS][MOST_ROWS][PIECES + 4];
 };
 constexpr u32 PART_BYTES = (PIECES + 1) * 16; // of a row
-
-// A piece of a row, of some of its keys: to be divided by the sum.
-struct Piece {
-    float largest = NEVER;
-    float sum = 0.0f;
-    Eight out = {};
-
-    // Scales to a larger maximum, which may still be none.
-    __device__ __forceinline__ float weight(float most) const { return exp2_approx(largest - (most == NEVER ? 0.0f : most)); }
-
-    __device__ void add(const Piece& other) {
-        const float most = fmaxf(largest, other.largest), mine = weight(most), theirs = other.weight(most);
-        largest = most;
-        sum = sum * mine + other.sum * theirs;
-#pragma unroll
-        for (u32 i = 0; i < 8; i++) out.x[i] = out.x[i] * mine + other.out.x[i] * theirs;
-    }
-};
 
 // This lane's piece number `n` of its i-th row.
 __device__ __forceinline__ Piece piece_of(const Accumulator& acc, u32 i, u32 n) {

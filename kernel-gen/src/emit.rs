@@ -91,7 +91,7 @@ const CUDA_KERNELS: &[(&str, &str)] = sources!("cuda/" ".cu":
     "normed_product" "latent" "latent_queries" "per_head" "latent_attention" "merge_latents" "plain_latents"
     "route" "group_rows" "expert_gate_up" "expert_down" "combine" "gather");
 const CUDA_LIBRARY: &[(&str, &str)] = sources!("cuda/lib/" ".cuh":
-    "ptx" "wgmma" "layout" "formats" "paged" "chunks" "tiles" "accumulator" "parts" "batch" "ancestors" "philox" "best" "score" "vectors" "matmul"
+    "ptx" "wgmma" "layout" "formats" "pieces" "paged" "chunks" "tiles" "accumulator" "parts" "batch" "ancestors" "philox" "best" "score" "vectors" "matmul"
     "rope" "experts" "latents");
 
 /// Stems of all kernel sources.

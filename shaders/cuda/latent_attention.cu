@@ -1,4 +1,4 @@
-// needs: ptx formats wgmma layout paged chunks tiles latents
+// needs: ptx formats pieces wgmma layout paged chunks tiles latents
 // Attention in the space of latents, on tensor cores: out[r, h] = softmax(q[r, h] · K * SCALE) · K[..LATENT]. All heads of all rows
 // of a request have the same keys, whose first elements are their values: a tile is read once for both.
 //
@@ -6,12 +6,12 @@
 // keys so that all blocks have about the same to do; only tiles that reach past the prefix test the ancestor words.
 //
 //     producer    one warp copies the tiles of this block's chunks into a ring in shared memory
-//     consumers   eight warps. For scores a warp has 16 rows and its share of the tile's keys; for outputs it has the same rows, and
-//                 its share of the columns, since those of 512 columns would not fit a warp's registers
-//                     scores  = q · kᵀ                              maxima meet in shared memory
-//                     weights = 2^(scores - running maximum)        to shared memory
+//     consumers   eight warps. They share the columns of outputs, since those of 512 columns would not fit a warp's registers:
+//                     scores  = q · kᵀ
+//                     weights = 2^(scores - base)                   to shared memory
 //                     output  = output * rescale + weights · tile[..LATENT]
-//                 The products are the warp's own (mma, 16 rows a unit), or those of groups of four (wgmma, 64 rows)
+//                 Groups of four warps multiply 64 rows (wgmma): the first makes the weights, of all keys. Or each warp multiplies 16
+//                 rows (mma): it makes the weights of its share of the keys, and the maxima of all meet in shared memory
 //     merge       where a unit has several chunks, they go to the workspace, and `merge_latents` adds them up
 //
 // Scores and sums are f32; queries and weights are rounded to the cache's format, for the tensor cores.
@@ -40,12 +40,13 @@ constexpr bool WGMMA = M == 64;
 // Registers move between groups of four warps, from the producer's to the consumers': three warps idle where they do.
 constexpr u32 THREADS = CONSUMERS + (WGMMA ? 128 : 32);
 constexpr u32 ROW_WARPS = M / 16;
-constexpr u32 KEY_WARPS = WARPS / ROW_WARPS; // that have the same rows, and keys and columns of their own
+constexpr u32 COLUMN_WARPS = WARPS / ROW_WARPS; // that have the same rows, and columns of their own
+constexpr u32 WARP_COLUMNS = LATENT / COLUMN_WARPS;
+constexpr u32 KEY_WARPS = WGMMA ? 1 : WARPS; // that have the same rows, and keys of their own
 constexpr u32 WARP_KEYS = TILE / KEY_WARPS;
-constexpr u32 WARP_COLUMNS = LATENT / KEY_WARPS;
+constexpr float SLACK = 8.0f; // a maximum may be so far above the base before what was added is rescaled, in powers of two
 constexpr u32 NODES = (M - 1) / GROUP + 2; // most nodes that a unit's rows are of
 constexpr float LOG2_E = 1.4426950408889634f;
-#define NEVER __uint_as_float(0xff800000u) // minus infinity
 static_assert(M == 16 || M == 64, "eight warps share the rows and keys of a tile, groups of four have 64 rows");
 static_assert(HEAD_DIM % 64 == 0 && WARP_COLUMNS % 64 == 0, "a tile comes in pieces of 64 elements");
 
@@ -57,6 +58,7 @@ struct Shared {
     u64 empty[STAGES];
     float maxima[KEY_WARPS][M]; // of the keys that each warp has
     float sums[KEY_WARPS][M];
+    float rescales[M];
     u32 ancestors[NODES][ANCESTOR_WORDS];
 };
 
@@ -112,24 +114,28 @@ struct Worker {
     const Request& request;
     u32 first_packed; // row of the unit
     float out[WARP_COLUMNS / 8][4];
-    float largest[2];
-    float sum[2]; // of this lane's keys
+    float base[2]; // of weights: about the largest score so far, times log2 e
+    float sum[2]; // of the weights of this lane's keys
 
-    __device__ u32 key_warp() const { return block.warp / ROW_WARPS; }
+    // Accumulators are cleared when the queries are loaded, which needs registers too.
+    __device__ Worker(const Block& block, const Request& request, u32 first_packed)
+        : block(block), request(request), first_packed(first_packed) {}
+
+    __device__ u32 column_warp() const { return block.warp / ROW_WARPS; }
+    __device__ u32 key_warp() const { return WGMMA ? 0 : block.warp; }
+    __device__ bool has_keys() const { return !WGMMA || column_warp() == 0; }
     __device__ u32 first_row() const { return block.warp % ROW_WARPS * 16; }
     __device__ u32 own_row(u32 i) const { return first_row() + block.lane / 4 + 8 * i; }
-    __device__ u32 column(u32 n) const { return key_warp() * WARP_COLUMNS + n * 8 + block.lane % 4 * 2; }
     __device__ u32 n_rows() const { return min(M, request.n_rows * GROUP - first_packed); }
 
-    // Which of the unit's nodes a row is of. Rows past the end are computed like the last one, and not written.
-    __device__ u32 packed(u32 row) const { return min(first_packed + row, request.n_rows * GROUP - 1); }
-    __device__ u32 node(u32 row) const { return packed(row) / GROUP - first_packed / GROUP; }
+    // Which of the unit's nodes a row is of. Rows past the end see what the last one does, and are not written.
+    __device__ u32 node(u32 row) const { return (first_packed + min(row, n_rows() - 1)) / GROUP - first_packed / GROUP; }
 
     __device__ void clear() {
 #pragma unroll
         for (u32 n = 0; n < WARP_COLUMNS / 8; n++)
             for (u32 i = 0; i < 4; i++) out[n][i] = 0.0f;
-        for (u32 i = 0; i < 2; i++) largest[i] = NEVER, sum[i] = 0.0f;
+        for (u32 i = 0; i < 2; i++) base[i] = NEVER, sum[i] = 0.0f;
     }
 
     __device__ void load(const float* q) const {
@@ -139,11 +145,12 @@ struct Worker {
             shared.ancestors[0][i] = block.rows[(request.first_row + node) * ROW_WORDS + ROW_ANCESTORS + i % ANCESTOR_WORDS];
         }
         wait_for_previous();
-#pragma unroll 6
+        const float* from = q + ((u64)request.first_row * GROUP + first_packed) * HEAD_DIM;
+#pragma unroll 9
         for (u32 i = block.thread; i < M * HEAD_DIM / 8; i += CONSUMERS) {
             const u32 row = i / (HEAD_DIM / 8), chunk = i % (HEAD_DIM / 8);
-            const float4* from = (const float4*)(q + ((u64)request.first_row * GROUP + packed(row)) * HEAD_DIM + chunk * 8);
-            const float4 a = from[0], b = from[1];
+            float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f), b = a;
+            if (row < n_rows()) a = ((const float4*)from)[2 * i], b = ((const float4*)from)[2 * i + 1];
             *(uint4*)(shared.queries[chunk / 8][row] + (chunk % 8 ^ row % 8) * 16) =
                 make_uint4(narrow_pair(CACHE, a.x, a.y), narrow_pair(CACHE, a.z, a.w), narrow_pair(CACHE, b.x, b.y),
                            narrow_pair(CACHE, b.z, b.w));
@@ -152,13 +159,14 @@ struct Worker {
 
     // Of the warp's rows and keys, by its group together.
     __device__ void score_keys_together(float score[WARP_KEYS / 8][4], const unsigned char* tile) const {
+        static_assert(!WGMMA || sizeof(block.shared.queries[0]) == HALF_BYTES, "pieces of queries and keys are as far apart");
+        const u64 queries = wgmma_matrix(block.shared.queries, 0, 1024), keys = wgmma_matrix(tile, 0, 1024);
         wgmma_fence();
 #pragma unroll
         for (u32 kk = 0; kk < HEAD_DIM / 16; kk++) {
-            const u64 queries = wgmma_matrix(block.shared.queries[kk / 4][0] + kk % 4 * 32, 0, 1024);
-            const u64 keys = wgmma_matrix(tile + kk / 4 * HALF_BYTES + key_warp() * WARP_KEYS * 128 + kk % 4 * 32, 0, 1024);
-            if (CACHE == 1) wgmma_shared_rows32(score, queries, keys, kk > 0);
-            else wgmma_shared_rows32_f16(score, queries, keys, kk > 0);
+            const u32 at = kk / 4 * HALF_BYTES + kk % 4 * 32;
+            if (CACHE == 1) wgmma_shared_rows64(score, wgmma_further(queries, at), wgmma_further(keys, at), kk > 0);
+            else wgmma_shared_rows64_f16(score, wgmma_further(queries, at), wgmma_further(keys, at), kk > 0);
         }
         wgmma_commit();
         wgmma_wait<0>();
@@ -205,61 +213,64 @@ struct Worker {
     __device__ void clear_unseen(unsigned char* tile, int first_node) const {
         u64 all = 0;
         for (u32 node = 0; node < NODES; node++) all |= window(block.shared.ancestors[node], first_node);
-        for (u32 i = block.thread; i < TILE * HALVES * 8; i += CONSUMERS) {
+        for (u32 i = block.thread; i < TILE * LATENT / 8; i += WGMMA ? 128 : CONSUMERS) {
             if (!(all >> (i / 8 % TILE) & 1)) *(uint4*)(tile + i * 16) = make_uint4(0, 0, 0, 0);
         }
     }
 
-    __device__ void leave_maxima(const float score[WARP_KEYS / 8][4]) const {
+    // The largest score of a row among this warp's keys.
+    __device__ float largest(const float score[WARP_KEYS / 8][4], u32 i) const {
+        float most = NEVER;
 #pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            float mine = NEVER;
-#pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 8; n++) mine = fmaxf(mine, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
-            mine = fmaxf(mine, __shfl_xor_sync(FULL_WARP, mine, 1));
-            mine = fmaxf(mine, __shfl_xor_sync(FULL_WARP, mine, 2));
-            if (block.lane % 4 == 0) block.shared.maxima[key_warp()][own_row(i)] = mine * (SCALE * LOG2_E);
-        }
+        for (u32 n = 0; n < WARP_KEYS / 8; n++) most = fmaxf(most, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
+        most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
+        return fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2)) * (SCALE * LOG2_E);
     }
 
-    // Scores become weights of the maxima of all warps, and go where all warps find them. What was added before is rescaled.
-    __device__ void weigh(float score[WARP_KEYS / 8][4]) {
-        Shared& shared = block.shared;
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            const u32 row = own_row(i);
-            float most = largest[i];
-#pragma unroll
-            for (u32 w = 0; w < KEY_WARPS; w++) most = fmaxf(most, shared.maxima[w][row]);
-            // A row that has seen no key yet keeps its zeros.
-            const float base = most == NEVER ? 0.0f : most, rescale = exp2_approx(largest[i] - base);
-            largest[i] = most;
-            sum[i] *= rescale;
-#pragma unroll
-            for (u32 n = 0; n < WARP_COLUMNS / 8; n++) out[n][2 * i] *= rescale, out[n][2 * i + 1] *= rescale;
-#pragma unroll
-            for (u32 n = 0; n < WARP_KEYS / 8; n++) {
-                const float a = exp2_approx(fmaf(score[n][2 * i], SCALE * LOG2_E, -base));
-                const float b = exp2_approx(fmaf(score[n][2 * i + 1], SCALE * LOG2_E, -base));
-                sum[i] += a + b;
-                const u32 chunk = key_warp() * (WARP_KEYS / 8) + n;
-                *(u32*)(shared.weights[row] + (chunk % 8 ^ row % 8) * 16 + block.lane % 4 * 4) = narrow_pair(CACHE, a, b);
-            }
+    // Scores become weights, and go where all warps find them. `most` is the largest of the row's scores. Returns what was added
+    // before is to be rescaled by.
+    __device__ float weigh(const float score[WARP_KEYS / 8][4], u32 i, float most) {
+        float rescale = 1.0f;
+        if (most > base[i] + SLACK) {
+            rescale = exp2_approx(base[i] - most);
+            base[i] = most;
         }
+        sum[i] *= rescale;
+        const float minus = base[i] == NEVER ? 0.0f : -base[i]; // a row that has seen no key yet keeps its zeros
+        const u32 row = own_row(i);
+#pragma unroll
+        for (u32 n = 0; n < WARP_KEYS / 8; n++) {
+            const float a = exp2_approx(fmaf(score[n][2 * i], SCALE * LOG2_E, minus));
+            const float b = exp2_approx(fmaf(score[n][2 * i + 1], SCALE * LOG2_E, minus));
+            sum[i] += a + b;
+            const u32 chunk = key_warp() * (WARP_KEYS / 8) + n;
+            *(u32*)(block.shared.weights[row] + (chunk % 8 ^ row % 8) * 16 + block.lane % 4 * 4) = narrow_pair(CACHE, a, b);
+        }
+        return rescale;
+    }
+
+    __device__ void rescale(const float by[2]) {
+        if (!__any_sync(FULL_WARP, by[0] != 1.0f || by[1] != 1.0f)) return;
+#pragma unroll
+        for (u32 n = 0; n < WARP_COLUMNS / 8; n++)
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) out[n][i] *= by[i / 2];
     }
 
     // Of all keys, in the warp's columns, by its group together.
     __device__ void add_values_together(const unsigned char* tile) {
-        constexpr u32 PIECES = WARP_COLUMNS / 64, COLUMNS = 128; // of a product
+        constexpr u32 COLUMNS = 128; // of a product
+        const u64 weights = wgmma_matrix(block.shared.weights, 0, 1024);
+        const u64 values = wgmma_matrix(tile + column_warp() * (WARP_COLUMNS / 64) * HALF_BYTES, HALF_BYTES, 1024);
         wgmma_fence();
 #pragma unroll
         for (u32 kk = 0; kk < TILE / 16; kk++) {
-            const u64 weights = wgmma_matrix(block.shared.weights[0] + kk * 32, 0, 1024);
+            const u64 of_keys = wgmma_further(weights, kk * 32);
 #pragma unroll
-            for (u32 p = 0; p < PIECES; p += COLUMNS / 64) {
-                const u64 values = wgmma_matrix(tile + (key_warp() * PIECES + p) * HALF_BYTES + kk * 16 * 128, HALF_BYTES, 1024);
-                if (CACHE == 1) wgmma_shared_columns128(out + p * 8, weights, values, true);
-                else wgmma_shared_columns128_f16(out + p * 8, weights, values, true);
+            for (u32 n = 0; n < WARP_COLUMNS; n += COLUMNS) {
+                const u64 of_columns = wgmma_further(values, n / 64 * HALF_BYTES + kk * 16 * 128);
+                if (CACHE == 1) wgmma_shared_columns128(out + n / 8, of_keys, of_columns, true);
+                else wgmma_shared_columns128_f16(out + n / 8, of_keys, of_columns, true);
             }
         }
         wgmma_commit();
@@ -277,7 +288,7 @@ struct Worker {
 #pragma unroll
             for (u32 d = 0; d < WARP_COLUMNS / 16; d++) {
                 u32 b[4];
-                const u32 value = key_warp() * (WARP_COLUMNS / 8) + 2 * d + lane / 16;
+                const u32 value = column_warp() * (WARP_COLUMNS / 8) + 2 * d + lane / 16;
                 ldmatrix_x4_trans(b, place(tile, kk * 16 + lane / 8 % 2 * 8 + lane % 8, value));
                 mma(out[2 * d], a, b[0], b[1]);
                 mma(out[2 * d + 1], a, b[2], b[3]);
@@ -288,63 +299,105 @@ struct Worker {
     __device__ void add_tile(unsigned char* tile, u32 first_key) {
         const bool is_masked = first_key + TILE > request.prefix;
         const int first_node = (int)first_key - (int)request.prefix;
-        float score[WARP_KEYS / 8][4];
-        if (WGMMA) score_keys_together(score, tile);
-        else score_keys(score, tile);
+        float score[WARP_KEYS / 8][4], by[2];
+        score_keys(score, tile);
         if (is_masked) mask(score, first_node);
-        leave_maxima(score);
+        for (u32 i = 0; i < 2; i++) {
+            const float most = largest(score, i);
+            if (block.lane % 4 == 0) block.shared.maxima[key_warp()][own_row(i)] = most;
+        }
         named_barrier(1, CONSUMERS); // all maxima are there, and nobody reads keys or the weights before any more
         if (is_masked) clear_unseen(tile, first_node);
-        weigh(score);
-        if (WGMMA) fence_async();
+        for (u32 i = 0; i < 2; i++) {
+            float most = NEVER;
+#pragma unroll
+            for (u32 w = 0; w < KEY_WARPS; w++) most = fmaxf(most, block.shared.maxima[w][own_row(i)]);
+            by[i] = weigh(score, i, most);
+        }
         named_barrier(1, CONSUMERS); // all weights are
-        if (WGMMA) add_values_together(tile);
-        else add_values(tile);
+        rescale(by);
+        add_values(tile);
     }
 
-    // The maxima and sums of whole rows meet in shared memory.
+    // The same by groups. The first may be at work on a tile's weights while the second still adds values of the one before.
+    __device__ void add_tile_together(unsigned char* tile, u32 first_key) {
+        constexpr u32 WEIGHTS = 1, ROOM = 2; // barriers
+        float* rescales = block.shared.rescales;
+        if (has_keys()) {
+            const bool is_masked = first_key + TILE > request.prefix;
+            const int first_node = (int)first_key - (int)request.prefix;
+            float score[WARP_KEYS / 8][4];
+            score_keys_together(score, tile);
+            if (is_masked) mask(score, first_node);
+            const float most[2] = {largest(score, 0), largest(score, 1)};
+            named_barrier(ROOM, CONSUMERS); // nobody reads keys or the weights before any more
+            if (is_masked) clear_unseen(tile, first_node);
+            for (u32 i = 0; i < 2; i++) {
+                const float by = weigh(score, i, most[i]);
+                if (block.lane % 4 == 0) rescales[own_row(i)] = by;
+            }
+            fence_async();
+        } else {
+            named_barrier_arrive(ROOM, CONSUMERS);
+        }
+        named_barrier(WEIGHTS, CONSUMERS);
+        const float by[2] = {rescales[own_row(0)], rescales[own_row(1)]};
+        rescale(by);
+        add_values_together(tile);
+    }
+
+    // The sums of whole rows meet in shared memory.
     __device__ void leave_sums() const {
         Shared& shared = block.shared;
-        named_barrier(1, CONSUMERS); // nobody reads maxima any more
 #pragma unroll
         for (u32 i = 0; i < 2; i++) {
             float of_row = sum[i];
             of_row += __shfl_xor_sync(FULL_WARP, of_row, 1);
             of_row += __shfl_xor_sync(FULL_WARP, of_row, 2);
-            if (block.lane % 4 == 0) shared.sums[key_warp()][own_row(i)] = of_row;
+            if (has_keys() && block.lane % 4 == 0) shared.sums[key_warp()][own_row(i)] = of_row;
         }
         named_barrier(1, CONSUMERS);
     }
 
     // What the chunk found is the result, or one of several.
-    __device__ void write(const Item& item, float* partials, float* results) const {
+    __device__ void write(const Item& item, uint4* partials, float* results) const {
         leave_sums();
-        float* partial = partials + (u64)item.cut * PARTIAL;
 #pragma unroll
         for (u32 i = 0; i < 2; i++) {
             const u32 row = own_row(i);
             float of_row = 0.0f;
             for (u32 w = 0; w < KEY_WARPS; w++) of_row += block.shared.sums[w][row];
             if (row >= n_rows()) continue;
-            const bool is_whole = item.chunks == 1;
-            float* to = is_whole ? results + ((u64)request.first_row * GROUP + first_packed + row) * LATENT : partial + row * LATENT;
-            const float by = is_whole ? 1.0f / of_row : 1.0f;
+            const float by = of_row > 0.0f ? 1.0f / of_row : 0.0f;
+            float* result = results + ((u64)request.first_row * GROUP + first_packed + row) * LATENT;
+            uint4* partial = partials + (u64)item.cut * PARTIAL;
 #pragma unroll
-            for (u32 n = 0; n < WARP_COLUMNS / 8; n++)
-                *(float2*)(to + column(n)) = make_float2(out[n][2 * i] * by, out[n][2 * i + 1] * by);
-            if (!is_whole && key_warp() == 0 && block.lane % 4 == 0)
-                *(float2*)(partial + M * LATENT + row * 2) = make_float2(largest[i], of_row);
+            for (u32 n = 0; n < WARP_COLUMNS / 32; n++) {
+                const u32 piece = column_warp() * (WARP_COLUMNS / 8) + n * 4 + block.lane % 4;
+                float2 pairs[4];
+#pragma unroll
+                for (u32 k = 0; k < 4; k++) pairs[k] = make_float2(out[4 * n + k][2 * i] * by, out[4 * n + k][2 * i + 1] * by);
+                const auto narrow = [](float2 pair) { return narrow_pair(CACHE, pair.x, pair.y); };
+                if (item.chunks > 1) {
+                    partial[partial_place(row, piece)] = make_uint4(narrow(pairs[0]), narrow(pairs[1]), narrow(pairs[2]), narrow(pairs[3]));
+                } else {
+#pragma unroll
+                    for (u32 k = 0; k < 4; k++) *(float2*)(result + piece_element(piece, k)) = pairs[k];
+                }
+            }
+            if (item.chunks > 1 && column_warp() == 0 && block.lane % 4 == 0)
+                ((float2*)(partial + M * PIECES))[row] = make_float2(base[i], of_row);
         }
     }
 };
 
-__device__ __forceinline__ void consume(const Block& block, const float* q, float* partials, float* out) {
+__device__ __forceinline__ void consume(const Block& block, const float* q, uint4* partials, float* out) {
     Shared& shared = block.shared;
     u32 turn = 0; // tiles of this block so far
     Item item;
     for (u32 index = blockIdx.x; block.next(index, item);) {
         const Request request = read_request(block.rows, block.requests, item.request);
-        Worker worker = {block, request, item.slab * M};
+        Worker worker(block, request, item.slab * M);
         named_barrier(1, CONSUMERS); // all warps are done with the queries and the sums of the chunk before
         worker.load(q);
         worker.clear();
@@ -353,8 +406,9 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
         for (u32 tile = item.tile; tile < item.end; tile++, turn++) {
             const u32 stage = turn % STAGES;
             mbarrier_wait(&shared.full[stage], turn / STAGES & 1);
-            worker.add_tile(shared.ring[stage], tile * TILE);
-            if (BULK) fence_async(); // what was cleared is overwritten by copies
+            if (WGMMA) worker.add_tile_together(shared.ring[stage], tile * TILE);
+            else worker.add_tile(shared.ring[stage], tile * TILE);
+            if (BULK && !WGMMA) fence_async(); // what was cleared is overwritten by copies
             __syncwarp();
             if (block.lane == 0) mbarrier_arrive(&shared.empty[stage]);
         }
@@ -365,7 +419,7 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
 // Blocks: as many as run at once. `q` is [rows, GROUP, HEAD_DIM], `out` [rows, GROUP, LATENT]; the cache one layer.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     latent_attention(const u32* __restrict__ rows, const u32* __restrict__ requests, const u32* __restrict__ pages,
-                     const float* __restrict__ q, const u16* __restrict__ cache, float* partials,
+                     const float* __restrict__ q, const u16* __restrict__ cache, uint4* partials,
                      float* __restrict__ out) {
     release_next();
     DYNAMIC_SHARED(memory);

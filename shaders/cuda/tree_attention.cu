@@ -1,4 +1,4 @@
-// needs: ptx formats wgmma layout paged chunks tiles accumulator parts
+// needs: ptx formats pieces wgmma layout paged chunks tiles accumulator parts
 // Tree attention on tensor cores: every node of every tree attends to the committed prefix and to its own ancestors.
 //
 // The query rows of a request (node) and the query heads that share a kv head are packed: row = node row * GROUP + head of

@@ -44,6 +44,8 @@ inline unsigned long long wgmma_matrix(const void* begin, unsigned across, unsig
     return emu::SharedMatrix{at, across, down}.write();
 }
 
+inline unsigned long long wgmma_further(unsigned long long matrix, unsigned bytes) { return matrix + bytes; }
+
 // Name, columns of the product, whether b is read by rows of its transpose, format.
 #define EMU_EACH_WGMMA(EACH)                     \
     EACH(wgmma_rows8, 8, true, bf16)             \
@@ -81,8 +83,8 @@ void read_rows(unsigned long long matrix, unsigned a[4]);
         emu::read_rows(a, rows);                                                                        \
         OF_REGISTERS(d, rows, b, add);                                                                  \
     }
-EMU_SHARED_WGMMA(wgmma_shared_rows32, wgmma_rows32)
-EMU_SHARED_WGMMA(wgmma_shared_rows32_f16, wgmma_rows32_f16)
+EMU_SHARED_WGMMA(wgmma_shared_rows64, wgmma_rows64)
+EMU_SHARED_WGMMA(wgmma_shared_rows64_f16, wgmma_rows64_f16)
 EMU_SHARED_WGMMA(wgmma_shared_columns128, wgmma_columns128)
 EMU_SHARED_WGMMA(wgmma_shared_columns128_f16, wgmma_columns128_f16)
 #undef EMU_SHARED_WGMMA

@@ -13,6 +13,8 @@ const TILE: usize = 16;
 /// Of `latent_attention.cu`: keys of a tile, and elements of a latent that it is cut for.
 const TENSOR_TILE: usize = 64;
 const LATENT: usize = 512;
+/// Blocks of `merge_latents.cu` for each of them.
+const MERGE_SHARES: usize = 4;
 /// Fewer tiles are not worth what a chunk begins and ends with.
 const MIN_CHUNK: usize = 1;
 
@@ -135,6 +137,7 @@ impl Lowering<'_> {
         // Each request ends at most one slab early.
         let units = (requests * packed.div_ceil(m)).min(self.pass.rows * heads / m + requests);
         let blocks = self.device.multiprocessors;
+        let dtype = self.desc(*cache).dtype;
         let common = |stem| {
             KernelSpec::new(stem)
                 .size("GROUP", "g", *heads)
@@ -151,26 +154,26 @@ impl Lowering<'_> {
             .with("BULK", self.device.has_clusters());
         // Chunks of units that are cut: at most one more than each block's share of tiles gives, and one a unit.
         let cut = blocks + units.min(blocks);
-        let partials = Argument { source: Source::Workspace(cut * m * (LATENT + 2) * 4), offset: 0 };
+        let partials = Argument { source: Source::Workspace(cut * m * (LATENT * 2 + 8)), offset: 0 };
         let of_batch = [self.batch.rows, self.batch.requests].map(Argument::from);
         let cache = [self.batch.pages.into(), (*q).into(), self.layer(*cache, *layer)];
         let results = [partials, (*out).into()];
         let grid = [blocks, 1, 1];
         let arguments = [&of_batch[..], &cache, &results].concat();
         let attention = Launch { spec, arguments, grid, threads, shared_bytes, cluster: 1 };
-        let spec = common("merge_latents").with("KV_HEADS", 1_usize);
-        let merge =
-            Launch { spec, arguments: [of_batch, results].concat(), grid, threads: LATENT, shared_bytes: 0, cluster: 1 };
+        let spec = common("merge_latents").format("CACHE", dtype).with("KV_HEADS", 1_usize);
+        let (arguments, grid) = ([of_batch, results].concat(), [MERGE_SHARES * blocks, 1, 1]);
+        let merge = Launch { spec, arguments, grid, threads: LATENT / 2, shared_bytes: 0, cluster: 1 };
         vec![attention, merge]
     }
 
     /// Tiles in the ring of `latent_attention.cu` for units of `m` rows, as many as fit up to two, and the block's shared memory.
     fn tiles_of_latents(&self, m: usize, heads: usize) -> (usize, usize) {
         let head_dim = LATENT_DIM;
-        let key_warps = 8 / (m / 16);
+        let key_warps = if m == 64 { 1 } else { 8 };
         let nodes = (m - 1) / heads + 2;
         let stage = TENSOR_TILE * head_dim * 2;
-        let rest = m * (head_dim * 2 + TENSOR_TILE * 2 + 2 * key_warps * 4) + nodes * crate::ANCESTOR_WORDS * 4 + 128;
+        let rest = m * (head_dim * 2 + TENSOR_TILE * 2 + (2 * key_warps + 1) * 4) + nodes * crate::ANCESTOR_WORDS * 4 + 128;
         let stages = if 2 * stage + rest <= self.device.shared_bytes { 2 } else { 1 };
         (stages, stages * stage + rest)
     }

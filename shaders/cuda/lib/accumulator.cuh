@@ -2,7 +2,7 @@
 //
 // A *group* of four warps has up to 64 rows. Where it has fewer, its warps share the keys of a tile.
 //
-// Needs ptx, formats, wgmma, layout, chunks, tiles. Expects HEAD_DIM, KV_HEADS, GROUP, M, GROUPS, WGMMA, CACHE, SCALE.
+// Needs ptx, formats, pieces, wgmma, layout, chunks, tiles. Expects HEAD_DIM, KV_HEADS, GROUP, M, GROUPS, WGMMA, CACHE, SCALE.
 
 constexpr u32 HEADS = KV_HEADS * GROUP;
 constexpr u32 ROW_GROUPS = (M + 63) / 64; // groups that share a tile
@@ -11,7 +11,6 @@ constexpr u32 ROW_WARPS = M / ROW_GROUPS / 16;
 constexpr u32 KEY_WARPS = 4 / ROW_WARPS;
 constexpr u32 WARP_KEYS = TILE / KEY_WARPS; // of a tile
 constexpr float LOG2_E = 1.4426950408889634f;
-#define NEVER __uint_as_float(0xff800000u) // minus infinity
 
 __device__ __forceinline__ void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
     if (CACHE == 1) mma_bf16(d, a, b0, b1);
@@ -81,10 +80,11 @@ struct Accumulator {
 
     // The same by the whole group, under way when it returns.
     __device__ void start_scores(float score[WARP_KEYS / 8][4], const unsigned char* keys) {
+        const u64 all = wgmma_matrix(keys, 0, 1024);
         wgmma_fence();
 #pragma unroll
         for (u32 kk = 0; kk < HEAD_DIM / 16; kk++) {
-            const u64 matrix = wgmma_matrix(keys + kk / 4 * HALF_BYTES + kk % 4 * 32, 0, 1024);
+            const u64 matrix = wgmma_further(all, kk / 4 * HALF_BYTES + kk % 4 * 32);
             if (CACHE == 1) wgmma_rows64(score, q[kk], matrix, kk > 0);
             else wgmma_rows64_f16(score, q[kk], matrix, kk > 0);
         }
@@ -175,10 +175,11 @@ struct Accumulator {
 
     // The same by the whole group, under way when it returns.
     __device__ void start_values(const u32 weights[TILE / 16][4], const unsigned char* values) {
+        const u64 all = wgmma_matrix(values, HALF_BYTES, 1024);
         wgmma_fence();
 #pragma unroll
         for (u32 n = 0; n < TILE / 16; n++) {
-            const u64 matrix = wgmma_matrix(values + n * 16 * 128, HALF_BYTES, 1024);
+            const u64 matrix = wgmma_further(all, n * 16 * 128);
             if (HEAD_DIM == 64 && CACHE == 1) wgmma_columns64(out, weights[n], matrix, true);
             if (HEAD_DIM == 64 && CACHE == 2) wgmma_columns64_f16(out, weights[n], matrix, true);
             if (HEAD_DIM == 128 && CACHE == 1) wgmma_columns128(out, weights[n], matrix, true);

@@ -24,9 +24,11 @@ struct Request {
     u32 keys; // slots that some row may see
 };
 
-__device__ __forceinline__ Request read_request(const u32* rows, const u32* requests, u32 index) {
+// Without rows unless it exists.
+__device__ __forceinline__ Request read_request(const u32* rows, const u32* requests, u32 index, bool exists = true) {
     const u32* words = requests + HEADER_WORDS + index * REQUEST_WORDS;
     Request r = {words[REQUEST_PREFIX], words[REQUEST_FIRST_ROW], words[REQUEST_ROWS], 0};
+    if (!exists) r.n_rows = 0;
     // Rows come in node order: the last one has the highest slot.
     if (r.n_rows > 0) r.keys = r.prefix + rows[(r.first_row + r.n_rows - 1) * ROW_WORDS + ROW_NODE] + 1;
     return r;
@@ -38,15 +40,20 @@ struct Schedule {
     const u32* requests;
     u32 n_requests;
     u32 chunk; // most tiles of a chunk
+    u32 my_units, my_tiles; // of this lane's request among the first 32
 
     // Units of a request and tiles of each. A lane past the last request has none.
-    __device__ void size(u32 request, u32& units, u32& tiles) const {
+    __device__ void read_size(u32 request, u32& units, u32& tiles) const {
         units = tiles = 0;
-        if (request >= n_requests) return;
-        const Request r = read_request(rows, requests, request);
+        if (request >= MAX_REQUESTS) return;
+        const Request r = read_request(rows, requests, request, request < n_requests);
         if (r.n_rows == 0) return;
         units = divide_up(r.n_rows * GROUP, M) * KV_HEADS;
         tiles = divide_up(r.keys, TILE);
+    }
+    __device__ void size(u32 request, u32& units, u32& tiles) const {
+        if (request < 32) units = my_units, tiles = my_tiles;
+        else read_size(request, units, tiles);
     }
 
     __device__ static u32 sum(u32 value) {
@@ -68,28 +75,18 @@ struct Schedule {
 
     // Whole warps call it.
     __device__ void plan(u32 clusters, u32 lane) {
-        u32 all_units = 0, all_tiles = 0, longest = 1;
+        read_size(lane, my_units, my_tiles);
+        u32 all_units = 0, all_tiles = 0;
         for (u32 first = 0; first < n_requests; first += 32) {
             u32 units, tiles;
             size(first + lane, units, tiles);
             all_units += sum(units);
             all_tiles += sum(units * tiles);
-#pragma unroll
-            for (u32 step = 16; step > 0; step /= 2) tiles = max(tiles, __shfl_xor_sync(FULL_WARP, tiles, step));
-            longest = max(longest, tiles);
         }
-        u32 low = max(divide_up(all_tiles, clusters), MIN_CHUNK);
-        chunk = low;
-        // Fewer units than clusters: the shortest chunks with which one round of clusters does all.
-        if (all_units <= clusters && low < longest) {
-            u32 high = longest;
-            while (low < high) {
-                const u32 middle = (low + high) / 2;
-                if (count(middle, lane) <= clusters) high = middle;
-                else low = middle + 1;
-            }
-            chunk = low;
-        }
+        chunk = max(divide_up(all_tiles, clusters), MIN_CHUNK);
+        // Fewer units than clusters: about the shortest chunks with which one round of clusters does all.
+        if (all_units > clusters) return;
+        while (count(chunk, lane) > clusters) chunk += chunk / 32 + 1;
     }
 
     // False past the last chunk. Whole warps call it.

@@ -394,12 +394,13 @@ struct Matmul {
             }
         }
         if (TEAM_STEPS > DEPTH) request_weights(step + DEPTH, slot);
+        const u64 all = wgmma_matrix(units, 0, 1024);
         wgmma_fence();
 #pragma unroll
         for (u32 block = 0; block < 4; block++) {
 #pragma unroll
             for (u32 part = 0; part < 2; part++) { // high, low
-                const u64 activations = wgmma_matrix((const unsigned char*)units + part * TOKENS * 128 + block * 32, 0, 1024);
+                const u64 activations = wgmma_further(all, part * TOKENS * 128 + block * 32);
 #pragma unroll
                 for (u32 pair = 0; pair < ROW_TILES / 2; pair++) {
                     add_product(group_sums(part < PARTS ? part : 0, pair), a[block / 2][pair][block % 2], activations);

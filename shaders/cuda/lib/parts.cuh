@@ -1,14 +1,12 @@
 // Partial results of tree attention: what warps, blocks of a cluster and chunks of a unit leave for whoever adds them up.
 //
-// Needs ptx, formats, chunks, accumulator. Expects HEAD_DIM, M, GROUPS, CLUSTER, CACHE.
+// Needs ptx, formats, pieces, chunks, accumulator. Expects HEAD_DIM, M, GROUPS, CLUSTER, CACHE.
 
 constexpr u32 CONSUMERS = GROUPS * 128; // threads
 constexpr u32 PARTS = CLUSTER * KEY_GROUPS * KEY_WARPS; // warps that have partial results of a row
 constexpr u32 MOST_ROWS = PARTS == 1 ? 1 : (M + CLUSTER - 1) / CLUSTER; // that a block of the cluster finishes
 
-// A thread finishes a *piece* of a row: eight elements, as one lane of a warp has them (`Accumulator`): pairs, eight apart.
 constexpr u32 PIECES = HEAD_DIM / 8;
-__device__ __forceinline__ u32 piece_element(u32 piece, u32 pair) { return piece / 4 * 32 + pair * 8 + piece % 4 * 2; }
 
 // Results of all warps of the cluster for the rows that this block finishes: every CLUSTER-th.
 struct Parts {
@@ -16,24 +14,6 @@ struct Parts {
     uint4 rows[PARTS][MOST_ROWS][PIECES + 4];
 };
 constexpr u32 PART_BYTES = (PIECES + 1) * 16; // of a row
-
-// A piece of a row, of some of its keys: to be divided by the sum.
-struct Piece {
-    float largest = NEVER;
-    float sum = 0.0f;
-    Eight out = {};
-
-    // Scales to a larger maximum, which may still be none.
-    __device__ __forceinline__ float weight(float most) const { return exp2_approx(largest - (most == NEVER ? 0.0f : most)); }
-
-    __device__ void add(const Piece& other) {
-        const float most = fmaxf(largest, other.largest), mine = weight(most), theirs = other.weight(most);
-        largest = most;
-        sum = sum * mine + other.sum * theirs;
-#pragma unroll
-        for (u32 i = 0; i < 8; i++) out.x[i] = out.x[i] * mine + other.out.x[i] * theirs;
-    }
-};
 
 // This lane's piece number `n` of its i-th row.
 __device__ __forceinline__ Piece piece_of(const Accumulator& acc, u32 i, u32 n) {

@@ -29,6 +29,11 @@ __device__ __forceinline__ u64 wgmma_matrix(const void* begin, u32 across, u32 d
     return (u64)(shared_address(begin) >> 4 & 0x3fff) | (u64)(across >> 4) << 16 | (u64)(down >> 4) << 32 | swizzle_128 << 62;
 }
 
+// The same matrix so many bytes further on. One addition: to make each of many descriptors anew takes longer than a product.
+__device__ __forceinline__ u64 wgmma_further(u64 matrix, u32 bytes) {
+    return (matrix & 0xffffffff00000000ull) | ((u32)matrix + (bytes >> 4));
+}
+
 #define WGMMA_FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define WGMMA_EIGHT(i) \
     WGMMA_FOUR(i), WGMMA_FOUR(i + 1), WGMMA_FOUR(i + 2), WGMMA_FOUR(i + 3), WGMMA_FOUR(i + 4), WGMMA_FOUR(i + 5), \
@@ -93,13 +98,12 @@ WGMMA_128(wgmma_columns128, "bf16", "1")
 WGMMA_128(wgmma_columns128_f16, "f16", "1")
 
 // Both in shared memory.
-#define WGMMA_SHARED_32(NAME, FORMAT)                                                                                   \
-    WGMMA_SHARED_PRODUCT(NAME, "32", FORMAT, "0", WGMMA_NAMES_16, "%16, %17", "%18", WGMMA_FOUR(0), WGMMA_FOUR(1),       \
-                         WGMMA_FOUR(2), WGMMA_FOUR(3))
+#define WGMMA_SHARED_64(NAME, FORMAT) \
+    WGMMA_SHARED_PRODUCT(NAME, "64", FORMAT, "0", WGMMA_NAMES_32, "%32, %33", "%34", WGMMA_EIGHT(0))
 #define WGMMA_SHARED_128(NAME, FORMAT)                                                                                  \
     WGMMA_SHARED_PRODUCT(NAME, "128", FORMAT, "1", WGMMA_NAMES_64, "%64, %65", "%66", WGMMA_EIGHT(0), WGMMA_EIGHT(8))
-WGMMA_SHARED_32(wgmma_shared_rows32, "bf16")
-WGMMA_SHARED_32(wgmma_shared_rows32_f16, "f16")
+WGMMA_SHARED_64(wgmma_shared_rows64, "bf16")
+WGMMA_SHARED_64(wgmma_shared_rows64_f16, "f16")
 WGMMA_SHARED_128(wgmma_shared_columns128, "bf16")
 WGMMA_SHARED_128(wgmma_shared_columns128_f16, "f16")
 
