@@ -96,10 +96,16 @@ fn a_case_is_made_again_from_its_file() {
     assert!(text(&output).contains("request 0:") && text(&output).contains("nothing wrong"), "{}", text(&output));
 
     let rounds = case.replace("a second run equals the first", "speculative decoding equals plain, drafter: medusa");
-    fs::write(&file, rounds).unwrap();
+    fs::write(&file, &rounds).unwrap();
     let output = fuzz(&["replay", file.to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
     assert!(text(&output).contains("Medusa") && text(&output).contains("nothing wrong"), "{}", text(&output));
+
+    let deepseek = rounds.replace("medusa", "mtp").replace('}', r#", "family": "Deepseek"}"#);
+    fs::write(&file, deepseek).unwrap();
+    let output = fuzz(&["replay", file.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("LatentSizes") && text(&output).contains("Mtp"), "{}", text(&output));
 
     fs::write(&file, case.replace("a second run", "a third run")).unwrap();
     let output = fuzz(&["replay", file.to_str().unwrap()]);

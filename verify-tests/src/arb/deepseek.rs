@@ -52,15 +52,10 @@ fn latents() -> impl Strategy<Value = (usize, LatentSizes)> {
 
 /// Groups have two experts at least: V3's are worth their two best.
 fn experts() -> impl Strategy<Value = ExpertSizes> {
-    (select(vec![1usize, 2, 4]), select(vec![2usize, 3, 5, 8, 16]), any::<bool>()).prop_flat_map(
-        |(groups, of_group, is_v3)| {
-            (1..=groups, 1..=MAX_CHOSEN).prop_map(move |(top_groups, chosen)| ExpertSizes {
-                count: groups * of_group,
-                chosen: chosen.min(top_groups * of_group),
-                groups,
-                top_groups,
-                is_v3,
-            })
-        },
-    )
+    let groups = (select(vec![1usize, 2, 4]), 1..=4usize, select(vec![2usize, 3, 5, 8, 16]));
+    (groups, 1..=MAX_CHOSEN, any::<bool>()).prop_map(|((groups, top_groups, of_group), chosen, is_v3)| {
+        let top_groups = top_groups.min(groups);
+        let chosen = chosen.min(top_groups * of_group);
+        ExpertSizes { count: groups * of_group, chosen, groups, top_groups, is_v3 }
+    })
 }
