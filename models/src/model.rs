@@ -41,6 +41,10 @@ impl Model {
     /// A model of the sizes in a `config.json`, or in that of a folder, with random weights. It says nothing, and is for
     /// whoever measures speed. A `tokenizer.json` beside the config is used; else each byte is a token.
     pub fn random_like(path: &Path, seed: u64) -> Result<Model> {
+        if path.extension().is_some_and(|extension| extension == "gguf") {
+            let problem = "sizes for random weights come from a config.json or a folder with one, not from a GGUF file";
+            return Err(Error::Malformed { path: path.into(), problem: problem.into() });
+        }
         let file = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
         let config = Config::from_json(&read_json(&file)?, DType::BF16, &file)?;
         let tokenizer = Some(file.with_file_name("tokenizer.json")).filter(|file| file.is_file());
@@ -333,6 +337,15 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn random_weights_of_a_gguf_file_are_refused_with_what_is_wanted() {
+        let message = Model::random_like(Path::new("some/model.gguf"), 1).map(|_| ()).unwrap_err().to_string();
+        assert!(
+            message.contains("some/model.gguf") && message.contains("a config.json or a folder with one"),
+            "{message}"
+        );
     }
 
     #[test]

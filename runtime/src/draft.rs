@@ -140,8 +140,8 @@ pub trait Drafter {
     /// A sequence has ended, or waits and may come back.
     fn forget(&mut self, _: &Sequence) {}
 
-    /// Compiles what prompts will need, where that takes time.
-    fn prepare(&mut self, _: &mut dyn Backend) -> Result<()> {
+    /// Compiles what prompts and drafts by this plan will need, where that takes time.
+    fn prepare(&mut self, _: &mut dyn Backend, _target: &mut Network, _: &Plan) -> Result<()> {
         Ok(())
     }
 

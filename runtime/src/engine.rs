@@ -68,13 +68,14 @@ impl Engine {
 
     /// Compiles what prompts and rounds will run, where the device can draft: elsewhere sequences wait for it, once.
     pub fn prepare(&mut self) -> Result<()> {
-        let backend = self.backend.as_mut();
+        let Engine { backend, target, drafter, scheduler, .. } = self;
+        let backend = backend.as_mut();
         if backend.drafts() {
-            self.target.prepare_prompts(backend)?;
-            self.drafter.prepare(backend)?;
+            target.prepare_prompts(backend)?;
+            drafter.prepare(backend, target, &scheduler.plan(Policy::CONFIDENCE, self.context))?;
         }
         if let Some(nodes) = self.nodes_on_device {
-            self.target.prepare_rounds(backend, nodes)?;
+            target.prepare_rounds(backend, nodes)?;
         }
         Ok(())
     }

@@ -297,7 +297,10 @@ impl Network {
     /// Compiles what prompts of any length need.
     pub fn prepare_prompts(&mut self, backend: &mut dyn Backend) -> Result<()> {
         let sizes = (1..=MAX_NODES).filter(|&rows| rows == compiled_rows(rows));
-        self.prepare(backend, sizes.map(|rows| (Kind::Extend, rows)).collect())
+        let kept = self.has_mtp().then_some(Kind::Keep);
+        let kinds = [Kind::Extend].into_iter().chain(kept);
+        let wanted = kinds.flat_map(|kind| sizes.clone().map(move |rows| (kind.clone(), rows))).collect();
+        self.prepare(backend, wanted)
     }
 
     /// Waits for all that was enqueued.

@@ -14,6 +14,30 @@ use crate::batch::{Batch, Member, Tree};
 use crate::rng::Rng;
 use crate::tiny_model::{ExpertSizes, LatentSizes, MAX_REQUESTS, Sizes, TinyModel};
 
+mod deepseek;
+
+/// Which models.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub enum Family {
+    /// Grouped queries and MLPs.
+    #[default]
+    Llama,
+    /// Latents, and mostly experts.
+    Deepseek,
+}
+
+impl Family {
+    /// Any sizes, or those of a few models, for which a backend compiles few kernels.
+    pub fn sizes(self, wild: bool) -> BoxedStrategy<Sizes> {
+        match (self, wild) {
+            (Family::Llama, true) => sizes().boxed(),
+            (Family::Llama, false) => select(HOUSE_MODELS.to_vec()).boxed(),
+            (Family::Deepseek, true) => deepseek::sizes().boxed(),
+            (Family::Deepseek, false) => select(DEEPSEEK_MODELS.to_vec()).boxed(),
+        }
+    }
+}
+
 /// A model and a batch for it.
 #[derive(Debug, Clone)]
 pub struct Case {
@@ -174,7 +198,7 @@ fn weight_types() -> impl Strategy<Value = DType> {
 }
 
 /// Any sizes that [`treespark_kernel_gen::Op::check`] admits, small.
-pub fn sizes() -> impl Strategy<Value = Sizes> {
+fn sizes() -> impl Strategy<Value = Sizes> {
     (
         (select(vec![40usize, 97, 128]), select(vec![16usize, 24, 64, 72, 128]), 1usize..=2),
         (1usize..=2, select(vec![1usize, 2, 3, 5, 7]), select(vec![8usize, 16, 24, 32, 64, 128])),
@@ -285,15 +309,14 @@ pub fn deepseek_cases(which: usize) -> impl Strategy<Value = Case> {
     cases_of(Just(DEEPSEEK_MODELS[which % DEEPSEEK_MODELS.len()]), Scale::Usual)
 }
 
-/// A case on any model.
+/// A case on any model of the Llama family.
 pub fn wild_cases() -> impl Strategy<Value = Case> {
     cases_of(sizes(), Scale::Usual)
 }
 
-/// Cases of any model, or of one of the [`HOUSE_MODELS`], at a scale.
-pub fn some_cases(wild: bool, scale: Scale) -> BoxedStrategy<Case> {
-    let sizes = if wild { sizes().boxed() } else { select(HOUSE_MODELS.to_vec()).boxed() };
-    cases_of(sizes, scale).boxed()
+/// Cases of any model of a family, or of a few of them, at a scale.
+pub fn some_cases(family: Family, wild: bool, scale: Scale) -> BoxedStrategy<Case> {
+    cases_of(family.sizes(wild), scale).boxed()
 }
 
 /// What a property fails on, the smallest found, or none where it could not be made.

@@ -6,6 +6,7 @@
 
 mod answer;
 pub mod arb;
+mod config;
 mod guesser;
 pub mod language;
 mod together;
@@ -14,18 +15,18 @@ use std::fmt::Write;
 
 use answer::{Answer, expected};
 pub use answer::{Stop, tokenizer};
-pub use guesser::{GUESSERS, Guesser};
+pub use guesser::{GUESSERS, Guesser, backbone};
 use treespark::backend::{Backend, PassCost};
 use treespark::draft::block::BlockDrafter;
-use treespark::draft::model::ModelDrafter;
+use treespark::draft::model::{MAX_CHILDREN, ModelDrafter};
+use treespark::draft::mtp::MtpDrafter;
 use treespark::draft::ngram::NgramDrafter;
 use treespark::draft::{Drafter, NoDrafter};
 use treespark::network::{Limits, Network};
 use treespark::scheduler::Scheduler;
 use treespark::{Engine, Error, FinishReason, GenerateOptions, GrammarSource, Llm, Sampling, Sequence, Statistics};
 use treespark_kernel_gen::{DType, TreeShape};
-use treespark_models::config::{Rope, RopeScaling};
-use treespark_models::{Config, Model, Speculator};
+use treespark_models::{Model, Speculator};
 
 use crate::conformance::agreement::{Agreement, Tolerance};
 use crate::conformance::same;
@@ -121,31 +122,6 @@ impl Decoding {
         Model::random(self.config(), self.seed)
     }
 
-    fn config(&self) -> Config {
-        let s = self.sizes;
-        Config {
-            architecture: "LlamaForCausalLM",
-            hidden: s.hidden,
-            ffn: s.ffn,
-            layers: s.layers,
-            heads: s.heads(),
-            kv_heads: s.kv_heads,
-            head_dim: s.head_dim,
-            latent: None,
-            experts: None,
-            next_token_layers: 0,
-            vocab_size: s.vocab,
-            max_position_embeddings: self.context,
-            rms_eps: 1e-5,
-            rope: Rope { theta: 1e4, scaling: RopeScaling::None },
-            qkv_bias: s.bias,
-            qk_norm: s.qk_norm,
-            tied: self.seed.is_multiple_of(2),
-            weight_dtype: s.weights,
-            eos: Vec::new(),
-        }
-    }
-
     /// Sizes with the cache that the runtime chooses.
     fn sizes(&self) -> Sizes {
         Sizes { cache: if self.sizes.weights == DType::F32 { DType::F32 } else { DType::BF16 }, ..self.sizes }
@@ -153,7 +129,8 @@ impl Decoding {
 
     fn limits(&self) -> Limits {
         let max_nodes = self.shape.as_ref().map_or(self.max_nodes, TreeShape::len);
-        let one = Limits { page_size: self.sizes.page_size, ..Limits::new(self.context, max_nodes) };
+        let top_k = if self.guesser == Guesser::Mtp { MAX_CHILDREN } else { 1 };
+        let one = Limits { page_size: self.sizes.page_size, top_k, ..Limits::new(self.context, max_nodes) };
         match self.way {
             Way::Together { places, few_pages, .. } => {
                 let many = one.for_many(places, 0, false).expect("a few sequences");
@@ -186,6 +163,7 @@ impl Decoding {
         let target =
             Network::load_with_speculator(backend.as_mut(), model, speculator.as_ref(), limits, quiet).map_err(told)?;
         let drafter: Box<dyn Drafter> = match (&self.guesser, &speculator) {
+            (Guesser::Mtp, _) => Box::new(MtpDrafter::new().map_err(told)?),
             (_, Some(speculator)) => Box::new(BlockDrafter::load(speculator).map_err(told)?),
             (Guesser::HalfRight, _) => {
                 Box::new(HalfRight { truths, vocab: config.vocab_size, rng: Rng::new(self.seed) })
@@ -402,6 +380,7 @@ mod tests {
     use treespark_kernel_gen::Op;
 
     use super::*;
+    use crate::arb::Family;
     use crate::mutant::{Mistake, Mutant};
 
     /// How many of some decodings are wrong on a backend with a mistake.
@@ -409,7 +388,7 @@ mod tests {
         let config = Config { failure_persistence: None, ..Config::default() };
         let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
         let wrong = (0..60).filter(|_| {
-            let decoding = arb::decodings(true, guesser).new_tree(&mut runner).unwrap().current();
+            let decoding = arb::decodings(Family::Llama, true, guesser).new_tree(&mut runner).unwrap().current();
             let backend = Mutant::new(Box::new(CpuBackend::new(Some(1))), mistake);
             decoding.check(&Shared::new(Box::new(backend))).is_err()
         });

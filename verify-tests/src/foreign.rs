@@ -3,7 +3,7 @@
 pub use treespark_kernel_gen::Row;
 use treespark_kernel_gen::{DType, MAX_NODES};
 
-use crate::arb::{Case, Failure, Scale, Topology, attempt, some_cases, tree};
+use crate::arb::{Case, Failure, Family, Scale, Topology, attempt, some_cases, tree};
 pub use crate::attention::Attention;
 use crate::rng::Rng;
 use crate::tiny_model::{Sizes, TinyModel};
@@ -61,7 +61,7 @@ pub fn attack_attention(
 ) -> Result<(), String> {
     for index in 0..cases {
         let scale = if index % 8 == 7 { Scale::Usual } else { Scale::Small };
-        let found = attempt([seed, index], some_cases(true, scale), SHRINKS, &mut |_| {}, &mut |case| {
+        let found = attempt([seed, index], some_cases(Family::Llama, true, scale), SHRINKS, &mut |_| {}, &mut |case| {
             let attention = Attention::of(&in_f32(&case));
             run(&attention).and_then(|out| attention.problem(&out, tolerance)).map_or(Ok(()), Err)
         });

@@ -1,6 +1,7 @@
 //! Known classes of bugs of tree verification, planted around a backend or into a kernel.
 //!
 //! The numbers are those of a list of 23 classes that serving systems have shipped. Two cannot be planted: [`NOT_PLANTED`].
+//! Behind these, 24 is of latents and experts.
 
 use treespark_kernel_gen::layout::{NO_TOKEN, accepted_words};
 use treespark_kernel_gen::{MAX_NODES, Op, Request, Row};
@@ -34,7 +35,7 @@ pub const NOT_PLANTED: [(usize, &str); 2] = [
     (22, "subgroups of WGSL, which no kernel uses, and its limits, which no model of these sizes comes near"),
 ];
 
-pub const PLANTS: [Plant; 30] = [
+pub const PLANTS: [Plant; 33] = [
     around(1, "a node does not see itself", Mistake::Row(|row| set(row, row.node, false))),
     around(1, "a node sees its neighbour", Mistake::Row(|row| set(row, row.node.max(1) - 1, true))),
     around(1, "the parent is forgotten", Mistake::Row(forget_parent)),
@@ -85,6 +86,9 @@ pub const PLANTS: [Plant; 30] = [
     around(20, "the noise of a token is that of another seed", Mistake::Request(|r| r.seed.swap(0, 1))),
     around(20, "top-k keeps one more", Mistake::Request(|r| r.top_k += u32::from(r.top_k > 1))),
     around(23, "a request that has ended is run on", Mistake::Request(|r| r.n_rows = r.n_rows.max(1))),
+    around(24, "a router ignores its correction bias", Mistake::Op(no_router_bias)),
+    around(24, "experts are chosen from all groups", Mistake::Op(all_groups)),
+    around(24, "scores of latents are scaled by another width", Mistake::Op(scale_of_latents)),
 ];
 
 /// What is more than an f16 holds becomes infinite.
@@ -152,6 +156,27 @@ fn end_at_empty(words: &mut [u32]) {
 fn scale_twice(op: &mut Op) -> bool {
     if let Op::TreeAttention { scale, .. } = op {
         *scale *= *scale;
+    }
+    true
+}
+
+fn no_router_bias(op: &mut Op) -> bool {
+    if let Op::Route { bias, .. } = op {
+        *bias = None;
+    }
+    true
+}
+
+fn all_groups(op: &mut Op) -> bool {
+    if let Op::Route { routing, .. } = op {
+        routing.top_groups = routing.groups;
+    }
+    true
+}
+
+fn scale_of_latents(op: &mut Op) -> bool {
+    if let Op::LatentAttention { scale, .. } = op {
+        *scale *= 0.5;
     }
     true
 }

@@ -21,6 +21,7 @@ pub struct Shared {
 /// What was compiled and what was run.
 #[derive(Default)]
 struct Log {
+    compiled: Vec<String>,
     ops: HashMap<PassId, Vec<&'static str>>,
     runs: BTreeMap<&'static str, u64>,
 }
@@ -35,6 +36,11 @@ impl Shared {
     pub fn share(&self) -> Box<dyn Backend> {
         let (inner, log, info) = (self.inner.clone(), self.log.clone(), self.info.clone());
         Box::new(Shared { inner, log, info, drafts: self.drafts, mine: Vec::new() })
+    }
+
+    /// Names of all passes that were compiled.
+    pub fn compiled(&self) -> Vec<String> {
+        self.log.borrow().compiled.clone()
     }
 
     /// How often each op was run.
@@ -85,7 +91,9 @@ impl Backend for Shared {
 
     fn compile(&mut self, pass: &Pass, buffers: &[BufferId]) -> Result<PassId> {
         let id = self.inner.borrow_mut().compile(pass, buffers)?;
-        self.log.borrow_mut().ops.insert(id, pass.ops.iter().map(Op::name).collect());
+        let log = &mut *self.log.borrow_mut();
+        log.compiled.push(pass.name.clone());
+        log.ops.insert(id, pass.ops.iter().map(Op::name).collect());
         Ok(id)
     }
 
@@ -97,7 +105,7 @@ impl Backend for Shared {
     }
 
     fn run(&mut self, pass: PassId, extent: Extent) -> Result<()> {
-        let Log { ops, runs } = &mut *self.log.borrow_mut();
+        let Log { ops, runs, .. } = &mut *self.log.borrow_mut();
         ops[&pass].iter().for_each(|op| *runs.entry(op).or_default() += 1);
         self.inner.borrow_mut().run(pass, extent)
     }

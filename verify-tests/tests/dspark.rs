@@ -9,11 +9,17 @@ use serde_json::Value;
 use treespark::backend::{Backend, PassCost};
 use treespark::cpu::CpuBackend;
 use treespark::draft::block::BlockDrafter;
+use treespark::draft::{Drafter, NoDrafter};
 use treespark::network::{Limits, Network};
 use treespark::scheduler::Scheduler;
 use treespark::{Engine, Sampling, Sequence, Statistics};
-use treespark_models::{MarkovState, Model, Speculator};
+use treespark_kernel_gen::DType;
+use treespark_models::{Config, MarkovState, Model, Speculator};
+#[cfg(feature = "wgpu")]
+use treespark_verify_tests::cases;
+use treespark_verify_tests::cases::samplings;
 use treespark_verify_tests::oracle::Oracle;
+use treespark_verify_tests::shared::Shared;
 
 const TOLERANCE: f32 = 1e-4;
 const CONTEXT: usize = 128;
@@ -140,7 +146,7 @@ fn drafters_agree_on_the_cpu() {
 #[test]
 fn drafters_agree_on_wgpu() {
     for name in ["vanilla", "rnn", "dflash"] {
-        let Some(mut backend) = treespark_verify_tests::cases::gpu() else { return };
+        let Some(mut backend) = cases::gpu() else { return };
         rounds_agree(&mut *backend, name);
         generations_agree(backend, name);
     }
@@ -191,6 +197,81 @@ fn drafters_agree_where_the_device_drafts() {
             }
         }
         assert!(drafted > 10, "{name}: {drafted} nodes were drafted");
+    }
+}
+
+/// Random latents and experts, of the sizes that DeepSpec's drafters here read.
+fn deepseek_target() -> Model {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity/tiny-deepseek-v3/config.json");
+    let mut json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    for (key, size) in [("hidden_size", 64), ("vocab_size", 256), ("num_hidden_layers", 6)] {
+        json[key] = size.into();
+    }
+    Model::random(Config::from_json(&json, DType::F32, &path).unwrap(), 1)
+}
+
+/// What an engine says with each sampling, and in how many rounds.
+fn answers(engine: &mut Engine, samplings: &[Sampling]) -> (Vec<Vec<u32>>, usize) {
+    let mut stats = Statistics::default();
+    let answer = |sampling: &Sampling| {
+        let prompt = (0..17).map(|i| (i * i * 7 + i % 5) % 256).collect();
+        let mut seq = Sequence::new(prompt, sampling.clone(), 30, vec![], CONTEXT, 256);
+        engine.generate(&mut seq, &mut stats).unwrap();
+        seq.tokens().to_vec()
+    };
+    (samplings.iter().map(answer).collect(), stats.rounds)
+}
+
+/// Over latents and experts, drafts change nothing but the number of rounds. The drafters were made for another target, and
+/// this one is random: some of many guesses are right.
+fn drafts_over_latents_are_lossless(
+    backend: Shared,
+    drafters: &[&str],
+    trees: &[Option<&str>],
+    samplings: &[Sampling],
+) {
+    let model = deepseek_target();
+    let engine = |speculator: Option<&Speculator>, tree: Option<&str>| {
+        let (mut backend, limits) = (backend.share(), Limits::new(CONTEXT, 64));
+        let network = Network::load_with_speculator(backend.as_mut(), &model, speculator, limits, &mut |_, _| {});
+        let shape = tree.map(|text| text.parse().unwrap());
+        let scheduler = Scheduler::new(shape, 64, PassCost::new(&[(1, 1.0), (2, 1.001)]));
+        let drafter: Box<dyn Drafter> = match speculator {
+            Some(speculator) => Box::new(BlockDrafter::load(speculator).unwrap()),
+            None => Box::new(NoDrafter),
+        };
+        Engine::new(backend, network.unwrap(), drafter, scheduler, CONTEXT)
+    };
+    let (plain, of_plain) = answers(&mut engine(None, None), samplings);
+    for name in drafters {
+        let speculator = Speculator::open(&fixture(name).join("draft"), model.config()).unwrap();
+        for tree in trees {
+            let (got, rounds) = answers(&mut engine(Some(&speculator), *tree), samplings);
+            assert_eq!(got, plain, "{name}, tree {tree:?}");
+            assert!(rounds < of_plain, "{name}, tree {tree:?}: no draft was right in {rounds} rounds");
+        }
+    }
+}
+
+#[test]
+fn drafts_over_latents_are_lossless_on_the_cpu() {
+    let backend = Shared::new(Box::new(CpuBackend::new(Some(1))));
+    let samplings: Vec<Sampling> = samplings().into_iter().step_by(2).map(|(_, sampling)| sampling).collect();
+    drafts_over_latents_are_lossless(
+        backend,
+        &["vanilla", "rnn", "dflash"],
+        &[None, Some("12x2x1"), Some("7x1"), Some("4x2"), Some("12")],
+        &samplings,
+    );
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn drafts_over_latents_are_lossless_on_wgpu() {
+    if let Some(backend) = cases::gpu() {
+        // Greedy, and at a temperature.
+        let samplings = [0, 4].map(|which| samplings()[which].1.clone());
+        drafts_over_latents_are_lossless(Shared::new(backend), &["vanilla"], &[Some("7x1")], &samplings);
     }
 }
 

@@ -25,15 +25,21 @@ fn a_slice_of_random_cases_passes_on_the_cpu() {
     let out = folder("fuzz-cpu");
     let output = fuzz(&["run", "--cases", "120", "--seconds", "600", "--seed", "11", "--out", out.to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
-    assert!(text(&output).contains("120 cases"), "{}", text(&output));
+    let text = text(&output);
+    assert!(text.contains("120 cases"), "{text}");
+    // Of models with latents, too, and of both routers.
+    assert!(
+        ["latent_attention: ", "compressed queries: ", "sigmoid: ", "softmax: "].iter().all(|seen| text.contains(seen)),
+        "{text}"
+    );
 }
 
 #[test]
 fn a_slice_of_whole_generations_passes_on_the_cpu() {
     let out = folder("fuzz-rounds");
-    let output = fuzz(&["rounds", "--cases", "90", "--seconds", "600", "--seed", "5", "--out", out.to_str().unwrap()]);
+    let output = fuzz(&["rounds", "--cases", "105", "--seconds", "600", "--seed", "5", "--out", out.to_str().unwrap()]);
     let text = text(&output);
-    assert!(output.status.code() == Some(0) && text.contains("90 cases"), "{text}");
+    assert!(output.status.code() == Some(0) && text.contains("105 cases"), "{text}");
     // Of every end some, and of drafts that were accepted many.
     assert!(["Length", "Context", "StopToken", "StopString"].iter().all(|end| text.contains(end)), "{text}");
 }
@@ -61,7 +67,7 @@ fn a_short_soak_is_clean_on_the_cpu() {
 
 #[test]
 fn planted_bugs_are_found() {
-    for class in ["1", "3", "6", "14", "15"] {
+    for class in ["1", "3", "6", "14", "15", "24"] {
         let output = fuzz(&["mutants", "--class", class]);
         assert_eq!(output.status.code(), Some(0), "class {class}: {}", text(&output));
     }
@@ -90,10 +96,16 @@ fn a_case_is_made_again_from_its_file() {
     assert!(text(&output).contains("request 0:") && text(&output).contains("nothing wrong"), "{}", text(&output));
 
     let rounds = case.replace("a second run equals the first", "speculative decoding equals plain, drafter: medusa");
-    fs::write(&file, rounds).unwrap();
+    fs::write(&file, &rounds).unwrap();
     let output = fuzz(&["replay", file.to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
     assert!(text(&output).contains("Medusa") && text(&output).contains("nothing wrong"), "{}", text(&output));
+
+    let deepseek = rounds.replace("medusa", "mtp").replace('}', r#", "family": "Deepseek"}"#);
+    fs::write(&file, deepseek).unwrap();
+    let output = fuzz(&["replay", file.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("LatentSizes") && text(&output).contains("Mtp"), "{}", text(&output));
 
     fs::write(&file, case.replace("a second run", "a third run")).unwrap();
     let output = fuzz(&["replay", file.to_str().unwrap()]);

@@ -14,6 +14,8 @@ use treespark::{Engine, Sampling, Sequence, Statistics};
 use treespark_kernel_gen::TreeShape;
 use treespark_models::{Model, Speculator};
 use treespark_verify_tests::cases::{self, samplings};
+use treespark_verify_tests::oracle::Oracle;
+use treespark_verify_tests::shared::Shared;
 
 const CONTEXT: usize = 160;
 const TOP_K: usize = 8;
@@ -79,14 +81,37 @@ fn guesses_on_cuda_are_those_of_the_reference() {
 }
 
 fn engine(model: &Model, with_mtp: bool, shape: Option<&TreeShape>) -> Engine {
-    let mut backend = CpuBackend::new(None);
+    engine_on(Box::new(CpuBackend::new(None)), model, with_mtp, shape)
+}
+
+fn engine_on(mut backend: Box<dyn Backend>, model: &Model, with_mtp: bool, shape: Option<&TreeShape>) -> Engine {
     let limits = Limits { top_k: TOP_K, ..Limits::new(CONTEXT, shape.map_or(64, TreeShape::len)) };
     let speculator = with_mtp.then(|| Speculator::of_target(model).unwrap());
     let target =
-        Network::load_with_speculator(&mut backend, model, speculator.as_ref(), limits, &mut |_, _| {}).unwrap();
+        Network::load_with_speculator(backend.as_mut(), model, speculator.as_ref(), limits, &mut |_, _| {}).unwrap();
     let scheduler = Scheduler::new(shape.cloned(), 64, PassCost::new(&[(1, 1.0), (2, 1.001)]));
     let drafter: Box<dyn Drafter> = if with_mtp { Box::new(MtpDrafter::new().unwrap()) } else { Box::new(NoDrafter) };
-    Engine::new(Box::new(backend), target, drafter, scheduler, CONTEXT)
+    Engine::new(backend, target, drafter, scheduler, CONTEXT)
+}
+
+/// Where the device can draft, and so has kernels that take time to compile.
+#[test]
+fn nothing_of_the_module_is_compiled_once_a_prompt_has_come() {
+    let model = Model::open(&fixture()).unwrap();
+    let vocab = model.config().vocab_size;
+    for shape in [None, Some("4x2x1")] {
+        let backend = Shared::new(Box::new(Oracle::new()));
+        let tree: Option<TreeShape> = shape.map(|text| text.parse().unwrap());
+        let mut engine = engine_on(backend.share(), &model, true, tree.as_ref());
+        let of_module = || backend.compiled().iter().filter(|name| ["keep pairs", "guess"].contains(&&***name)).count();
+        engine.prepare().unwrap();
+        let prepared = of_module();
+        let mut seq = sequence(&[3, 1, 4, 1, 5, 9], &Sampling::default(), 12, vocab);
+        let mut stats = Statistics::default();
+        engine.generate(&mut seq, &mut stats).unwrap();
+        assert!(backend.runs()["gather"] > stats.rounds as u64, "the module has guessed");
+        assert_eq!(of_module(), prepared, "tree {shape:?}: {:?}", backend.compiled());
+    }
 }
 
 #[test]

@@ -114,7 +114,7 @@ impl Drafter for ModelDrafter {
         }
     }
 
-    fn prepare(&mut self, backend: &mut dyn Backend) -> Result<()> {
+    fn prepare(&mut self, backend: &mut dyn Backend, _: &mut Network, _: &Plan) -> Result<()> {
         self.network.prepare_prompts(backend)
     }
 

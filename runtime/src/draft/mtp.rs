@@ -23,6 +23,11 @@ impl MtpDrafter {
         let default_shape = DEFAULT_SHAPE.parse().map_err(Error::Shape)?;
         Ok(MtpDrafter { rates: HitRates::new(&PRIORS), default_shape })
     }
+
+    fn shape(&self, target: &Network, plan: &Plan) -> TreeShape {
+        let most = MAX_CHILDREN.min(target.top_k());
+        fitting(plan.shape.as_ref().unwrap_or(&self.default_shape), plan, most)
+    }
 }
 
 impl Drafter for MtpDrafter {
@@ -37,8 +42,7 @@ impl Drafter for MtpDrafter {
         seq: &mut Sequence,
         plan: &Plan,
     ) -> Result<Draft> {
-        let most = MAX_CHILDREN.min(target.top_k());
-        let shape = fitting(plan.shape.as_ref().unwrap_or(&self.default_shape), plan, most);
+        let shape = self.shape(target, plan);
         let Some(tree) = target.grow_pairs(backend, seq, &shape)? else { return Ok(Draft::root(seq.last())) };
         let mut survival = vec![1.0];
         for (node, rank) in shape.ranks().into_iter().enumerate().skip(1) {
@@ -46,6 +50,10 @@ impl Drafter for MtpDrafter {
         }
         let cost = target.draft_cost(1, 1) * shape.max_depth() as f32;
         Ok(Draft { tree, survival, cost, reach: shape.max_depth() })
+    }
+
+    fn prepare(&mut self, backend: &mut dyn Backend, target: &mut Network, plan: &Plan) -> Result<()> {
+        target.prepare_guesses(backend, &self.shape(target, plan))
     }
 
     fn observe(&mut self, _: &Sequence, draft: &Draft, accepted: &Accepted) {

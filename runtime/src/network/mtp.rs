@@ -22,6 +22,13 @@ impl Network {
         matches!(self.speculator, Some(SpeculatorConfig::Mtp(_)))
     }
 
+    /// Compiles what guesses a tree of this shape, behind any that was accepted of it.
+    pub fn prepare_guesses(&mut self, backend: &mut dyn Backend, shape: &TreeShape) -> Result<()> {
+        let accepted = (1..=shape.max_depth() + 1).map(|rows| (Kind::Guess { is_first: true }, rows));
+        let levels = (1..shape.max_depth()).map(|depth| (Kind::Guess { is_first: false }, shape.level(depth).len()));
+        self.prepare(backend, accepted.chain(levels).collect())
+    }
+
     /// The tree of this shape behind a sequence's last token, if the state that it is guessed from is there. See
     /// [`grow`](Network::grow).
     pub fn grow_pairs(

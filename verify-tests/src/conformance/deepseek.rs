@@ -12,8 +12,13 @@ use crate::tiny_model::{Tail, TinyModel};
 /// What has grouped queries alone.
 const NOT_OF_LATENTS: [&str; 2] = [ATTENTION, "long contexts and large numbers equal the oracle"];
 
+/// Whether one of [`IN_ANY_CASE`] is a property of models with latents, too.
+pub fn is_of_latents(property: &str) -> bool {
+    !NOT_OF_LATENTS.contains(&property)
+}
+
 pub fn latents_and_experts_keep_every_property(backend: &mut dyn Backend) -> Property {
-    let properties = IN_ANY_CASE.iter().filter(|(name, _)| !NOT_OF_LATENTS.contains(name));
+    let properties = IN_ANY_CASE.iter().filter(|(name, _)| is_of_latents(name));
     for (index, (name, property)) in properties.enumerate() {
         // Each on two of the models, which are four.
         for which in [index, index + 1] {

@@ -7,17 +7,16 @@ use treespark_models::dspark::MarkovKind;
 
 use super::language::LANGUAGES;
 use super::{Ask, Decoding, Guesser, Stop, Way};
-use crate::arb::{self, HOUSE_MODELS, Topology};
+use crate::arb::{self, Family, Topology};
 use crate::cases::SHAPES;
 use crate::rng::Rng;
 
-/// Any sizes, or those of a few models, for which a backend compiles few kernels; of a drafter by its name.
-pub fn decodings(wild: bool, guesser: &str) -> BoxedStrategy<Decoding> {
-    let sizes = if wild { arb::sizes().boxed() } else { select(HOUSE_MODELS.to_vec()).boxed() };
+/// Of any models of a family, or of a few, for which a backend compiles few kernels; of a drafter by its name.
+pub fn decodings(family: Family, wild: bool, guesser: &str) -> BoxedStrategy<Decoding> {
     // Of these, too, a backend has kernels of their own.
     let (contexts, nodes) =
         if wild { (vec![16usize, 40, 96, 160], vec![1usize, 4, 16, 64]) } else { (vec![40, 160], vec![4, 64]) };
-    (sizes, any::<u64>(), guessers(guesser, wild), select(contexts))
+    (family.sizes(wild), any::<u64>(), guessers(guesser, wild), select(contexts))
         .prop_flat_map(move |(sizes, seed, guesser, context)| {
             let asks = (prop::collection::vec(asks(sizes.vocab, context), 1..=4), any::<bool>()).prop_map(alike);
             let trees = (shapes(wild), select(nodes.clone()));
@@ -46,6 +45,7 @@ fn guessers(name: &str, wild: bool) -> BoxedStrategy<Guesser> {
     match name {
         "ngram" => Just(Guesser::Ngram).boxed(),
         "half right" => Just(Guesser::HalfRight).boxed(),
+        "mtp" => Just(Guesser::Mtp).boxed(),
         "model" => any::<bool>().prop_map(|itself| Guesser::Model { itself }).boxed(),
         "medusa" if wild => (1usize..=4, any::<bool>()).prop_map(|(heads, own)| Guesser::Medusa { heads, own }).boxed(),
         "medusa" => any::<bool>().prop_map(|own| Guesser::Medusa { heads: 3, own }).boxed(),

@@ -2,7 +2,7 @@
 
 use treespark_models::dspark::MarkovKind;
 use treespark_models::medusa::MedusaConfig;
-use treespark_models::{Config, DsparkConfig, SpeculatorConfig};
+use treespark_models::{Config, DsparkConfig, MtpConfig, SpeculatorConfig};
 
 /// Who drafts.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,10 +29,12 @@ pub enum Guesser {
         /// Matrices of its own.
         own: bool,
     },
+    /// The target's own module: the target has one.
+    Mtp,
 }
 
 /// Names of drafters.
-pub const GUESSERS: [&str; 6] = ["ngram", "half right", "model", "medusa", "dflash", "dspark"];
+pub const GUESSERS: [&str; 7] = ["ngram", "half right", "model", "medusa", "dflash", "dspark", "mtp"];
 
 impl Guesser {
     /// One of the [`GUESSERS`].
@@ -44,6 +46,7 @@ impl Guesser {
             Guesser::Dspark { markov: None, .. } => "dflash",
             Guesser::Dspark { .. } => "dspark",
             Guesser::Medusa { .. } => "medusa",
+            Guesser::Mtp => "mtp",
         }
     }
 
@@ -52,7 +55,7 @@ impl Guesser {
         match *self {
             Guesser::Dspark { layers, block, first, markov, confidence, own } => {
                 let config = DsparkConfig {
-                    backbone: Config { layers, tied: false, ..target.clone() },
+                    backbone: backbone(target, layers),
                     block,
                     first,
                     mask_token: target.vocab_size as u32 - 1,
@@ -68,7 +71,17 @@ impl Guesser {
             Guesser::Medusa { heads, own } => {
                 Some(SpeculatorConfig::Medusa(MedusaConfig::of_target(target, heads, own)))
             }
-            _ => None,
+            Guesser::Mtp => {
+                let config = MtpConfig::of_target(target).expect("the target has a module");
+                Some(SpeculatorConfig::Mtp(config))
+            }
+            Guesser::Ngram | Guesser::HalfRight | Guesser::Model { .. } => None,
         }
     }
+}
+
+/// Draft layers of the target's sizes. They have keys and values, also where the target has latents, and MLPs.
+pub fn backbone(target: &Config, layers: usize) -> Config {
+    let head_dim = if target.latent.is_some() { 2 * target.rotated() } else { target.head_dim };
+    Config { layers, head_dim, latent: None, experts: None, next_token_layers: 0, tied: false, ..target.clone() }
 }

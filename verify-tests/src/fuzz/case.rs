@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 use treespark_kernel_gen::TreeShape;
 use treespark_kernel_gen::draw::draw;
-use treespark_verify_tests::arb::{self, Case, Scale, attempt, some_cases};
+use treespark_verify_tests::arb::{self, Case, Family, Scale, attempt, some_cases};
+use treespark_verify_tests::conformance::deepseek::is_of_latents;
 use treespark_verify_tests::conformance::{ATTENTION, IN_ANY_CASE};
 use treespark_verify_tests::decoding::arb::decodings;
 use treespark_verify_tests::decoding::{Decoding, GUESSERS, Seen};
@@ -20,6 +21,9 @@ pub struct CaseId {
     /// Any sizes, and not those of a few models: kernels of their own.
     pub wild: bool,
     pub scale: Scale,
+    /// Llama where a file does not say.
+    #[serde(default)]
+    pub family: Family,
 }
 
 /// The smallest case found that fails, for people, and what is wrong with it.
@@ -61,7 +65,9 @@ pub fn plan(backend: &str, seed: u64, index: u64, properties: &[String]) -> Case
         2 | 3 if property == ATTENTION => Scale::Long,
         _ => Scale::Small,
     };
-    CaseId { backend: backend.to_string(), seed, index, property, wild, scale }
+    let is_deepseek = is_of_latents(&property) && (rng.below(4) == 0 || property == format!("{OF_ROUNDS}mtp"));
+    let family = if is_deepseek { Family::Deepseek } else { Family::Llama };
+    CaseId { backend: backend.to_string(), seed, index, property, wild, scale, family }
 }
 
 /// Runs it; a failing one shrinks, by so many steps at most. `seen` is told of the case as it was made.
@@ -69,18 +75,18 @@ pub fn run(id: &CaseId, backend: &mut Shared, shrinks: u32, seen: &mut dyn FnMut
     let key = [id.seed, id.index];
     if let Some(guesser) = id.property.strip_prefix(OF_ROUNDS).filter(|name| GUESSERS.contains(name)) {
         let mut sights = Vec::new();
-        let result =
-            attempt(key, decodings(id.wild, guesser), shrinks, &mut |made| seen(Sight::Decoding(made)), &mut |made| {
-                sights.push(made.check(backend)?);
-                Ok(())
-            });
+        let strategy = decodings(id.family, id.wild, guesser);
+        let result = attempt(key, strategy, shrinks, &mut |made| seen(Sight::Decoding(made)), &mut |made| {
+            sights.push(made.check(backend)?);
+            Ok(())
+        });
         sights.iter().for_each(|sight| seen(Sight::Decoded(sight)));
         return result.map_err(|failure| told(failure, Decoding::describe));
     }
     let Some((_, property)) = IN_ANY_CASE.into_iter().find(|(name, _)| *name == id.property) else {
         return Err(Failure { case: None, problem: format!("no property is called `{}`", id.property) });
     };
-    let strategy = some_cases(id.wild, id.scale);
+    let strategy = some_cases(id.family, id.wild, id.scale);
     attempt(key, strategy, shrinks, &mut |made| seen(Sight::Case(made)), &mut |made| property(backend, made))
         .map_err(|failure| told(failure, describe))
 }

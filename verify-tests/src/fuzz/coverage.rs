@@ -6,7 +6,7 @@ use treespark::Sampling;
 use treespark_verify_tests::arb::Case;
 use treespark_verify_tests::decoding::{Decoding, Seen};
 use treespark_verify_tests::shared::Shared;
-use treespark_verify_tests::tiny_model::Sizes;
+use treespark_verify_tests::tiny_model::{ExpertSizes, LatentSizes, Sizes};
 
 use super::case::Sight;
 
@@ -39,6 +39,11 @@ impl Coverage {
         self.count("head size", s.head_dim.to_string());
         self.count("query heads a key head", s.group.to_string());
         self.count("weights", format!("{:?}", s.weights));
+        let compressed =
+            |latent: LatentSizes| ["latents", "latents, compressed queries"][usize::from(latent.compressed > 0)];
+        self.count("attention to", s.latent.map_or("keys", compressed).to_string());
+        let router = |experts: ExpertSizes| ["softmax", "sigmoid"][usize::from(experts.is_v3)];
+        self.count("router", s.experts.map_or("none", router).to_string());
         self.count("page", s.page_size.to_string());
     }
 

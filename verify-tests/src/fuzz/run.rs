@@ -54,8 +54,8 @@ pub struct Args {
     out: PathBuf,
 }
 
-pub const HELP: &str = "A case is a random model (heads, groups, sizes, types, page size), up to three requests (prefix, tree, sampling), and one \
-of the properties that hold for any of them. Memory that nothing has written holds NaN. A failing case shrinks; the smallest one is printed \
+pub const HELP: &str = "A case is a random model (heads, groups, sizes, types, page size; a quarter with DeepSeek's latents and experts), up \
+to three requests (prefix, tree, sampling), and one of the properties that hold for any of them. Memory that nothing has written holds NaN. A failing case shrinks; the smallest one is printed \
 with its trees, and a file is written that `replay` runs again.
 
 Examples:
@@ -64,8 +64,8 @@ Examples:
   treespark-fuzz run --backend all --seed 7 --out found";
 
 pub const ROUNDS_HELP: &str = "A case is a random model, a drafter for it (repeats, one that knows half of the answer, a draft model, Medusa heads, \
-DFlash, DSpark), a tree or the drafter's own choice, a page size, and up to three questions (prompt, sampling, penalties, most tokens, a stop \
-token or a stop string inside of what plain decoding says, a language that the answer must be in), one after the other or in turns, with fewer pages than they need. Tokens, text and \
+DFlash, DSpark, an MTP module of its own), a tree or the drafter's own choice, a page size, and up to three questions (prompt, sampling, \
+penalties, most tokens, a stop token or a stop string inside of what plain decoding says, a language that the answer must be in), one after the other or in turns, with fewer pages than they need. Tokens, text and \
 end must be those of plain decoding, and these those of the f64 oracle; where a backend does not promise equal bits, up to a near-tie.
 
 Examples:
