@@ -1,6 +1,8 @@
 //! Where the time of a verify pass goes, and of a draft: passes that hold only the ops of one kind, over the same buffers.
 
 use anyhow::{Context, Result};
+use treespark::batch::Batch;
+use treespark::kv::KvCache;
 use treespark::sampling::Sampling;
 use treespark_benches::circumstances;
 use treespark_kernel_gen::release::PORTABLE;
@@ -27,7 +29,11 @@ pub fn run(args: &OpsArgs) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, ..Sampling::default() };
     for &rows in &args.rows {
         let tree = bushy(rows, |i| i as u32)?;
-        print(&mut bench, &llama.verify_pass(requests * rows)?, &|batch, kv| batch.add_tree(kv, &tree, &sampling))?;
+        let (pass, add) = (llama.verify_pass(requests * rows)?, |batch: &mut Batch, kv: &KvCache| {
+            batch.add_tree(kv, &tree, &sampling)
+        });
+        print(&mut bench, &pass, &add)?;
+        print_experts(&mut bench, &pass, &add)?;
     }
     if let Some(config) = &config {
         let costs: Vec<f32> = (1..=nodes).map(|rows| bench.device.backend().info().cost.of(rows)).collect();
@@ -64,6 +70,29 @@ fn print(bench: &mut Bench, whole: &Pass, add: &AddRows) -> Result<()> {
     let but = if ops.len() < whole.ops.len() { " but grow_trellis" } else { "" };
     let ms = time(ops)? - idle;
     println!("  {:<16} {:>6} {:>10} {ms:>10.3}", format!("all{but}"), whole.ops.len(), "");
+    Ok(())
+}
+
+/// Prints how many experts the rows of a pass chose together: what nodes of a tree share is read once.
+fn print_experts(bench: &mut Bench, whole: &Pass, add: &AddRows) -> Result<()> {
+    let (mut layers, mut chosen, mut of, mut choices) = (0, 0, 0, 0);
+    for (i, op) in whole.ops.iter().enumerate() {
+        let &Op::GroupRows { experts, groups, .. } = op else { continue };
+        choices = whole.buffer(experts).len();
+        of = whole.buffer(groups).len() - 1 - choices;
+        let upto = bench.compile(&Pass { ops: whole.ops[..=i].to_vec(), ..whole.clone() })?;
+        let begins = bench.read_after(upto, add, &whole.buffer(groups).name, of + 1)?;
+        chosen += begins.windows(2).filter(|of_expert| of_expert[0] < of_expert[1]).count();
+        layers += 1;
+    }
+    if layers > 0 {
+        let (mean, rows) = (chosen as f64 / layers as f64, choices / whole.rows);
+        let shared = choices as f64 / mean;
+        println!(
+            "  experts: {mean:.1} of {of} a layer, for {} rows that choose {rows}: {shared:.2} rows each",
+            whole.rows
+        );
+    }
     Ok(())
 }
 

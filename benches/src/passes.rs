@@ -107,6 +107,14 @@ impl Bench {
         Ok(samples.median())
     }
 
+    /// Words of a buffer after a pass.
+    pub fn read_after(&mut self, pass: PassId, add: &AddRows, buffer: &str, words: usize) -> Result<Vec<u32>> {
+        let extent = self.write_batch(add)?;
+        let (backend, buffer) = (self.device.backend(), self.memory.get(buffer));
+        backend.run(pass, extent)?;
+        Ok(backend.read(buffer, 0, words)?)
+    }
+
     fn write_batch(&mut self, add: &AddRows) -> Result<Extent> {
         let report = report_words(self.timing.nodes);
         let mut pool = PagePool::new(self.dims.pages, PAGE_SIZE);

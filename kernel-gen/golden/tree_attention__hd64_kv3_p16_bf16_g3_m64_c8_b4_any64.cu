@@ -596,21 +596,16 @@ struct Schedule {
     const u32* rows;
     const u32* requests;
     u32 n_requests;
-    u32 chunk; // most tiles of a chunk
-    u32 my_units, my_tiles; // of this lane's request among the first 32
+    u32 chunk; // most tiles of a chunk: these two are planned
 
     // Units of a request and tiles of each. A lane past the last request has none.
-    __device__ void read_size(u32 request, u32& units, u32& tiles) const {
+    __device__ void size(u32 request, u32& units, u32& tiles) const {
         units = tiles = 0;
         if (request >= MAX_REQUESTS) return;
         const Request r = read_request(rows, requests, request, request < n_requests);
         if (r.n_rows == 0) return;
         units = divide_up(r.n_rows * GROUP, M) * KV_HEADS;
         tiles = divide_up(r.keys, TILE);
-    }
-    __device__ void size(u32 request, u32& units, u32& tiles) const {
-        if (request < 32) units = my_units, tiles = my_tiles;
-        else read_size(request, units, tiles);
     }
 
     __device__ static u32 sum(u32 value) {
@@ -619,31 +614,28 @@ struct Schedule {
         return value;
     }
 
-    // Chunks of all units if a chunk has at most `most` tiles.
-    __device__ u32 count(u32 most, u32 lane) const {
-        u32 n = 0;
-        for (u32 first = 0; first < n_requests; first += 32) {
-            u32 units, tiles;
-            size(first + lane, units, tiles);
-            n += sum(units * divide_up(tiles, most));
-        }
-        return n;
-    }
-
     // Whole warps call it.
     __device__ void plan(u32 clusters, u32 lane) {
-        read_size(lane, my_units, my_tiles);
-        u32 all_units = 0, all_tiles = 0;
+        n_requests = min(requests[1], MAX_REQUESTS);
+        u32 units, tiles, all_units = 0, all_tiles = 0;
+        size(lane, units, tiles);
         for (u32 first = 0; first < n_requests; first += 32) {
-            u32 units, tiles;
-            size(first + lane, units, tiles);
+            if (first > 0) size(first + lane, units, tiles);
             all_units += sum(units);
             all_tiles += sum(units * tiles);
         }
         chunk = max(divide_up(all_tiles, clusters), MIN_CHUNK);
         // Fewer units than clusters: about the shortest chunks with which one round of clusters does all.
         if (all_units > clusters) return;
-        while (count(chunk, lane) > clusters) chunk += chunk / 32 + 1;
+        while (true) {
+            u32 chunks = 0;
+            for (u32 first = 0; first < n_requests; first += 32) {
+                if (n_requests > 32) size(first + lane, units, tiles);
+                chunks += sum(units * divide_up(tiles, chunk));
+            }
+            if (chunks <= clusters) return;
+            chunk += chunk / 32 + 1;
+        }
     }
 
     // False past the last chunk. Whole warps call it.
@@ -1414,7 +1406,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         fence_barrier_init();
     }
     const u32 clusters = gridDim.x / CLUSTER;
-    Block block = {shared, {rows, requests, min(requests[1], MAX_REQUESTS), 0}, rows, requests, clusters, thread, lane, thread / 32};
+    Block block = {shared, {rows, requests}, rows, requests, clusters, thread, lane, thread / 32};
     block.schedule.plan(clusters, lane);
     __syncthreads();
     // No block writes to the shared memory of another one that has not begun.

@@ -381,8 +381,15 @@ struct Worker {
                 if (item.chunks > 1) {
                     partial[partial_place(row, piece)] = make_uint4(narrow(pairs[0]), narrow(pairs[1]), narrow(pairs[2]), narrow(pairs[3]));
                 } else {
+                    // Neighbours exchange pairs, so that each has four columns of every second block of eight.
+                    const u32 neighbours = 3u << (block.lane & ~1u), is_odd = block.lane % 2;
 #pragma unroll
-                    for (u32 k = 0; k < 4; k++) *(float2*)(result + piece_element(piece, k)) = pairs[k];
+                    for (u32 k = 0; k < 4; k += 2) {
+                        const float2 mine = is_odd ? pairs[k + 1] : pairs[k], give = is_odd ? pairs[k] : pairs[k + 1];
+                        const float2 got = make_float2(__shfl_xor_sync(neighbours, give.x, 1), __shfl_xor_sync(neighbours, give.y, 1));
+                        const float4 four = is_odd ? make_float4(got.x, got.y, mine.x, mine.y) : make_float4(mine.x, mine.y, got.x, got.y);
+                        *(float4*)(result + piece_element(piece & ~1u, k + is_odd)) = four;
+                    }
                 }
             }
             if (item.chunks > 1 && column_warp() == 0 && block.lane % 4 == 0)
@@ -432,11 +439,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         fence_barrier_init();
     }
-    Block block = {shared, {rows, requests, min(requests[1], MAX_REQUESTS), 0}, rows, requests, thread, lane, thread / 32};
+    Block block = {shared, {rows, requests}, rows, requests, thread, lane, thread / 32};
     block.schedule.plan(gridDim.x, lane);
     __syncthreads();
     if (thread >= CONSUMERS) {
-        if (WGMMA) give_registers<40>();
+        if (WGMMA) give_registers<48>();
         if (block.warp == WARPS) produce(block, pages, cache);
     } else {
         if (WGMMA) take_registers<232>();

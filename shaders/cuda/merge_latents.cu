@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(TEAMS* PIECES, 4)
     release_next();
     const u32 lane = threadIdx.x % 32, team = threadIdx.x / PIECES, n = threadIdx.x % PIECES;
     const u32 blocks = gridDim.x / SHARES;
-    Schedule schedule = {rows, requests, min(requests[1], MAX_REQUESTS), 0};
+    Schedule schedule = {rows, requests};
     schedule.plan(blocks, lane);
     wait_for_previous();
     Item item;

@@ -419,7 +419,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         fence_barrier_init();
     }
     const u32 clusters = gridDim.x / CLUSTER;
-    Block block = {shared, {rows, requests, min(requests[1], MAX_REQUESTS), 0}, rows, requests, clusters, thread, lane, thread / 32};
+    Block block = {shared, {rows, requests}, rows, requests, clusters, thread, lane, thread / 32};
     block.schedule.plan(clusters, lane);
     __syncthreads();
     // No block writes to the shared memory of another one that has not begun.
