@@ -78,20 +78,16 @@ fn print_experts(bench: &mut Bench, whole: &Pass, add: &AddRows) -> Result<()> {
     let (mut layers, mut chosen, mut of, mut choices) = (0, 0, 0, 0);
     for (i, op) in whole.ops.iter().enumerate() {
         let &Op::GroupRows { experts, groups, .. } = op else { continue };
-        choices = whole.buffer(experts).len();
-        of = whole.buffer(groups).len() - 1 - choices;
+        choices = whole.rows * whole.buffer(experts).shape[1];
+        of = whole.buffer(groups).len() - 1 - whole.buffer(experts).len();
         let upto = bench.compile(&Pass { ops: whole.ops[..=i].to_vec(), ..whole.clone() })?;
         let begins = bench.read_after(upto, add, &whole.buffer(groups).name, of + 1)?;
         chosen += begins.windows(2).filter(|of_expert| of_expert[0] < of_expert[1]).count();
         layers += 1;
     }
     if layers > 0 {
-        let (mean, rows) = (chosen as f64 / layers as f64, choices / whole.rows);
-        let shared = choices as f64 / mean;
-        println!(
-            "  experts: {mean:.1} of {of} a layer, for {} rows that choose {rows}: {shared:.2} rows each",
-            whole.rows
-        );
+        let mean = chosen as f64 / layers as f64;
+        println!("  experts: {mean:.1} of {of} a layer for {choices} choices, {:.2} each", choices as f64 / mean);
     }
     Ok(())
 }

@@ -443,7 +443,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     block.schedule.plan(gridDim.x, lane);
     __syncthreads();
     if (thread >= CONSUMERS) {
-        if (WGMMA) give_registers<48>();
+        if (WGMMA) give_registers<40>();
         if (block.warp == WARPS) produce(block, pages, cache);
     } else {
         if (WGMMA) take_registers<232>();

@@ -20,7 +20,9 @@ constexpr u32 TEAMS = 4; // of threads that go through a row's pieces. Of rows t
 // Grid: SHARES times that of `latent_attention`. `out` is [rows, GROUP, LATENT].
 extern "C" __global__ void __launch_bounds__(TEAMS* PIECES, 4)
     merge_latents(const u32* __restrict__ rows, const u32* __restrict__ requests, const uint4* partials, float* __restrict__ out) {
-    __shared__ Piece parts[TEAMS][TEAMS][PIECES]; // of a row, by a team
+    // Of a row, by a team.
+    __shared__ Eight outs[TEAMS][TEAMS][PIECES];
+    __shared__ float2 sums[TEAMS][TEAMS];
     release_next();
     const u32 lane = threadIdx.x % 32, team = threadIdx.x / PIECES, n = threadIdx.x % PIECES;
     const u32 blocks = gridDim.x / SHARES;
@@ -43,13 +45,14 @@ extern "C" __global__ void __launch_bounds__(TEAMS* PIECES, 4)
 #pragma unroll 8
                 for (u32 chunk = team; chunk < item.chunks; chunk += TEAMS)
                     part.add(load_piece(partial + (u64)chunk * PARTIAL, row, n));
-                parts[r][team][n] = part;
+                outs[r][team][n] = part.out;
+                if (n == 0) sums[r][team] = make_float2(part.largest, part.sum);
             }
             __syncthreads();
             const u32 row = first + team * step;
             if (row < n_rows) {
                 Piece all;
-                for (u32 t = 0; t < TEAMS; t++) all.add(parts[team][t][n]);
+                for (u32 t = 0; t < TEAMS; t++) all.add({sums[team][t].x, sums[team][t].y, outs[team][t][n]});
                 float* to = out + ((u64)request.first_row * GROUP + first_packed + row) * LATENT;
                 const float by = 1.0f / all.sum;
 #pragma unroll

@@ -25,7 +25,7 @@ __device__ __forceinline__ void copy_tile(unsigned char* stage, u64* full, u32 n
     constexpr u32 COPIES = PAGES * HALVES * CHUNKS;
     if (BULK && lane == 0) mbarrier_expect(full, n_pages * HALVES * PIECE);
     __syncwarp();
-#pragma unroll(COPIES < 32 ? 1 : 4)
+#pragma unroll(BULK ? 1 : 4)
     for (u32 first = 0; first < COPIES; first += 32) {
         const u32 piece = (first + lane) / CHUNKS, at = (first + lane) % CHUNKS;
         const u32 page = piece / HALVES, half = piece % HALVES;
