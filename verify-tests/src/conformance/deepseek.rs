@@ -20,10 +20,8 @@ pub fn is_of_latents(property: &str) -> bool {
 pub fn latents_and_experts_keep_every_property(backend: &mut dyn Backend) -> Property {
     let properties = IN_ANY_CASE.iter().filter(|(name, _)| is_of_latents(name));
     for (index, (name, property)) in properties.enumerate() {
-        // Each on two of the models, which are four.
-        for which in [index, index + 1] {
-            for_cases(backend, 1, deepseek_cases(which), property).map_err(|problem| format!("{name}: {problem}"))?;
-        }
+        // Each on one of the models, which are four: emulated kernels take minutes as it is.
+        for_cases(backend, 1, deepseek_cases(index), property).map_err(|problem| format!("{name}: {problem}"))?;
     }
     Ok(())
 }
