@@ -35,6 +35,8 @@ pub struct DeviceInfo {
     /// As a person would name it, e.g. `AMD EPYC 9B14, 2 threads, AVX2` or `NVIDIA H100 (Vulkan)`.
     pub name: String,
     pub cost: PassCost,
+    /// What a pass waits for in a layer beside its weights, as bytes of weights that the device reads in that time.
+    pub layer_bytes: usize,
 }
 
 /// What a pass costs by its rows, relative to a pass of one row: measured points, ascending, linear between them and
@@ -62,13 +64,13 @@ impl PassCost {
         PassCost(relative.collect())
     }
 
-    /// The same for a model with experts, where weights are what a pass waits for: every row brings some `chosen` of `count`
-    /// experts, of which a pass reads those that no other row brought. Rows are taken to choose independently.
+    /// The same for a model with experts, where weights are what a pass waits for, its own and what counts like them
+    /// (`dense_bytes`): every row brings some `chosen` of `count` experts, of which a pass reads those that no other row
+    /// brought. Rows are taken to choose independently.
     pub fn with_experts(&self, dense_bytes: usize, expert_bytes: usize, [chosen, count]: [usize; 2]) -> PassCost {
         let seconds = |rows: usize| {
             let missed = (1.0 - chosen as f64 / count as f64).powi(rows as i32);
-            let read = dense_bytes as f64 + expert_bytes as f64 * (1.0 - missed);
-            read * f64::from(self.of(rows))
+            dense_bytes as f64 * f64::from(self.of(rows)) + expert_bytes as f64 * (1.0 - missed)
         };
         let points: Vec<(usize, f64)> = (0..=8).map(|power| (1 << power, seconds(1 << power))).collect();
         PassCost::measured(&points, seconds(1))

@@ -6,7 +6,7 @@ use treespark_kernel_gen::{MAX_NODES, TreeShape};
 use treespark_models::llama::streamed_bytes;
 use treespark_models::{ChatTemplate, Config, Message, Model, Speculator, TextStream, Tokenizer, hub, pretrained};
 
-use crate::backend::{Backend, PassCost};
+use crate::backend::{Backend, DeviceInfo, PassCost};
 use crate::devices::{self, BackendChoice};
 use crate::draft::block::BlockDrafter;
 use crate::draft::model::{MAX_CHILDREN, ModelDrafter};
@@ -171,11 +171,12 @@ impl Default for GenerateOptions {
 
 /// A language model, ready to generate.
 /// What passes of a model cost, on a device whose costs are those of a dense one.
-fn cost_of(config: &Config, dense: &PassCost) -> PassCost {
+fn cost_of(config: &Config, device: &DeviceInfo) -> PassCost {
     let [bytes, of_experts] = streamed_bytes(config);
+    let beside = config.layers * device.layer_bytes;
     match &config.experts {
-        Some(experts) => dense.with_experts(bytes, of_experts, [experts.chosen, experts.count]),
-        None => dense.clone(),
+        Some(experts) => device.cost.with_experts(bytes + beside, of_experts, [experts.chosen, experts.count]),
+        None => device.cost.clone(),
     }
 }
 
@@ -253,7 +254,7 @@ impl Llm {
             _ if options.drafter == DrafterChoice::None => Box::new(NoDrafter),
             _ => Box::new(NgramDrafter::default()),
         };
-        let cost = if options.all_nodes { PassCost::FREE_ROWS } else { cost_of(config, &backend.info().cost) };
+        let cost = if options.all_nodes { PassCost::FREE_ROWS } else { cost_of(config, backend.info()) };
         target.set_cost(cost.clone());
         let scheduler = Scheduler::new(options.tree.clone(), limits.max_nodes.min(MAX_NODES), cost);
         let mut engine = Engine::new(backend, target, drafter, scheduler, context);
@@ -427,5 +428,27 @@ impl Iterator for Generation<'_> {
 impl Drop for Generation<'_> {
     fn drop(&mut self) {
         self.engine.release(&mut self.sequence);
+    }
+}
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use std::path::Path;
+
+    use treespark_models::Model;
+
+    use super::*;
+
+    /// Passes of DeepSeek-V2-Lite's sizes behind 4096 tokens, on an H200: `benches/record/h200-cuda/2026-11-30-latents.txt`.
+    #[test]
+    fn passes_with_experts_cost_about_what_was_measured() {
+        let sizes = Path::new(env!("CARGO_MANIFEST_DIR")).join("../benches/configs/deepseek-v2-lite.json");
+        let model = Model::random_like(&sizes, 1).unwrap();
+        let (cost, layer_bytes) = crate::cuda::COSTS;
+        let cost = cost_of(model.config(), &DeviceInfo { backend: "cuda", name: String::new(), cost, layer_bytes });
+        for (rows, ms) in [(1, 2.548), (2, 3.405), (4, 4.835), (8, 6.819), (16, 9.030), (64, 12.763)] {
+            let ratio = cost.of(rows) / (ms / 2.548);
+            assert!((0.9..1.1).contains(&ratio), "{rows} rows: {ratio} of what was measured");
+        }
     }
 }

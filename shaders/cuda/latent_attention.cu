@@ -220,11 +220,11 @@ struct Worker {
 
     // The largest score of a row among this warp's keys.
     __device__ float largest(const float score[WARP_KEYS / 8][4], u32 i) const {
-        float most = NEVER;
+        float top = NEVER;
 #pragma unroll
-        for (u32 n = 0; n < WARP_KEYS / 8; n++) most = fmaxf(most, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
-        most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
-        return fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2)) * (SCALE * LOG2_E);
+        for (u32 n = 0; n < WARP_KEYS / 8; n++) top = fmaxf(top, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
+        top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
+        return fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2)) * (SCALE * LOG2_E);
     }
 
     // Scores become weights, and go where all warps find them. `most` is the largest of the row's scores. Returns what was added
@@ -309,10 +309,10 @@ struct Worker {
         named_barrier(1, CONSUMERS); // all maxima are there, and nobody reads keys or the weights before any more
         if (is_masked) clear_unseen(tile, first_node);
         for (u32 i = 0; i < 2; i++) {
-            float most = NEVER;
+            float top = NEVER;
 #pragma unroll
-            for (u32 w = 0; w < KEY_WARPS; w++) most = fmaxf(most, block.shared.maxima[w][own_row(i)]);
-            by[i] = weigh(score, i, most);
+            for (u32 w = 0; w < KEY_WARPS; w++) top = fmaxf(top, block.shared.maxima[w][own_row(i)]);
+            by[i] = weigh(score, i, top);
         }
         named_barrier(1, CONSUMERS); // all weights are
         rescale(by);

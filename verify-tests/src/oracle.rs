@@ -51,6 +51,7 @@ impl Oracle {
             backend: "oracle",
             name: "the naive f64 oracle".into(),
             cost: PassCost::new(&[(1, 1.0), (2, 2.0)]),
+            layer_bytes: 0,
         };
         Oracle { info, memory: Vec::new(), passes: Vec::new() }
     }

@@ -62,7 +62,7 @@ impl CpuBackend {
             .build()
             .expect("the system starts threads");
         let cost = if isa.is_wide() { WIDE_COST } else { NARROW_COST };
-        let info = DeviceInfo { backend: "cpu", name: name(threads, isa), cost };
+        let info = DeviceInfo { backend: "cpu", name: name(threads, isa), cost, layer_bytes: 0 };
         CpuBackend { info, isa, pool, buffers: Vec::new(), passes: Vec::new() }
     }
 

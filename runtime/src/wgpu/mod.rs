@@ -78,6 +78,7 @@ impl WgpuBackend {
             backend: "wgpu",
             name: device.name.clone(),
             cost: if device.software { SOFTWARE_COST } else { GPU_COST },
+            layer_bytes: 0,
         };
         let cache = cache_folder.and_then(|f| PipelineCacheFile::open(&device.device, &adapter.get_info(), f));
         let pipelines = Pipelines::new(cache);
