@@ -484,7 +484,7 @@ __device__ __forceinline__ u64 wgmma_matrix(const void* begin, u32 across, u32 d
     return (u64)(shared_address(begin) >> 4 & 0x3fff) | (u64)(across >> 4) << 16 | (u64)(down >> 4) << 32 | swizzle_128 << 62;
 }
 
-// The same matrix so many bytes further on. One addition: to make each of many descriptors anew takes longer than a product.
+// The same matrix so many bytes further on: one addition, where a descriptor made anew takes ten instructions.
 __device__ __forceinline__ u64 wgmma_further(u64 matrix, u32 bytes) {
     return (matrix & 0xffffffff00000000ull) | ((u32)matrix + (bytes >> 4));
 }
