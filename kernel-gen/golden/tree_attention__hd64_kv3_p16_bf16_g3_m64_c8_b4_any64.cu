@@ -574,14 +574,14 @@ struct Item {
     u32 cut; // index among the chunks of units that have several
 };
 
-__device__ __forceinline__ u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }
+__device__ __forceinline__ constexpr u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }
 
 struct Request {
     u32 prefix, first_row, n_rows;
     u32 keys; // slots that some row may see
 };
 
-// Without rows unless it exists.
+// Without rows and keys unless it exists.
 __device__ __forceinline__ Request read_request(const u32* rows, const u32* requests, u32 index, bool exists = true) {
     const u32* words = requests + HEADER_WORDS + index * REQUEST_WORDS;
     Request r = {words[REQUEST_PREFIX], words[REQUEST_FIRST_ROW], words[REQUEST_ROWS], 0};
@@ -591,19 +591,25 @@ __device__ __forceinline__ Request read_request(const u32* rows, const u32* requ
     return r;
 }
 
+constexpr u32 KNOWN_REQUESTS = MAX_REQUESTS < 32 ? MAX_REQUESTS : 32; // that a block keeps: reading one takes half a microsecond
+
 // The same in every thread that asks: how long chunks are, and which chunk comes at a place in the order of all.
 struct Schedule {
     const u32* rows;
     const u32* requests;
+    Request* known; // the first requests, in shared memory
     u32 n_requests;
-    u32 chunk; // most tiles of a chunk: these two are planned
+    u32 chunk; // most tiles of a chunk: these three are planned
+
+    __device__ Request request(u32 index) const {
+        return index < KNOWN_REQUESTS ? known[index] : read_request(rows, requests, index, index < n_requests);
+    }
 
     // Units of a request and tiles of each. A lane past the last request has none.
-    __device__ void size(u32 request, u32& units, u32& tiles) const {
+    __device__ void size(u32 index, u32& units, u32& tiles) const {
         units = tiles = 0;
-        if (request >= MAX_REQUESTS) return;
-        const Request r = read_request(rows, requests, request, request < n_requests);
-        if (r.n_rows == 0) return;
+        if (index >= MAX_REQUESTS) return;
+        const Request r = request(index);
         units = divide_up(r.n_rows * GROUP, M) * KV_HEADS;
         tiles = divide_up(r.keys, TILE);
     }
@@ -614,13 +620,14 @@ struct Schedule {
         return value;
     }
 
-    // Whole warps call it.
+    // Whole warps call it. All that do leave the same in `known`.
     __device__ void plan(u32 clusters, u32 lane) {
         n_requests = min(requests[1], MAX_REQUESTS);
+        if (lane < KNOWN_REQUESTS) known[lane] = read_request(rows, requests, lane, lane < n_requests);
+        __syncwarp();
         u32 units, tiles, all_units = 0, all_tiles = 0;
-        size(lane, units, tiles);
         for (u32 first = 0; first < n_requests; first += 32) {
-            if (first > 0) size(first + lane, units, tiles);
+            size(first + lane, units, tiles);
             all_units += sum(units);
             all_tiles += sum(units * tiles);
         }
@@ -630,7 +637,7 @@ struct Schedule {
         while (true) {
             u32 chunks = 0;
             for (u32 first = 0; first < n_requests; first += 32) {
-                if (n_requests > 32) size(first + lane, units, tiles);
+                size(first + lane, units, tiles);
                 chunks += sum(units * divide_up(tiles, chunk));
             }
             if (chunks <= clusters) return;
@@ -702,21 +709,23 @@ __device__ __forceinline__ const unsigned char* place(const unsigned char* tile,
 constexpr u32 PAGES = TILE / PAGE_SIZE; // of a tile
 constexpr u32 KNOWN_TILES = 32 / PAGES; // tiles whose pages a warp knows, one a lane
 
-// One warp copies the keys or the values of a tile: the blocks of its pages lie as the tile wants them. Lane l knows page
-// `first_known + l`.
+// One warp copies the keys or the values of a tile, or of them every PARTS-th two halves: the blocks of its pages lie as the tile
+// wants them. Lane l knows page `first_known + l`. The first part is told what bytes will come, of all.
+template <u32 PARTS = 1>
 __device__ __forceinline__ void copy_tile(unsigned char* stage, u64* full, u32 n_pages, u32 first_known, u32 known, u32 head,
-                                          const u16* cache, u32 lane) {
+                                          const u16* cache, u32 lane, u32 part = 0) {
     constexpr u32 PIECE = PAGE_SIZE * 128; // bytes that are contiguous in cache and tile
     constexpr u32 CHUNKS = BULK ? 1 : PIECE / 16; // copies of a piece
-    constexpr u32 COPIES = PAGES * HALVES * CHUNKS;
-    if (BULK && lane == 0) mbarrier_expect(full, n_pages * HALVES * PIECE);
+    constexpr u32 OF_PART = divide_up(HALVES, PARTS);
+    constexpr u32 COPIES = PAGES * OF_PART * CHUNKS;
+    if (BULK && lane == 0 && part == 0) mbarrier_expect(full, n_pages * HALVES * PIECE);
     __syncwarp();
 #pragma unroll(BULK ? 1 : 4)
     for (u32 first = 0; first < COPIES; first += 32) {
         const u32 piece = (first + lane) / CHUNKS, at = (first + lane) % CHUNKS;
-        const u32 page = piece / HALVES, half = piece % HALVES;
+        const u32 page = piece / OF_PART, nth = piece % OF_PART, half = PARTS == 1 ? nth : (nth / 2 * PARTS + part) * 2 + nth % 2;
         const u64 block = cache_block(__shfl_sync(FULL_WARP, known, (first_known + page) % 32), head);
-        if (page >= n_pages) continue;
+        if (page >= n_pages || half >= HALVES) continue;
         const u16* from = cache + block + half * (PAGE_SIZE * 64) + at * 8;
         unsigned char* to = stage + half * HALF_BYTES + page * PIECE + at * 16;
         if (BULK) bulk_copy(to, from, PIECE, full);
@@ -1045,6 +1054,7 @@ struct Shared {
     u64 received; // parts
     u32 ancestors[KEY_GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node; groups that take turns load their own
     u32 arrived; // chunks that came before this one
+    Request known[KNOWN_REQUESTS];
 };
 
 // Where in the ring the keys (OF_V 0) or values (OF_V 1) of a block's tile are, and in which phase, by how many tiles came
@@ -1173,7 +1183,7 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
     Item item;
     for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
         if (block.warp == CONSUMERS / 32) {
-            const Request request = read_request(block.rows, block.requests, item.request);
+            const Request request = block.schedule.request(item.request);
             const u32* table = pages + item.request * PAGES_PER_REQUEST;
             const u32 n_pages = divide_up(request.keys, PAGE_SIZE);
             u32 known = 0;
@@ -1332,7 +1342,7 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
     bool waited = false, again = false;
     Item item;
     for (u32 index = blockIdx.x / CLUSTER; block.next(index, item); again = true) {
-        const Request request = read_request(block.rows, block.requests, item.request);
+        const Request request = block.schedule.request(item.request);
         const u32 first_packed = item.slab * M;
         if (again) named_barrier(1, CONSUMERS); // all warps are done with the ancestors and the parts of the chunk before
         load_ancestors(shared.ancestors[key_group], block.rows, request, first_packed, team_thread);
@@ -1406,7 +1416,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         fence_barrier_init();
     }
     const u32 clusters = gridDim.x / CLUSTER;
-    Block block = {shared, {rows, requests}, rows, requests, clusters, thread, lane, thread / 32};
+    Block block = {shared, {rows, requests, shared.known}, rows, requests, clusters, thread, lane, thread / 32};
     block.schedule.plan(clusters, lane);
     __syncthreads();
     // No block writes to the shared memory of another one that has not begun.

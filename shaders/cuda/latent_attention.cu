@@ -44,6 +44,7 @@ constexpr u32 COLUMN_WARPS = WARPS / ROW_WARPS; // that have the same rows, and 
 constexpr u32 WARP_COLUMNS = LATENT / COLUMN_WARPS;
 constexpr u32 KEY_WARPS = WGMMA ? 1 : WARPS; // that have the same rows, and keys of their own
 constexpr u32 WARP_KEYS = TILE / KEY_WARPS;
+constexpr u32 PARTS = WGMMA ? 2 : 1; // of a tile, that are let go of one by one
 constexpr float SLACK = 8.0f; // a maximum may be so far above the base before what was added is rescaled, in powers of two
 constexpr u32 NODES = (M - 1) / GROUP + 2; // most nodes that a unit's rows are of
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -55,10 +56,11 @@ struct Shared {
     unsigned char queries[HALVES][M][128]; // chunks permuted as in a tile
     unsigned char weights[M][TILE * 2]; // the same
     u64 full[STAGES];
-    u64 empty[STAGES];
+    u64 empty[STAGES][PARTS];
     float maxima[KEY_WARPS][M]; // of the keys that each warp has
     float sums[KEY_WARPS][M];
     float rescales[M];
+    Request known[KNOWN_REQUESTS];
     u32 ancestors[NODES][ANCESTOR_WORDS];
 };
 
@@ -88,21 +90,22 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
     bool waited = false;
     Item item;
     for (u32 index = blockIdx.x; block.next(index, item);) {
-        const Request request = read_request(block.rows, block.requests, item.request);
-        const u32* table = pages + item.request * PAGES_PER_REQUEST;
-        const u32 n_pages = divide_up(request.keys, PAGE_SIZE);
+        const Request request = block.schedule.request(item.request);
+        const u32 first_page = item.request * PAGES_PER_REQUEST, n_pages = divide_up(request.keys, PAGE_SIZE);
         u32 known = 0;
         for (u32 tile = item.tile; tile < item.end; tile++, turn++) {
-            const u32 nth = (tile - item.tile) % KNOWN_TILES, first = tile * PAGES, stage = turn % STAGES;
-            if (nth == 0) known = table[min(first + block.lane, n_pages - 1)];
+            const u32 nth = tile % KNOWN_TILES, first = tile * PAGES, stage = turn % STAGES;
+            if (nth == 0 || tile == item.tile) known = pages[first_page + min(first - nth * PAGES + block.lane, n_pages - 1)];
             // A kernel shortly before this one writes the tree's keys, and none of the prefix.
             if (!waited && (tile + 1) * TILE > request.prefix) {
                 wait_for_previous();
                 waited = true;
             }
-            mbarrier_wait(&block.shared.empty[stage], (turn / STAGES & 1) ^ 1);
-            copy_tile(block.shared.ring[stage], &block.shared.full[stage], min(PAGES, n_pages - first), nth * PAGES, known, 0,
-                      cache, block.lane);
+            for (u32 part = 0; part < PARTS; part++) {
+                mbarrier_wait(&block.shared.empty[stage][part], (turn / STAGES & 1) ^ 1);
+                copy_tile<PARTS>(block.shared.ring[stage], &block.shared.full[stage], min(PAGES, n_pages - first), nth * PAGES,
+                                 known, 0, cache, block.lane, part);
+            }
         }
     }
 }
@@ -146,7 +149,7 @@ struct Worker {
         }
         wait_for_previous();
         const float* from = q + ((u64)request.first_row * GROUP + first_packed) * HEAD_DIM;
-#pragma unroll 9
+#pragma unroll 18
         for (u32 i = block.thread; i < M * HEAD_DIM / 8; i += CONSUMERS) {
             const u32 row = i / (HEAD_DIM / 8), chunk = i % (HEAD_DIM / 8);
             float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f), b = a;
@@ -257,24 +260,28 @@ struct Worker {
             for (u32 i = 0; i < 4; i++) out[n][i] *= by[i / 2];
     }
 
-    // Of all keys, in the warp's columns, by its group together.
-    __device__ void add_values_together(const unsigned char* tile) {
-        constexpr u32 COLUMNS = 128; // of a product
+    // Of all keys, in the warp's columns, by its group together. The columns of each product are a part of the tile.
+    __device__ void add_values_together(const unsigned char* tile, u64* empty) {
+        constexpr u32 COLUMNS = WARP_COLUMNS / PARTS;
+        static_assert(!WGMMA || COLUMNS == 128, "products are of 128 columns");
         const u64 weights = wgmma_matrix(block.shared.weights, 0, 1024);
         const u64 values = wgmma_matrix(tile + column_warp() * (WARP_COLUMNS / 64) * HALF_BYTES, HALF_BYTES, 1024);
         wgmma_fence();
 #pragma unroll
-        for (u32 kk = 0; kk < TILE / 16; kk++) {
-            const u64 of_keys = wgmma_further(weights, kk * 32);
+        for (u32 n = 0; n < WARP_COLUMNS; n += COLUMNS) {
 #pragma unroll
-            for (u32 n = 0; n < WARP_COLUMNS; n += COLUMNS) {
+            for (u32 kk = 0; kk < TILE / 16; kk++) {
+                const u64 of_keys = wgmma_further(weights, kk * 32);
                 const u64 of_columns = wgmma_further(values, n / 64 * HALF_BYTES + kk * 16 * 128);
                 if (CACHE == 1) wgmma_shared_columns128(out + n / 8, of_keys, of_columns, true);
                 else wgmma_shared_columns128_f16(out + n / 8, of_keys, of_columns, true);
             }
+            wgmma_commit();
         }
-        wgmma_commit();
+        wgmma_wait<1>();
+        leave(empty[0]);
         wgmma_wait<0>();
+        leave(empty[1]);
     }
 
     // The same by the warp alone.
@@ -296,7 +303,7 @@ struct Worker {
         }
     }
 
-    __device__ void add_tile(unsigned char* tile, u32 first_key) {
+    __device__ void add_tile(unsigned char* tile, u32 first_key, u64* empty) {
         const bool is_masked = first_key + TILE > request.prefix;
         const int first_node = (int)first_key - (int)request.prefix;
         float score[WARP_KEYS / 8][4], by[2];
@@ -317,10 +324,12 @@ struct Worker {
         named_barrier(1, CONSUMERS); // all weights are
         rescale(by);
         add_values(tile);
+        if (BULK) fence_async(); // what was cleared is overwritten by copies
+        leave(empty[0]);
     }
 
     // The same by groups. The first may be at work on a tile's weights while the second still adds values of the one before.
-    __device__ void add_tile_together(unsigned char* tile, u32 first_key) {
+    __device__ void add_tile_together(unsigned char* tile, u32 first_key, u64* empty) {
         constexpr u32 WEIGHTS = 1, ROOM = 2; // barriers
         float* rescales = block.shared.rescales;
         if (has_keys()) {
@@ -343,7 +352,13 @@ struct Worker {
         named_barrier(WEIGHTS, CONSUMERS);
         const float by[2] = {rescales[own_row(0)], rescales[own_row(1)]};
         rescale(by);
-        add_values_together(tile);
+        add_values_together(tile, empty);
+    }
+
+    // The warp is done with a part of a tile.
+    __device__ void leave(u64& empty) const {
+        __syncwarp();
+        if (block.lane == 0) mbarrier_arrive(&empty);
     }
 
     // The sums of whole rows meet in shared memory.
@@ -403,7 +418,7 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, uint
     u32 turn = 0; // tiles of this block so far
     Item item;
     for (u32 index = blockIdx.x; block.next(index, item);) {
-        const Request request = read_request(block.rows, block.requests, item.request);
+        const Request request = block.schedule.request(item.request);
         Worker worker(block, request, item.slab * M);
         named_barrier(1, CONSUMERS); // all warps are done with the queries and the sums of the chunk before
         worker.load(q);
@@ -413,11 +428,8 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, uint
         for (u32 tile = item.tile; tile < item.end; tile++, turn++) {
             const u32 stage = turn % STAGES;
             mbarrier_wait(&shared.full[stage], turn / STAGES & 1);
-            if (WGMMA) worker.add_tile_together(shared.ring[stage], tile * TILE);
-            else worker.add_tile(shared.ring[stage], tile * TILE);
-            if (BULK && !WGMMA) fence_async(); // what was cleared is overwritten by copies
-            __syncwarp();
-            if (block.lane == 0) mbarrier_arrive(&shared.empty[stage]);
+            if (WGMMA) worker.add_tile_together(shared.ring[stage], tile * TILE, shared.empty[stage]);
+            else worker.add_tile(shared.ring[stage], tile * TILE, shared.empty[stage]);
         }
         worker.write(item, partials, out);
     }
@@ -435,11 +447,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (thread == 0) {
         for (u32 s = 0; s < STAGES; s++) {
             mbarrier_init(&shared.full[s], BULK ? 1 : 32);
-            mbarrier_init(&shared.empty[s], WARPS);
+            for (u32 part = 0; part < PARTS; part++) mbarrier_init(&shared.empty[s][part], WARPS);
         }
         fence_barrier_init();
     }
-    Block block = {shared, {rows, requests}, rows, requests, thread, lane, thread / 32};
+    Block block = {shared, {rows, requests, shared.known}, rows, requests, thread, lane, thread / 32};
     block.schedule.plan(gridDim.x, lane);
     __syncthreads();
     if (thread >= CONSUMERS) {

@@ -23,16 +23,18 @@ extern "C" __global__ void __launch_bounds__(TEAMS* PIECES, 4)
     // Of a row, by a team.
     __shared__ Eight outs[TEAMS][TEAMS][PIECES];
     __shared__ float2 sums[TEAMS][TEAMS];
+    __shared__ Request known[KNOWN_REQUESTS];
     release_next();
     const u32 lane = threadIdx.x % 32, team = threadIdx.x / PIECES, n = threadIdx.x % PIECES;
     const u32 blocks = gridDim.x / SHARES;
-    Schedule schedule = {rows, requests};
+    Schedule schedule = {rows, requests, known};
     schedule.plan(blocks, lane);
+    __syncthreads();
     wait_for_previous();
     Item item;
     for (u32 index = blockIdx.x / SHARES; schedule.find(index, lane, item); index += blocks) {
         if (item.chunks == 1) continue;
-        const Request request = read_request(rows, requests, item.request);
+        const Request request = schedule.request(item.request);
         const u32 first_packed = item.slab * M, n_rows = min(M, request.n_rows * GROUP - first_packed);
         const u32 step = item.chunks * SHARES;
         const uint4* partial = partials + (u64)(item.cut - item.chunk) * PARTIAL;

@@ -58,6 +58,7 @@ struct Shared {
     u64 received; // parts
     u32 ancestors[KEY_GROUPS][M][ANCESTOR_WORDS + 1]; // of each row's node; groups that take turns load their own
     u32 arrived; // chunks that came before this one
+    Request known[KNOWN_REQUESTS];
 };
 
 // Where in the ring the keys (OF_V 0) or values (OF_V 1) of a block's tile are, and in which phase, by how many tiles came
@@ -186,7 +187,7 @@ __device__ __forceinline__ void produce(const Block& block, const u32* pages, co
     Item item;
     for (u32 index = blockIdx.x / CLUSTER; block.next(index, item);) {
         if (block.warp == CONSUMERS / 32) {
-            const Request request = read_request(block.rows, block.requests, item.request);
+            const Request request = block.schedule.request(item.request);
             const u32* table = pages + item.request * PAGES_PER_REQUEST;
             const u32 n_pages = divide_up(request.keys, PAGE_SIZE);
             u32 known = 0;
@@ -345,7 +346,7 @@ __device__ __forceinline__ void consume(const Block& block, const float* q, floa
     bool waited = false, again = false;
     Item item;
     for (u32 index = blockIdx.x / CLUSTER; block.next(index, item); again = true) {
-        const Request request = read_request(block.rows, block.requests, item.request);
+        const Request request = block.schedule.request(item.request);
         const u32 first_packed = item.slab * M;
         if (again) named_barrier(1, CONSUMERS); // all warps are done with the ancestors and the parts of the chunk before
         load_ancestors(shared.ancestors[key_group], block.rows, request, first_packed, team_thread);
@@ -419,7 +420,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         fence_barrier_init();
     }
     const u32 clusters = gridDim.x / CLUSTER;
-    Block block = {shared, {rows, requests}, rows, requests, clusters, thread, lane, thread / 32};
+    Block block = {shared, {rows, requests, shared.known}, rows, requests, clusters, thread, lane, thread / 32};
     block.schedule.plan(clusters, lane);
     __syncthreads();
     // No block writes to the shared memory of another one that has not begun.

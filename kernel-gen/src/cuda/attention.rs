@@ -25,12 +25,12 @@ struct Ring {
 }
 
 impl Ring {
-    fn new(groups: usize, m: usize, cluster: usize, head_dim: usize, available: usize) -> Ring {
+    fn new(groups: usize, m: usize, cluster: usize, head_dim: usize, known: usize, available: usize) -> Ring {
         let key_groups = groups / m.div_ceil(64);
         let parts = cluster * key_groups * (64 / m).max(1);
         let parts_rows = if parts == 1 { 1 } else { parts * m.div_ceil(cluster) };
         let parts_bytes = parts_rows * (head_dim / 8 + 4) * 16;
-        let rest = parts_bytes + key_groups * m * ANCESTOR_STRIDE * 4 + 512;
+        let rest = parts_bytes + key_groups * m * ANCESTOR_STRIDE * 4 + known + 512;
         let stage_bytes = TILE * head_dim * 2;
         let most = available.saturating_sub(1024 + rest) / stage_bytes;
         let stages = most.min(12) / (2 * key_groups) * (2 * key_groups);
@@ -67,7 +67,8 @@ impl Lowering<'_> {
         let wgmma = self.device.has_wgmma() && m >= 64;
         // A small block of a cluster leaves room for one of the next kernel beside it.
         let blocks = if m <= 64 && cluster > 2 && cache.head_dim == 64 { 2 } else { crowd };
-        let ring = |groups| Ring::new(groups, m, cluster, cache.head_dim, self.device.shared_bytes / blocks);
+        let available = self.device.shared_bytes / blocks;
+        let ring = |groups| Ring::new(groups, m, cluster, cache.head_dim, self.known_bytes(), available);
         // One group is enough for the few tiles that a block of a large cluster gets. Without wgmma two groups, whose
         // warps hold 64 rows of a large head, would spill.
         let spills = !self.device.has_wgmma() && m >= 32;
@@ -109,6 +110,11 @@ impl Lowering<'_> {
             shared_bytes,
             cluster,
         }]
+    }
+
+    /// What `lib/chunks.cuh` keeps of requests in shared memory.
+    pub(super) fn known_bytes(&self) -> usize {
+        self.max_requests().min(32) * 16
     }
 
     /// Packed rows of a unit: all of a request's where they fit, since each unit reads the keys anew.

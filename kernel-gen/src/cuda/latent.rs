@@ -173,8 +173,8 @@ impl Lowering<'_> {
         let key_warps = if m == 64 { 1 } else { 8 };
         let nodes = (m - 1) / heads + 2;
         let stage = TENSOR_TILE * head_dim * 2;
-        let rest =
-            m * (head_dim * 2 + TENSOR_TILE * 2 + (2 * key_warps + 1) * 4) + nodes * crate::ANCESTOR_WORDS * 4 + 128;
+        let of_rows = m * (head_dim * 2 + TENSOR_TILE * 2 + (2 * key_warps + 1) * 4);
+        let rest = of_rows + nodes * crate::ANCESTOR_WORDS * 4 + self.known_bytes() + 128;
         let stages = if 2 * stage + rest <= self.device.shared_bytes { 2 } else { 1 };
         (stages, stages * stage + rest)
     }

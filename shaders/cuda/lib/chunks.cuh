@@ -17,14 +17,14 @@ struct Item {
     u32 cut; // index among the chunks of units that have several
 };
 
-__device__ __forceinline__ u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }
+__device__ __forceinline__ constexpr u32 divide_up(u32 a, u32 b) { return (a + b - 1) / b; }
 
 struct Request {
     u32 prefix, first_row, n_rows;
     u32 keys; // slots that some row may see
 };
 
-// Without rows unless it exists.
+// Without rows and keys unless it exists.
 __device__ __forceinline__ Request read_request(const u32* rows, const u32* requests, u32 index, bool exists = true) {
     const u32* words = requests + HEADER_WORDS + index * REQUEST_WORDS;
     Request r = {words[REQUEST_PREFIX], words[REQUEST_FIRST_ROW], words[REQUEST_ROWS], 0};
@@ -34,19 +34,25 @@ __device__ __forceinline__ Request read_request(const u32* rows, const u32* requ
     return r;
 }
 
+constexpr u32 KNOWN_REQUESTS = MAX_REQUESTS < 32 ? MAX_REQUESTS : 32; // that a block keeps: reading one takes half a microsecond
+
 // The same in every thread that asks: how long chunks are, and which chunk comes at a place in the order of all.
 struct Schedule {
     const u32* rows;
     const u32* requests;
+    Request* known; // the first requests, in shared memory
     u32 n_requests;
-    u32 chunk; // most tiles of a chunk: these two are planned
+    u32 chunk; // most tiles of a chunk: these three are planned
+
+    __device__ Request request(u32 index) const {
+        return index < KNOWN_REQUESTS ? known[index] : read_request(rows, requests, index, index < n_requests);
+    }
 
     // Units of a request and tiles of each. A lane past the last request has none.
-    __device__ void size(u32 request, u32& units, u32& tiles) const {
+    __device__ void size(u32 index, u32& units, u32& tiles) const {
         units = tiles = 0;
-        if (request >= MAX_REQUESTS) return;
-        const Request r = read_request(rows, requests, request, request < n_requests);
-        if (r.n_rows == 0) return;
+        if (index >= MAX_REQUESTS) return;
+        const Request r = request(index);
         units = divide_up(r.n_rows * GROUP, M) * KV_HEADS;
         tiles = divide_up(r.keys, TILE);
     }
@@ -57,13 +63,14 @@ struct Schedule {
         return value;
     }
 
-    // Whole warps call it.
+    // Whole warps call it. All that do leave the same in `known`.
     __device__ void plan(u32 clusters, u32 lane) {
         n_requests = min(requests[1], MAX_REQUESTS);
+        if (lane < KNOWN_REQUESTS) known[lane] = read_request(rows, requests, lane, lane < n_requests);
+        __syncwarp();
         u32 units, tiles, all_units = 0, all_tiles = 0;
-        size(lane, units, tiles);
         for (u32 first = 0; first < n_requests; first += 32) {
-            if (first > 0) size(first + lane, units, tiles);
+            size(first + lane, units, tiles);
             all_units += sum(units);
             all_tiles += sum(units * tiles);
         }
@@ -73,7 +80,7 @@ struct Schedule {
         while (true) {
             u32 chunks = 0;
             for (u32 first = 0; first < n_requests; first += 32) {
-                if (n_requests > 32) size(first + lane, units, tiles);
+                size(first + lane, units, tiles);
                 chunks += sum(units * divide_up(tiles, chunk));
             }
             if (chunks <= clusters) return;
