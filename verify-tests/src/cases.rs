@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use treespark::Sampling;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark::backend::Backend;
+use treespark::backend::DeviceInfo;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark::devices::{self, BackendChoice};
 use treespark_models::hub;
@@ -52,6 +53,11 @@ pub fn samplings() -> Vec<(&'static str, Sampling)> {
             Sampling { top_k: 40, top_p: 0.95, min_p: 0.05, sample: 3, ..sampled(1.5, 4) },
         ),
     ]
+}
+
+/// Whether a GPU is one in software, where rows cost what they compute and kernels run for seconds: tests on it are shorter.
+pub fn is_software(gpu: &DeviceInfo) -> bool {
+    gpu.backend != "cpu" && (gpu.name.starts_with("CUDA on the CPU") || gpu.cost.of(16) > 3.0)
 }
 
 /// The first GPU, a software rasteriser if there is no other. `None`, with a printed reason, where there is none; a

@@ -50,6 +50,7 @@ use treespark::backend::Backend;
 
 use crate::arb::Case;
 use crate::bed::Outputs;
+use crate::cases::is_software;
 
 /// Stamps the suite onto a backend: `conformance!(cpu, || Some(Box::new(CpuBackend::new(None))))` makes a module `cpu`
 /// with one test for each property, or for each of those named behind. A constructor that returns `None` skips them, and
@@ -154,14 +155,18 @@ pub fn check(constructor: impl FnOnce() -> Option<Box<dyn Backend>>, property: f
 }
 
 /// Runs a property on `n` cases of a strategy; the error shows the smallest failing one. The CPU backend, which has
-/// no kernels to compile, takes ten times as many.
+/// no kernels to compile, takes ten times as many, a GPU in software half.
 pub fn for_cases<T: Debug>(
     backend: &mut dyn Backend,
     n: u32,
     strategy: impl Strategy<Value = T>,
     property: impl Fn(&mut dyn Backend, T) -> Property,
 ) -> Property {
-    let cases = if backend.info().backend == "cpu" { 10 * n } else { n };
+    let cases = match backend.info() {
+        info if info.backend == "cpu" => 10 * n,
+        info if is_software(info) => n.div_ceil(2),
+        _ => n,
+    };
     let config = Config { cases, failure_persistence: None, max_shrink_iters: 100, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
     let backend = RefCell::new(backend);

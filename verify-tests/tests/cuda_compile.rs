@@ -47,19 +47,23 @@ fn every_kernel_compiles_and_spills_no_register() {
     assert!(problems.is_empty(), "of {} kernels, with NVRTC {}:\n{}", work.len(), nvrtc.version, problems.join("\n"));
 }
 
-/// Target, name and source of each kernel. One source for several targets is compiled for one of them, in turn: most kernels
-/// come in many sizes, which between them meet all.
+/// Target, name and source of each kernel. What several targets have by one name is compiled for one of them, in turn, except
+/// that Hopper's have instructions of their own: most kernels come in many sizes, which between them meet all.
 fn work() -> Vec<(&'static str, String, String)> {
-    let mut by_source: BTreeMap<(String, String), Vec<&str>> = BTreeMap::new();
+    let mut by_name: BTreeMap<(String, bool), Vec<(&str, String)>> = BTreeMap::new();
     for (target, device) in &TARGETS {
         for Launch { spec, .. } in launches(device) {
             let source = emit(&spec, Lang::Cuda).unwrap_or_else(|error| panic!("{}: {error}", spec.name()));
-            by_source.entry((spec.name().to_string(), source)).or_default().push(target);
+            let is_apart = device.has_wgmma()
+                && by_name.get(&(spec.name().to_string(), false)).is_some_and(|others| others[0].1 != source);
+            by_name.entry((spec.name().to_string(), is_apart)).or_default().push((target, source));
         }
     }
-    let in_turn =
-        |(i, ((name, source), targets)): (usize, (_, Vec<&'static str>))| (targets[i % targets.len()], name, source);
-    by_source.into_iter().enumerate().map(in_turn).collect()
+    let in_turn = |(i, ((name, _), mut of)): (usize, ((String, bool), Vec<(&'static str, String)>))| {
+        let (target, source) = of.swap_remove(i % of.len());
+        (target, name, source)
+    };
+    by_name.into_iter().enumerate().map(in_turn).collect()
 }
 
 /// Each kernel once.

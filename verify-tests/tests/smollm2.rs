@@ -18,6 +18,7 @@ use treespark_models::pretrained;
 use treespark_verify_tests::cases::{SHAPES, default_model, samplings};
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark_verify_tests::{
+    cases::is_software,
     logits::logits,
     near_tie::{Verdict, draw_context, first_divergence},
 };
@@ -48,7 +49,7 @@ fn answer(llm: &mut Llm, sampling: &Sampling, max_new_tokens: usize) -> (Vec<u32
 fn speculative_equals_plain_on_the_cpu() {
     let _guard = ONE_AT_A_TIME.lock();
     let Some(path) = default_model() else { return };
-    const TOKENS: usize = 40;
+    const TOKENS: usize = 24;
     let mut plain = load(&path, DrafterChoice::None, None, BackendChoice::Cpu);
     let expected: Vec<_> = samplings().iter().map(|(_, sampling)| answer(&mut plain, sampling, TOKENS).0).collect();
     drop(plain);
@@ -233,8 +234,7 @@ fn backends_agree_up_to_near_ties() {
     let _guard = ONE_AT_A_TIME.lock();
     let Some(path) = default_model() else { return };
     let Some(gpu) = treespark_verify_tests::cases::gpu() else { return };
-    let is_software = gpu.info().cost.of(16) > 3.0;
-    let (prompts, max_new_tokens) = if is_software { (2, 16) } else { (8, 128) };
+    let (prompts, max_new_tokens) = if is_software(gpu.info()) { (2, 16) } else { (8, 128) };
     let side = |choice, backend| Side { llm: load(&path, DrafterChoice::Ngram, None, choice), backend };
     let sides = [side(BackendChoice::Cpu, Box::new(CpuBackend::new(None))), side(BackendChoice::Wgpu(None), gpu)];
     check_agreement(&path, sides, &PROMPTS[..prompts], max_new_tokens, TOLERANCE);

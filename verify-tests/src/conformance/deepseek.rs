@@ -9,8 +9,17 @@ use crate::arb::{Case, Topology, WIDE_DEEPSEEK, deepseek_cases, tree};
 use crate::batch::{Batch, Member, Tree};
 use crate::tiny_model::{Tail, TinyModel};
 
-/// What has grouped queries alone.
-const NOT_OF_LATENTS: [&str; 2] = [ATTENTION, "long contexts and large numbers equal the oracle"];
+/// What has grouped queries alone, or no layers at all.
+const NOT_OF_LATENTS: [&str; 8] = [
+    ATTENTION,
+    "long contexts and large numbers equal the oracle",
+    "acceptance equals the oracle",
+    "draws equal the oracle",
+    "a NaN draws no token",
+    "perturbed logits equal the oracle",
+    "a mask leaves what it allows",
+    "a masked head draws what is allowed",
+];
 
 /// Whether one of [`IN_ANY_CASE`] is a property of models with latents, too.
 pub fn is_of_latents(property: &str) -> bool {
