@@ -50,20 +50,22 @@ fn every_kernel_compiles_and_spills_no_register() {
 /// Target, name and source of each kernel. What several targets have by one name is compiled for one of them, in turn, except
 /// that Hopper's have instructions of their own: most kernels come in many sizes, which between them meet all.
 fn work() -> Vec<(&'static str, String, String)> {
-    let mut by_name: BTreeMap<(String, bool), Vec<(&str, String)>> = BTreeMap::new();
+    let mut by_name: BTreeMap<(String, bool), Vec<(&'static str, String)>> = BTreeMap::new();
     for (target, device) in &TARGETS {
         for Launch { spec, .. } in launches(device) {
             let source = emit(&spec, Lang::Cuda).unwrap_or_else(|error| panic!("{}: {error}", spec.name()));
-            let is_apart = device.has_wgmma()
-                && by_name.get(&(spec.name().to_string(), false)).is_some_and(|others| others[0].1 != source);
-            by_name.entry((spec.name().to_string(), is_apart)).or_default().push((target, source));
+            let name = spec.name().to_string();
+            let others = by_name.get(&(name.clone(), false));
+            let is_apart = device.has_wgmma() && others.is_some_and(|others| others[0].1 != source);
+            by_name.entry((name, is_apart)).or_default().push((target, source));
         }
     }
-    let in_turn = |(i, ((name, _), mut of)): (usize, ((String, bool), Vec<(&'static str, String)>))| {
-        let (target, source) = of.swap_remove(i % of.len());
-        (target, name, source)
-    };
-    by_name.into_iter().enumerate().map(in_turn).collect()
+    let mut work = Vec::new();
+    for (i, ((name, _), mut of_targets)) in by_name.into_iter().enumerate() {
+        let (target, source) = of_targets.swap_remove(i % of_targets.len());
+        work.push((target, name, source));
+    }
+    work
 }
 
 /// Each kernel once.
