@@ -591,7 +591,7 @@ __device__ __forceinline__ Request read_request(const u32* rows, const u32* requ
     return r;
 }
 
-constexpr u32 KNOWN_REQUESTS = MAX_REQUESTS < 32 ? MAX_REQUESTS : 32; // that a block keeps: reading one takes half a microsecond
+constexpr u32 KNOWN_REQUESTS = MAX_REQUESTS < 32 ? MAX_REQUESTS : 32; // that a block keeps: reading one takes two loads, one after the other
 
 // The same in every thread that asks: how long chunks are, and which chunk comes at a place in the order of all.
 struct Schedule {

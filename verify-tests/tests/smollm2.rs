@@ -18,7 +18,6 @@ use treespark_models::pretrained;
 use treespark_verify_tests::cases::{SHAPES, default_model, samplings};
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use treespark_verify_tests::{
-    cases::is_software,
     logits::logits,
     near_tie::{Verdict, draw_context, first_divergence},
 };
@@ -234,7 +233,8 @@ fn backends_agree_up_to_near_ties() {
     let _guard = ONE_AT_A_TIME.lock();
     let Some(path) = default_model() else { return };
     let Some(gpu) = treespark_verify_tests::cases::gpu() else { return };
-    let (prompts, max_new_tokens) = if is_software(gpu.info()) { (2, 16) } else { (8, 128) };
+    let (prompts, max_new_tokens) =
+        if treespark_verify_tests::cases::is_software(gpu.info()) { (2, 16) } else { (8, 128) };
     let side = |choice, backend| Side { llm: load(&path, DrafterChoice::Ngram, None, choice), backend };
     let sides = [side(BackendChoice::Cpu, Box::new(CpuBackend::new(None))), side(BackendChoice::Wgpu(None), gpu)];
     check_agreement(&path, sides, &PROMPTS[..prompts], max_new_tokens, TOLERANCE);
